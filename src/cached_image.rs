@@ -1,10 +1,10 @@
-//! \[4\] An image with its cache (NetBSD UVM's `uvm_object`). Here the cache's operations become requests to the store,
-//! and the store's events become calls of the cache.
+//! \[4\] An image with its cache (NetBSD UVM's `uvm_object`). It translates the cache's operations into requests to the
+//! store, and the store's events into calls of the cache.
 //!
 //! A cached image outlives connections: the cache is warm for a guest that reboots and for a front-end that reconnects.
 //! It belongs to one writable device, or to any number of read-only ones. Each worker thread uses it through a
-//! [`WorkerPort`] with a store queue of its own; a port reaps what it submitted. A notice about another worker's
-//! request goes through that worker's mailbox.
+//! [`WorkerPort`] with a store queue of its own; a port reaps the operations that it submitted. A notice about another
+//! worker's request goes through that worker's mailbox.
 
 mod memory;
 mod port;
@@ -66,7 +66,7 @@ impl FrameMemory for Arc<Arena> {
 #[derive(Debug)]
 struct Mailbox {
     notices: Mutex<Vec<Notice>>,
-    /// The last change of the memory that its worker may use, as far as the worker knows.
+    /// Number of the last change of the usable memory that this worker has applied.
     memory_seen: AtomicU64,
     waker: Arc<Waker>,
 }
@@ -75,7 +75,7 @@ struct Mailbox {
 #[derive(Debug)]
 struct Reader {
     device: String,
-    /// Number of its workers that use the image; none once it has left.
+    /// Number of its workers that use the image; 0 once the device is detached.
     ports: usize,
 }
 
@@ -90,22 +90,22 @@ pub struct CachedImage {
     arena: Arc<Arena>,
     backing: Arc<dyn Backing>,
     mailboxes: Arc<Mailboxes>,
-    /// The devices that have used it.
+    /// The devices that have used the image.
     readers: Mutex<Vec<Reader>>,
-    /// Number of those that use it at present.
+    /// Number of devices that use the image at present.
     reader_count: AtomicUsize,
-    /// Rings that run without an inflight region, of all workers of all devices: a request on one of them may need what
-    /// any worker has submitted to the store.
+    /// Number of rings that run without an inflight region, of all workers of all devices: a request on one of them may
+    /// need operations that any worker has submitted to the store.
     pub untracked_rings: AtomicU32,
-    /// When tick 0 was.
+    /// The time of tick 0.
     opened: Instant,
     /// Records the image's change token.
     token_recorder: TokenRecorder,
 }
 
 impl CachedImage {
-    /// An image with a cache in `arena`, which has memory for as many frames as `settings` says. Restores what the
-    /// previous daemon left in the arena. Log lines begin with `name`.
+    /// An image with a cache in `arena`, which has memory for the number of frames in `settings`. Restores the pages
+    /// that the previous daemon left in the arena. Log lines begin with `name`.
     pub fn new(name: &str, backing: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
         let arena = Arc::new(arena);
         let frames = settings.frames as usize;
@@ -146,10 +146,9 @@ impl CachedImage {
         self.backing.limits()
     }
 
-    /// The image has grown to `size_bytes` bytes, and may be used up to there. Waits for no operation.
+    /// The image has grown to `size_bytes` bytes, and may be used up to its new end. Waits for no operation.
     ///
-    /// # Errors
-    /// Why the cache cannot follow; nothing has changed then.
+    /// # Errors Why the cache cannot use the new size; nothing has changed then.
     pub fn grow(&self, size_bytes: u64) -> Result<(), String> {
         let mut cache = self.lock();
         let before = self.limits().size_bytes.get();
@@ -171,7 +170,7 @@ impl CachedImage {
         Ok(())
     }
 
-    /// Whether the image is at a server.
+    /// Whether the image is on a server.
     pub fn is_remote(&self) -> bool {
         self.backing.is_remote()
     }
@@ -182,9 +181,9 @@ impl CachedImage {
         Stats { metadata_bytes: stats.metadata_bytes + self.arena.overhead_bytes() as u64, ..stats }
     }
 
-    /// The name of the cache's file no longer leads to it: the cache is from now on one that does not outlive the
-    /// daemon. `marker` is an empty file in its place, or why there is none. Waits for nothing: returns it if a worker
-    /// uses the cache at the moment.
+    /// The name of the cache's file no longer leads to the file: from now on the cache does not outlive the daemon.
+    /// `marker` is an empty file that replaces it, or the reason why there is none. Does not wait: if a worker is using
+    /// the cache, returns `marker` as the error.
     ///
     /// # Errors
     /// The marker, to be passed again.
@@ -198,7 +197,7 @@ impl CachedImage {
         drop(cache);
         error!(
             "{name}: the cache file{file} was removed or replaced while the daemon runs (by rm, or RemoveIPC= of \
-             logind); the cache does not survive a crash any more; stop the daemon with SIGTERM and start it again to \
+             logind); the cache no longer survives a crash; stop the daemon with SIGTERM and start it again to \
              get one that does"
         );
         if let Err(cause) = replaced {
@@ -208,8 +207,8 @@ impl CachedImage {
         Ok(())
     }
 
-    /// Records at the image that its cache does not survive, because no marker could be created (`cause`). On a thread
-    /// of its own: the image may not answer.
+    /// Records in the image that its cache does not survive, because no marker could be created (`cause`). It uses a
+    /// separate thread, because the image may not respond.
     fn note_lost_cache(&self, cause: String) {
         let (name, backing) = (self.name.clone(), Arc::clone(&self.backing));
         let record = move || {
@@ -227,20 +226,21 @@ impl CachedImage {
         Tick::from_ns(u64::try_from(self.opened.elapsed().as_nanos()).expect("584 years"))
     }
 
-    /// Ends the tenure if everything is on the image, and records the image's change token for the next daemon.
+    /// Ends the tenure if all data is on the image, and records the image's change token for the next daemon.
     ///
-    /// => The record comes first: a cache file that is removed must not be missed by the next daemon.
+    /// => The record comes before the removal of the cache file: otherwise the next daemon would report the cache as
+    ///    missing.
     fn end_tenure(&mut self) {
         let cache = self.cache.get_mut().unwrap_or_else(PoisonError::into_inner);
         if cache.ops_in_flight() > 0 {
-            // The image hangs. It must not be waited for: the next daemon finds the cache by the record, and the ledger
-            // says what may be missing.
+            // The image hangs. Do not wait for it: the next daemon finds the cache by the record, and the ledger lists
+            // the data that may be missing.
             self.arena.keep_on_drop(true);
             return;
         }
         self.token_recorder.end();
         self.arena.remove_guest_formats(self.backing.recorded_formats());
-        // The ledger says more than the cache: it calls clean what an earlier daemon has synced.
+        // The ledger is more precise than the cache: its clean pages include those that an earlier daemon has synced.
         let is_written =
             if self.arena.place() == CachePlace::Memory { cache.is_durable() } else { !self.arena.holds_unwritten() };
         // A guest that has not learned of a loss must learn of it from the next daemon.
@@ -259,7 +259,7 @@ impl CachedImage {
     }
 
     fn lock(&self) -> MutexGuard<'_, PageCache> {
-        // A thread that panicked in the cache found an invariant broken: the cache must not be used any more.
+        // A thread that panicked in the cache found an invariant violated: the cache must not be used after that.
         self.cache.lock().expect("no thread panics with the cache locked")
     }
 
@@ -300,21 +300,21 @@ impl CachedImage {
         recipients
     }
 
-    /// The oldest operation of the cache that has not completed, if there is one: what it does, the sectors that it
-    /// touches, and for how long it has been in flight. `None` while a worker uses the cache.
+    /// The oldest operation of the cache that has not completed, if there is one: its kind, its sectors, and how long
+    /// it has been in flight. `None` while a worker uses the cache.
     pub fn oldest_op(&self) -> Option<Option<(OpKind, SectorSpan, Duration)>> {
         let oldest = self.cache.try_lock().ok()?.oldest_op();
         let age = |since| Duration::from_micros(self.now().since_us(since));
         Some(oldest.map(|(kind, span, since)| (kind, span, age(since))))
     }
 
-    /// As [`CachedImage::stats`], and whether the cache is frozen; `None` while a worker uses the cache.
+    /// Like [`CachedImage::stats`], and whether the cache is frozen; `None` while a worker uses the cache.
     pub fn try_stats_and_freeze(&self) -> Option<(Stats, bool)> {
         let cache = self.cache.try_lock().ok()?;
         Some((cache.stats(), cache.is_frozen()))
     }
 
-    /// Whether the image lacks completed writes or has not made them durable; `true` while a worker uses the cache.
+    /// Whether some completed writes are not on the image or not durable; `true` while a worker uses the cache.
     pub fn has_unstable_data(&self) -> bool {
         self.cache.try_lock().map_or(true, |cache| !cache.is_durable())
     }

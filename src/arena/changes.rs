@@ -1,5 +1,5 @@
-//! What the ledger records of changes of the image: the heartbeat, the change token of a moment without changes in
-//! flight, and the tenure.
+//! The ledger's records of changes of the image: the heartbeat, the change token of an idle point (no change in
+//! flight), and the tenure.
 
 use super::ledger::{self, field, token_field};
 use super::{Arena, Persistence};
@@ -12,7 +12,7 @@ use crate::units::{SECTOR_BYTES, SectorSpan};
 pub struct IdlePoint {
     /// Number of changes before it.
     changes: u64,
-    /// Bytes of those.
+    /// Bytes of those changes.
     changed_bytes: u64,
 }
 
@@ -30,15 +30,16 @@ impl Arena {
         }
     }
 
-    /// Records that changes of the image have ended, or failed.
+    /// Records that changes of the image have ended, successfully or not.
     pub fn end_changes(&self) {
         if self.has_old_token() {
             self.memory.store(field::HEARTBEAT, wall_clock_ns());
         }
     }
 
-    /// The present moment, at which the caller knows that no change of the image is in flight; `None` if the change
-    /// token of an earlier such moment is still right.
+    /// The present idle point; `None` if the change token of an earlier one is still valid.
+    ///
+    /// => No change of the image is in flight.
     pub fn idle_point(&self) -> Option<IdlePoint> {
         let (changes, changed_bytes) = (self.memory_word(field::CHANGES), self.memory_word(field::CHANGED_BYTES));
         self.has_old_token().then_some(IdlePoint { changes, changed_bytes })
@@ -50,7 +51,7 @@ impl Arena {
             && self.memory.load(self.token_at() + token_field::AT) != self.memory.load(field::CHANGES).wrapping_add(1)
     }
 
-    /// Offset of the change token that counts.
+    /// Offset of the valid change token.
     fn token_at(&self) -> usize {
         ledger::token_at(self.memory.load(field::TOKEN_SLOT))
     }
@@ -59,10 +60,10 @@ impl Arena {
         if let Persistence::Full { .. } = &self.persistence { self.memory.load(at) } else { 0 }
     }
 
-    /// Records the image's change token, which was read after the moment `idle`. Does nothing if a newer one may have
-    /// been recorded since.
+    /// Records the image's change token, which was read after the idle point `idle`. Does nothing if a newer one may
+    /// have been recorded since.
     ///
-    /// => The daemon may be killed at any point: the old token counts until the new one is stored.
+    /// => The daemon may be killed at any point: the old token is valid until the new one is stored.
     pub fn record_token(&self, idle: IdlePoint, token: ChangeToken) {
         let Persistence::Full { .. } = &self.persistence else { return };
         let _serialized = self.token.lock().expect("no thread panics with the token locked");
@@ -79,7 +80,7 @@ impl Arena {
         self.memory.store(field::TOKEN_SLOT, slot);
     }
 
-    /// Records the image's change token at the beginning or at the end of a tenure, whatever was recorded before.
+    /// Records the image's change token at the start or at the end of a tenure, whatever was recorded before.
     ///
     /// => No change of the image is in flight.
     pub fn record_token_now(&self, token: ChangeToken) {
@@ -87,7 +88,7 @@ impl Arena {
         self.record_token(IdlePoint { changes, changed_bytes }, token);
     }
 
-    /// Records whether the image has the record of the tenure, and whether that says that the tenure is over.
+    /// Records whether the image has the record of the tenure, and whether that record marks the tenure as over.
     pub fn set_recorded(&self, is_recorded: bool, is_over: bool) {
         let word = ledger::recorded_word(is_recorded, is_over);
         if self.header().is_some_and(|header| header.load(field::IS_RECORDED) != word) {

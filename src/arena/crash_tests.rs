@@ -1,5 +1,5 @@
-//! A daemon is killed between any two stores to an arena's file: whatever it leaves, the next daemon gets each frame's
-//! record and each range to be zeroed as it was before the step or after it, and what the file records of the guest.
+//! A daemon is killed between any two stores to an arena's file. In every resulting state, the next daemon finds each
+//! frame's record, each range to be zeroed, and the recorded state of the guest as they were before or after the step.
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
@@ -16,7 +16,7 @@ use crate::tenure::token::ChangeToken;
 use crate::units::PageNo;
 
 const IDENTITY: ImageId = ImageId { device: 1, inode: 2, born_ns: 3 };
-/// Of the largest image: its pages have all numbers that a record can hold, but one.
+/// Size of the largest image: its pages use all numbers that a record can hold except one.
 const SIZE_BYTES: u64 = (1 << 52) - (1 << 12);
 const TENURE: TenureFacts =
     TenureFacts { id: TenureId { generation: 7, id: 1 << 100 | 1 }, since: 9, is_recorded: false, is_over: false };
@@ -33,7 +33,7 @@ const ZEROES: SectorSpan = SectorSpan { start: 64, count: 8 };
 pub(super) struct Directory(PathBuf);
 
 impl Directory {
-    /// With these bytes in the file; without them there is no file.
+    /// A directory with a file of these bytes; without bytes there is no file.
     pub(super) fn new(bytes: &[u8]) -> Self {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
@@ -76,7 +76,7 @@ pub(super) fn spec_with_room(reserved: usize, frames: usize, guest: GuestState) 
     ArenaSpec { frames, reserved, image: &IMAGE, tenure: TENURE, guest }
 }
 
-/// What a daemon finds in a file.
+/// The contents that a daemon finds in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Found {
     Nothing,
@@ -92,7 +92,7 @@ impl Found {
         }
     }
 
-    /// What the next daemon finds in a file with these bytes.
+    /// The contents that the next daemon finds in a file with these bytes.
     fn in_bytes(bytes: &[u8]) -> Result<Self> {
         let file = Directory::new(bytes).file();
         let Some(header) = file.header()? else { return Ok(Self::Nothing) };
@@ -117,7 +117,7 @@ fn apply<'a>(id: FileId, before: &[u8], events: impl IntoIterator<Item = &'a Tra
             TraceEvent::File(_, FileChange::Length(length)) => bytes.resize(usize::try_from(*length).unwrap(), 0),
             TraceEvent::File(_, FileChange::ZerosFrom(first)) => bytes[usize::try_from(*first).unwrap()..].fill(0),
             TraceEvent::Store(store) => {
-                // A later mapping may have the addresses of one that is no more.
+                // A later mapping may have the addresses of one that was removed.
                 let mapping = mappings.iter().rev().find(|(_, mapping)| mapping.contains(&store.address));
                 let (owner, mapping) = mapping.expect("a store is to a mapping");
                 if *owner == id {
@@ -156,7 +156,7 @@ impl Step {
         Self::on_arena_of(&spec(FRAMES, GuestState::FRESH), prepare, step)
     }
 
-    /// As [`Step::on_arena`], on an arena that was made so.
+    /// Like [`Step::on_arena`], for an arena made from `spec`.
     fn on_arena_of(spec: &ArenaSpec<'_>, prepare: impl FnOnce(&Arena), step: impl FnOnce(&Arena)) -> Self {
         let directory = Directory::new(&[]);
         let file = directory.file();
@@ -178,7 +178,7 @@ impl Step {
         self.in_state(&self.events)
     }
 
-    /// What a daemon finds that must not be, in whatever state the step was cut short.
+    /// The invalid contents that a daemon finds, over all states in which the step may be interrupted.
     fn faults(&self, is_allowed: impl Fn(&Found) -> bool) -> Vec<String> {
         let fault = |state: Vec<&TraceEvent>| match Found::in_bytes(&self.in_state(state)) {
             Ok(found) => (!is_allowed(&found)).then(|| format!("{found:?}")),
@@ -188,7 +188,7 @@ impl Step {
     }
 }
 
-/// Every kind of file that a daemon may find: its bytes, and what it holds.
+/// Every kind of file that a daemon may find: its bytes, and its contents.
 fn earlier_files() -> Vec<(Vec<u8>, Found)> {
     let mut files = vec![(Vec::new(), Found::Nothing)];
     for guest in GUESTS {
@@ -206,11 +206,11 @@ fn earlier_files() -> Vec<(Vec<u8>, Found)> {
     files
 }
 
-/// Whether a new arena for `guest` may leave `state` on its way from `old` to `new`.
+/// Whether the creation of an arena for `guest` may pass through `state` between `old` and `new`.
 fn is_on_the_way(state: &Found, old: &Found, new: &Found, guest: GuestState) -> bool {
     match state {
         Found::Nothing => *old == Found::Nothing,
-        // The header may record the guest's new state already.
+        // The header may already record the guest's new state.
         Found::Marker(recorded) => {
             let data_only = GuestState { write_through: false, ..guest };
             [GuestState::FRESH, data_only, guest].map(|guest| old.guest().or(guest)).contains(recorded)
@@ -278,7 +278,7 @@ fn a_frame_is_recorded_as_it_was_or_as_it_is() {
     }
 }
 
-/// While a page moves to another frame, at least one of them has its bytes and is recorded with them.
+/// While a page moves to another frame, at least one of the two frames has its bytes and a record of it.
 #[test]
 fn the_bytes_of_a_page_that_moves_are_in_a_frame_that_is_recorded_for_it() {
     let (old, new) = (FrameId(0), FrameId(1));
@@ -343,7 +343,7 @@ fn a_change_token_is_recorded_as_it_was_or_as_it_is() {
     }
 }
 
-/// Frames that have memory in the tests of a change of size, and those for which there is room.
+/// Frames that have memory in the tests of a change of size, and frames for which there is room.
 const RESERVED: u32 = 3000;
 const ROOM: u32 = 6000;
 /// A page in the last frame, and the bytes of its first word.
@@ -357,7 +357,7 @@ fn put_page(arena: &Arena, frame: FrameId) {
     arena.publish(frame, MOVED);
 }
 
-/// What the cache and the thread of its memory do when the cache shrinks to half its size.
+/// The steps of the cache and of its memory thread when the cache shrinks to half its size.
 fn shrink(arena: &Arena) {
     arena.copy_sectors(LAST, FrameId(0), SectorMask::ALL);
     arena.publish(FrameId(0), MOVED);
@@ -366,7 +366,7 @@ fn shrink(arena: &Arena) {
     while arena.free_unused().unwrap() {}
 }
 
-/// States in which a daemon does not find the page with its bytes, in a frame that has memory.
+/// States in which a daemon does not find the page with its bytes in a frame that has memory.
 fn states_without_page(step: &Step) -> Vec<String> {
     let fault = |state| {
         let file = Directory::new(&step.in_state(state)).file();
@@ -411,9 +411,9 @@ fn memory_that_is_freed_before_its_records_are_empty_is_found() {
     assert!(!states_without_page(&reordered(step(), first, 1)).is_empty());
 }
 
-// The checks find what they are for: the same steps with their stores in a wrong order.
+// The checks find what they are meant to find: the same steps with their stores in a wrong order.
 
-/// Moves the event at `from` before the one at `to`.
+/// Moves the event at `from` to before the one at `to`.
 fn reordered(mut step: Step, from: usize, to: usize) -> Step {
     let event = step.events.remove(from);
     step.events.insert(to, event);

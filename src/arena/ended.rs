@@ -1,10 +1,10 @@
-//! The tenures of a folder's removed caches whose images could not be told.
+//! The ended tenures of removed caches in a directory, whose images could not be updated.
 //!
 //! An image's record names its cache until the tenure ends. If the cache is removed while the image is under another
-//! name, the record stays open, and the next daemon would miss the cache. So the end of the tenure is noted beside the
-//! removed cache, where that daemon looks for it.
+//! name, the record stays open, and the next daemon would report the cache as missing. So the end of the tenure is
+//! recorded in the directory of the removed cache, where that daemon looks for it.
 //!
-//! The file has a line of fixed length for each tenure, which one write(2) appends.
+//! The file has a line of fixed length for each tenure, appended by one write(2).
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -31,7 +31,7 @@ fn line_of(tenure: TenureId, state: TenureState) -> String {
     format!("{:016x} {:032x} {letter}\n", tenure.generation, tenure.id)
 }
 
-/// Notes in the folder `dir` that a tenure has ended: in [`TenureState::Clean`] if everything is on the image.
+/// Records in the directory `dir` that a tenure has ended: in [`TenureState::Clean`] if all data is on the image.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when the file cannot be written; [`ErrorKind::Ledger`] as [`TrustedDir::open_file`].
@@ -48,13 +48,13 @@ pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: Tenu
     file.write_all(line_of(tenure, state).as_bytes()).map_err(failed)
 }
 
-/// How a tenure whose cache was at `cache` has ended, if that was noted beside the cache.
+/// How a tenure whose cache was at `cache` has ended, if that was recorded in the cache's directory.
 pub(super) fn state_of(cache: &Path, whose: AllowedOwner, tenure: TenureId) -> Option<TenureState> {
     let (shown, name) = (cache.with_file_name(NAME), OsStr::new(NAME));
     let file = TrustedDir::open(cache.parent()?, whose).and_then(|dir| dir.open_file(name, OpenMode::Read, &shown));
     let bytes = read(&file.ok()?).ok()?;
     let is = |state| bytes.chunks_exact(LINE_BYTES).any(|line| line == line_of(tenure, state).as_bytes());
-    // A loss counts more.
+    // A loss takes precedence.
     [TenureState::Forfeited, TenureState::Clean].into_iter().find(|&state| is(state))
 }
 

@@ -1,4 +1,4 @@
-//! The file that holds an arena: where it is, which image it belongs to, and the lock that keeps it to one process.
+//! The file that holds an arena: its location, its image, and the lock that restricts it to one process.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -27,14 +27,14 @@ use crate::tenure::record::{CachePlace, TenureState};
 /// How long to wait before the next attempt to lock a file that another process has locked.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
-/// How long to wait for a process that only looks at a file.
+/// How long to wait for a process that only examines a file.
 const LOOK_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Name of root's directory of arenas.
 const DIRECTORY: &str = "genblk";
 /// Prefix of the names of other users' directories of arenas.
 const DIRECTORY_OF_USER: &str = "genblk-";
-/// Most names that are tried for a new file: as many caches of one image, less one, may have been left.
+/// Most names that are tried for a new file. As many caches of one image, less one, may remain from earlier daemons.
 const NAMES_MAX: u32 = 64;
 
 /// Prefix of an arena's name in the service manager's fd store.
@@ -49,36 +49,36 @@ pub struct ArenaFile {
     entry: Option<DirEntry>,
 }
 
-/// What [`ArenaFile::look_at`] found.
+/// The result of [`ArenaFile::look_at`].
 #[derive(Debug)]
 pub struct Seen {
-    /// The user to whom the file belongs.
+    /// The user that owns the file.
     pub owner: u32,
-    /// Whether a process uses it.
+    /// Whether a process uses the file.
     pub is_locked: bool,
-    /// That process, if it can be named.
+    /// That process, if it can be identified.
     pub holder: Option<u32>,
-    /// What the file says of itself, or why that cannot be read.
+    /// The contents of the file, or the reason why they cannot be read.
     pub survey: Result<Option<Survey>>,
 }
 
-/// A file whose name another process knows.
+/// A file whose name only another process has.
 #[derive(Clone, Debug)]
 pub(super) struct Elsewhere {
     pub(super) shown: String,
     pub(super) recovery_hint: String,
     pub(super) removal_hint: String,
     pub(super) is_in_fdstore: bool,
-    /// This process needs the file no longer: nothing in it is to be kept.
+    /// This process no longer needs the file: nothing in it is to be kept.
     pub(super) is_removed: Arc<AtomicBool>,
 }
 
-/// Where a file outlives the daemon.
+/// The location of a file that outlives the daemon.
 #[derive(Debug)]
 enum Location {
     /// At a path in shared memory; the file is locked.
     Path(PathBuf),
-    /// Another process of the daemon knows where, and removes it when this one has ended.
+    /// At a location that another process of the daemon has. That process removes the file when this one has ended.
     Received(Box<Elsewhere>),
     /// In the fd store of the service manager, which passes it only to the next daemon of the same unit.
     FdStore { manager: Arc<ServiceManager>, name: String },
@@ -100,13 +100,13 @@ impl ArenaFile {
         Self { file, location: Location::Received(Box::new(elsewhere)), entry: None }
     }
 
-    /// A file that takes the place of this one, which was received: it ends as this one does.
+    /// A file that replaces this one, which was received from another process: it is removed in the same way.
     pub(super) fn received_like(&self, file: File) -> Option<Self> {
         let Location::Received(elsewhere) = &self.location else { return None };
         Some(Self::received(file, (**elsewhere).clone()))
     }
 
-    /// The directory of this user's arenas below `memory_dir`.
+    /// The directory of this user's arenas in `memory_dir`.
     pub fn dir(memory_dir: &Path) -> PathBuf {
         match effective_uid() {
             0 => memory_dir.join(DIRECTORY),
@@ -114,11 +114,10 @@ impl ArenaFile {
         }
     }
 
-    /// Creates and locks a file for a new cache of an image, in this user's directory below `memory_dir`; creates that,
-    /// too, if needed.
+    /// Creates and locks a file for a new cache of an image, in this user's directory in `memory_dir`, which is also
+    /// created if needed.
     ///
-    /// => Other files stay as they are: the caller has looked for caches of the image before. A file that holds nothing
-    ///    is used again.
+    /// => Other files stay unchanged: the caller has already looked for caches of the image. An empty file is reused.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the file cannot be created; [`ErrorKind::Ledger`] when another user could have made
@@ -133,8 +132,8 @@ impl ArenaFile {
                 Ok(file) if matches!(file.header(), Ok(None)) => return Ok(file),
                 Ok(_) => {}
                 Err(e) if e.kind() == ErrorKind::Locked => last = Some(e),
-                // A place that cannot be trusted, and where no cache was kept: a daemon that keeps none there loses
-                // nothing.
+                // A location that cannot be trusted, in which no cache was kept: a daemon that keeps its cache
+                // elsewhere loses nothing.
                 Err(e) if e.kind() == ErrorKind::Ledger && is_empty(&directory) => {
                     return Err(Error::new(ErrorKind::Memory, e.to_string()));
                 }
@@ -147,18 +146,16 @@ impl ArenaFile {
 
     /// Opens and locks an existing file.
     ///
-    /// # Errors
-    /// [`ErrorKind::Ledger`] when the file is not named as an arena is. Such a file must stay as it is: a disk image
-    /// that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`] when another process holds
-    /// its lock. Otherwise as [`ArenaFile::create_for`].
+    /// # Errors [`ErrorKind::Ledger`] when the file does not have the name of an arena. Such a file must stay
+    /// unchanged: a disk image that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`]
+    /// when another process holds its lock. Otherwise like [`ArenaFile::create_for`].
     pub fn open_existing(path: &Path, whose: AllowedOwner) -> Result<Self> {
         Self::open_within(path, whose, LOOK_PATIENCE)
     }
 
-    /// As [`ArenaFile::open_existing`], and waits at most `patience` for another process to release its lock.
+    /// Like [`ArenaFile::open_existing`], but waits at most `patience` for another process to release its lock.
     ///
-    /// # Errors
-    /// As [`ArenaFile::open_existing`].
+    /// # Errors As [`ArenaFile::open_existing`].
     pub fn open_within(path: &Path, whose: AllowedOwner, patience: Duration) -> Result<Self> {
         let shown = path.display();
         fs::symlink_metadata(path).map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e))?;
@@ -168,10 +165,10 @@ impl ArenaFile {
         Self::open(path, OpenMode::ReadWrite, whose, patience)
     }
 
-    /// The header of a file, which another process may use at the same time; `None` if it has none, or is not named as
-    /// an arena is.
+    /// The header of a file, which another process may use at the same time; `None` if it has none, or does not have
+    /// the name of an arena.
     ///
-    /// => The header may be one of an earlier boot.
+    /// => The header may be from an earlier boot.
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`], and [`ErrorKind::Ledger`] for an unknown layout.
@@ -184,7 +181,7 @@ impl ArenaFile {
         survey::header_of(&file, path)
     }
 
-    /// The header of an entry of the service manager's fd store, which stays there; otherwise as [`ArenaFile::peek`].
+    /// The header of an entry of the service manager's fd store, which stays there; otherwise like [`ArenaFile::peek`].
     ///
     /// # Errors
     /// As [`ArenaFile::peek`].
@@ -200,7 +197,7 @@ impl ArenaFile {
         }
     }
 
-    /// The directories of arenas below `memory_dir`, of all users; none if it does not exist.
+    /// The arena directories of all users in `memory_dir`; none if it does not exist.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when `memory_dir` cannot be listed.
@@ -211,7 +208,7 @@ impl ArenaFile {
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 return Ok(Vec::new());
             }
-            // The user may enter it and not list it.
+            // The user may access it but not list it.
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
                 return Ok([Self::dir(memory_dir)].into_iter().filter(|path| path.is_dir()).collect());
             }
@@ -221,7 +218,7 @@ impl ArenaFile {
         Ok(named.map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()).collect())
     }
 
-    /// Where a record of a tenure finds the file.
+    /// The location of the file, for the record of a tenure.
     pub fn place(&self) -> CachePlace {
         match &self.location {
             Location::Path(path) => CachePlace::Path(path.canonicalize().unwrap_or_else(|_| path.clone())),
@@ -230,25 +227,25 @@ impl ArenaFile {
         }
     }
 
-    /// Whether the file is in this user's directory below `memory_dir`.
+    /// Whether the file is in this user's directory in `memory_dir`.
     pub fn is_in(&self, memory_dir: &Path) -> bool {
         let directory = Self::dir(memory_dir);
         let directory = directory.canonicalize().unwrap_or(directory);
         matches!(self.place(), CachePlace::Path(path) if path.parent() == Some(&directory))
     }
 
-    /// Notes beside the file, which is about to be removed, that its tenure has ended: in [`TenureState::Clean`] if
-    /// everything is on the image. The next daemon of an image whose record could not be changed looks there.
+    /// Records in the directory of the file, which is about to be removed, that its tenure has ended: in
+    /// [`TenureState::Clean`] if all data is on the image. If the image's own record could not be changed, the next
+    /// daemon looks there.
     ///
-    /// # Errors
-    /// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be noted.
+    /// # Errors [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be recorded.
     pub fn note_ended(&self, tenure: TenureId, state: TenureState) -> Result<()> {
         match &self.location {
             Location::Path(path) => {
                 ended::note(&TrustedDir::open(split(path)?.0, AllowedOwner::Anyone)?, path, tenure, state)
             }
             Location::FdStore { .. } | Location::Received(_) => {
-                Err(Error::new(ErrorKind::Memory, format!("nothing can be noted beside {self}")))
+                Err(Error::new(ErrorKind::Memory, format!("cannot record the end of a tenure next to {self}")))
             }
         }
     }
@@ -258,9 +255,10 @@ impl ArenaFile {
         ended::state_of(path, whose, tenure)
     }
 
-    /// Makes the file one that no daemon uses: its pages stay for the operator.
+    /// Sets the file aside: no daemon uses it, and its pages stay for the operator.
     ///
-    /// => The file may be another user's, who can shrink it meanwhile, so it is not mapped where write(2) works.
+    /// => The file may belong to another user, who can shrink it meanwhile. So it is mapped only if write(2) does not
+    ///    work.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the file cannot be changed.
@@ -276,28 +274,25 @@ impl ArenaFile {
 
     /// Checks that no other user could have put a file into a directory.
     ///
-    /// # Errors
-    /// [`ErrorKind::Ledger`] when one could; [`ErrorKind::Memory`] when it cannot be opened.
+    /// # Errors [`ErrorKind::Ledger`] when another user could have done so; [`ErrorKind::Memory`] when the directory
+    /// cannot be opened.
     pub fn check_dir(directory: &Path, whose: AllowedOwner) -> Result<()> {
         TrustedDir::open(directory, whose).map(drop)
     }
 
-    /// Whether a process uses a file. Takes the lock for an instant, if it is free.
+    /// Whether a process uses a file. Takes the lock for a moment, if it is free.
     pub fn is_held(path: &Path, whose: AllowedOwner) -> bool {
         let opened = split(path)
             .and_then(|(directory, name)| TrustedDir::open(directory, whose)?.open_file(name, OpenMode::Read, path));
         opened.is_ok_and(|file| file.try_lock_shared().is_err())
     }
 
-    /// Looks at a file without its lock: a daemon may use it at the same time.
-    ///
-    /// # Errors
-    /// As [`ArenaFile::open_existing`].
+    /// Examines a file without its lock: a daemon may use it at the same time.
     pub fn look_at(path: &Path, whose: AllowedOwner) -> Result<Seen> {
         let (directory, name) = split(path)?;
         let dir = TrustedDir::open(directory, whose)?;
         let file = dir.open_file(name, OpenMode::Read, path)?;
-        // A daemon that starts at this instant tries again; another look does not notice.
+        // A daemon that starts at this moment retries; another examination is not affected.
         let is_locked = file.try_lock_shared().is_err();
         let _ = file.unlock();
         let holder = if is_locked { lock_holder(&file) } else { None };
@@ -337,7 +332,7 @@ impl ArenaFile {
         }
     }
 
-    /// A new, empty file in the place of one whose name was removed.
+    /// Creates a new, empty file at the path of this one, whose name was removed.
     ///
     /// # Errors
     /// As [`ArenaFile::create_for`], without waiting; [`ErrorKind::Ledger`] when the name leads to another file.
@@ -349,36 +344,33 @@ impl ArenaFile {
         let file = Self::open(path, OpenMode::Create, AllowedOwner::Own, Duration::ZERO)?;
         match file.file.metadata() {
             Ok(metadata) if metadata.len() == 0 => Ok(file),
-            _ => Err(Error::new(ErrorKind::Ledger, format!("another file is in the place of {self}"))),
+            _ => Err(Error::new(ErrorKind::Ledger, format!("another file has the path of {self}"))),
         }
     }
 
-    /// What the file says of itself; `None`: it holds nothing.
-    ///
-    /// # Errors
-    /// As [`Survey`] says: [`ErrorKind::Ledger`] for a file that is damaged or forged.
+    /// The contents of the file; `None`: it holds nothing.
     pub fn survey(&self) -> Result<Option<Survey>> {
         Survey::of(&self.file, Path::new(&self.to_string()))
     }
 
-    /// The user to whom the file belongs.
+    /// The user that owns the file.
     pub fn owner(&self) -> u32 {
         self.file.metadata().map_or(u32::MAX, |metadata| metadata.uid())
     }
 
-    /// Whether the next daemon would find the file: its name still leads to it.
+    /// Whether the next daemon would find the file, because its name still leads to it.
     pub fn is_reachable(&self) -> bool {
         match &self.location {
-            // By the path: its directory may have been removed or renamed.
+            // Check the path: its directory may have been removed or renamed.
             Location::Path(path) => is_at(&self.file, path),
-            // The process that knows its name looks.
+            // The process that has its name checks it.
             Location::FdStore { .. } | Location::Received(_) => true,
         }
     }
 
     /// Creates a file in the service manager's fd store.
     ///
-    /// => The service manager has the file before this returns, and so before it holds any data.
+    /// => The service manager has received the file before this returns, and so before the file holds any data.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the service manager does not keep it.
@@ -409,7 +401,7 @@ impl ArenaFile {
         let location = Location::FdStore { manager: Arc::clone(manager), name: name.to_owned() };
         let file = Self { file, location, entry: None };
         if file.header()?.is_none() {
-            // Its daemon died before it put anything in, or after it had written everything to the image.
+            // Its daemon died before it wrote any data to the file, or after it had written everything to the image.
             file.remove();
             return Ok(None);
         }
@@ -425,7 +417,7 @@ impl ArenaFile {
         }
     }
 
-    /// How the operator gets the file's data to the image.
+    /// How the operator can write the file's data to the image.
     pub fn recovery_hint(&self) -> String {
         match &self.location {
             Location::Path(path) => {
@@ -436,7 +428,7 @@ impl ArenaFile {
         }
     }
 
-    /// How the operator removes the file.
+    /// How the operator can remove the file.
     pub fn removal_hint(&self) -> String {
         match &self.location {
             Location::Path(path) => format!("remove it with \"genblk recover --discard {}\"", path.display()),
@@ -447,16 +439,15 @@ impl ArenaFile {
         }
     }
 
-    /// Makes it impossible to shrink a file in the fd store, which would raise SIGBUS in every process that maps it.
+    /// Seals a file in the fd store against shrinking, which would raise SIGBUS in every process that maps it.
     ///
-    /// # Errors
-    /// [`ErrorKind::Memory`] for those of fcntl(2).
+    /// # Errors [`ErrorKind::Memory`] for errors of fcntl(2).
     pub(super) fn seal(&self) -> Result<()> {
         let sealed = if self.is_in_fdstore() { memfd::forbid_shrinking(&self.file) } else { Ok(()) };
         sealed.map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {self}"), e))
     }
 
-    /// The header that the previous daemon left; `None` if it left none.
+    /// The header that the previous daemon wrote; `None` if there is none.
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] for an unknown layout, and for an arena from an earlier boot of the host.
@@ -478,10 +469,10 @@ impl ArenaFile {
         Ok(header)
     }
 
-    /// Frees the file's memory except its header, which then says that there are no frames: a loss marker. A file
-    /// without a header becomes empty.
+    /// Frees the file's memory except its header, which then has a frame count of 0: a loss marker. A file without a
+    /// header becomes empty.
     ///
-    /// => The daemon may be killed at any point: what the header records of the guest stays.
+    /// => The daemon may be killed at any point: the recorded state of the guest stays.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the file cannot be changed; [`ErrorKind::Ledger`] as [`ArenaFile::header`].
@@ -491,14 +482,14 @@ impl ArenaFile {
             if kept > 0 {
                 let mapping = Mapping::new(&self.file, HEADER_BYTES)?;
                 mapping.store(field::FRAMES, 0);
-                // A huge page stays as a whole, and the next cache's ledger must not find anything in it.
+                // A huge page is not freed in part, and the next cache's ledger must not find old contents in it.
                 let rest = mapping.bytes() - HEADER_BYTES;
                 if rest > 0 {
                     mapping.zero(HEADER_BYTES, rest);
                 }
             }
             match mapping::set_length(&self.file, kept) {
-                // It is sealed.
+                // The file is sealed.
                 Err(_) if self.is_in_fdstore() => mapping::free_behind(&self.file, kept),
                 result => result,
             }
@@ -509,7 +500,7 @@ impl ArenaFile {
     /// Removes the file.
     pub fn remove(&self) {
         match &self.location {
-            // If it is removed already, the path may hold another daemon's file by now.
+            // If the file was already removed, another daemon's file may have its path.
             Location::Path(_) => {
                 if let Some(entry) = self.entry.as_ref().filter(|entry| entry.leads_to(&self.file)) {
                     let _ = entry.unlink();
@@ -517,8 +508,8 @@ impl ArenaFile {
             }
             Location::Received(elsewhere) => elsewhere.is_removed.store(true, Ordering::Release),
             Location::FdStore { manager, name } => {
-                // The service manager does not confirm the removal, and the image changes from now on. So the next
-                // daemon must find no pages in the file, should it still get it: clear the magic number.
+                // The service manager does not confirm the removal, and the image changes from now on. So clear the
+                // magic number: the next daemon must find no pages in the file if it receives it after all.
                 let _ = self.file.write_all_at(&[0; 8], 0);
                 manager.fdstore_remove(name);
             }
@@ -543,7 +534,8 @@ fn is_at(file: &File, path: &Path) -> bool {
 
 /// The name of an image's arena in the fd store. sd_notify(3) allows 255 characters and no colon.
 ///
-/// => It differs from the names that the service manager passed: an entry of that name would be removed with this one.
+/// => It differs from all names that the service manager passed: removing an entry removes all entries of the same
+///    name.
 fn fdstore_name(manager: &ServiceManager, image: &ImageFacts) -> String {
     let passed = manager.fdstore_names();
     let name = |serial| format!("{FDSTORE_PREFIX}{}", image.identity.file_name(image.size_bytes, serial));
@@ -575,7 +567,7 @@ fn is_empty(directory: &Path) -> bool {
     fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_none())
 }
 
-/// Creates a directory that only this user can write to, unless there is one.
+/// Creates a directory that only this user can write to, unless it exists.
 fn make_dir(directory: &Path) -> Result<()> {
     match DirBuilder::new().recursive(true).mode(0o700).create(directory) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {

@@ -1,5 +1,5 @@
-//! What the file of an arena records of the guest: a loss of completed writes, its choice of write-through, and formats
-//! whose headers it has written.
+//! The recorded state of the guest in an arena's file: a loss of completed writes, its choice of write-through, and the
+//! formats whose headers it has written.
 
 use std::sync::atomic::Ordering;
 
@@ -20,10 +20,10 @@ impl Arena {
         self.data_loss.load(Ordering::Acquire)
     }
 
-    /// Forgets the data loss: the guest has reset the device, and relies on nothing but the image.
+    /// Clears the data loss: the guest has reset the device, and relies only on the image.
     ///
-    /// => Without a loss this changes nothing: the same word may say that the cache holds unwritten data, which the
-    ///    guest still reads. With a loss there is no such data, because every request fails.
+    /// => Without a loss this changes nothing: the same word may indicate that the cache holds unwritten data, which
+    ///    the guest still reads. With a loss there is no such data, because every request fails.
     pub fn clear_data_loss(&self) {
         if self.data_loss.swap(false, Ordering::AcqRel) {
             self.store_in_header(field::UNWRITTEN, 0);
@@ -42,7 +42,8 @@ impl Arena {
         self.write_through.load(Ordering::Acquire)
     }
 
-    /// Records that the guest has written the headers of these formats to its disk, which may not be on record there.
+    /// Records that the guest has written the headers of these formats to its disk, which the image may not record
+    /// itself.
     pub fn add_guest_formats(&self, formats: u64) {
         let before = self.formats.fetch_or(formats, Ordering::AcqRel);
         if before | formats != before {
@@ -50,7 +51,7 @@ impl Arena {
         }
     }
 
-    /// The image has these formats on record: the next daemon need not find them here.
+    /// The image has recorded these formats: the next daemon need not find them here.
     pub fn remove_guest_formats(&self, formats: u64) {
         let before = self.formats.fetch_and(!formats, Ordering::AcqRel);
         if before & formats != 0 {
@@ -58,17 +59,17 @@ impl Arena {
         }
     }
 
-    /// Formats whose headers the guest has written, and that may not be on record at the image.
+    /// Formats whose headers the guest has written, and which the image may not have recorded.
     pub fn guest_formats(&self) -> u64 {
         self.formats.load(Ordering::Acquire)
     }
 
-    /// What the next daemon must know of the guest even if it gets no pages, apart from a loss.
+    /// Whether the guest's state must be kept for the next daemon even without pages, apart from a loss.
     pub(super) fn has_guest_choices(&self) -> bool {
         self.is_write_through() || self.guest_formats() != 0
     }
 
-    /// Records that everything is on the image: the daemon's death would lose nothing.
+    /// Records that all data is on the image: a crash of the daemon would lose nothing.
     pub fn all_written(&self) {
         if let Some(LossMarker { marker, .. }) = self.marker()
             && marker.load(field::UNWRITTEN) != 0

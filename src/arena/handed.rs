@@ -1,7 +1,8 @@
-//! An arena in two processes of a daemon. One has created or found it, knows where it is, and keeps it while the other
-//! one, which maps it and uses it, may die and be replaced.
+//! An arena in two processes of a daemon. The first process has created or found it, has its name, and keeps it. The
+//! second process maps and uses it, and may die and be replaced.
 //!
-//! The second process gets descriptors and never a name: it asks for the removal of a file, and the first one does it.
+//! The second process gets descriptors and never a name: it requests the removal of a file, and the first one removes
+//! it.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::tenure::token::ChangeToken;
 use crate::units::counted;
 
-/// Which kind of arena it is; see [`super`].
+/// The kind of the arena; see [`super`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum ArenaKind {
     Persistent,
@@ -27,13 +28,13 @@ enum ArenaKind {
     Anonymous,
 }
 
-/// What the process that uses an arena is told about it. The descriptors come with it, in the order of
+/// The description of an arena for the process that uses it. The descriptors come with it, in the order of
 /// [`KeptArena::descriptors`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArenaParts {
     kind: ArenaKind,
     frames: usize,
-    /// How many frames are known to have memory, where no file records it.
+    /// How many frames are known to have memory, if no file records it.
     #[serde(default, skip_serializing_if = "is_none_known")]
     reserved: usize,
     /// The file, for messages; empty if there is none.
@@ -41,36 +42,35 @@ pub struct ArenaParts {
     recovery_hint: String,
     removal_hint: String,
     is_in_fdstore: bool,
-    /// Whether a loss marker takes the place of a file that lost its name.
+    /// Whether a loss marker has replaced a file that lost its name.
     has_substitute: bool,
-    /// What is known of the guest where no file records it.
+    /// The known state of the guest, if no file records it.
     data_loss: bool,
     write_through: bool,
     formats: u64,
-    /// The host's boot ID, with which a header is compared.
+    /// The host's boot ID, to be compared with that of a header.
     boot: [u8; 16],
 }
 
-/// A message without the number says that none is known.
+/// A message without the number means that it is unknown.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
 fn is_none_known(reserved: &usize) -> bool {
     *reserved == 0
 }
 
-/// An arena that was received, and what becomes of its file in the end.
+/// A received arena, and whether its file is to be removed in the end.
 #[derive(Debug)]
 pub struct ReceivedArena {
     /// The arena.
     pub arena: Arena,
-    /// Set when the arena was dropped and its file, or the loss marker in its place, is to be removed.
+    /// Set when the arena is dropped and its file, or the loss marker that replaced it, is to be removed.
     pub is_removed: Arc<AtomicBool>,
 }
 
 impl ReceivedArena {
-    /// Maps an arena that another process of the daemon hands out.
+    /// Maps an arena that another process of the daemon passes on.
     ///
-    /// # Errors
-    /// [`ErrorKind::System`] when descriptors are missing; else as [`Arena::attach`].
+    /// # Errors [`ErrorKind::System`] when descriptors are missing; otherwise as [`Arena::attach`].
     pub fn new(parts: &ArenaParts, files: impl IntoIterator<Item = File>) -> Result<Self> {
         note_boot_id(parts.boot);
         let mut files = files.into_iter();
@@ -92,7 +92,7 @@ impl ReceivedArena {
                 let file = named(first);
                 let header = file.header()?.ok_or_else(|| Error::new(ErrorKind::Ledger, format!("{file} is empty")))?;
                 if header.frames != frames as u64 {
-                    let context = format!("{file} has {}, and {frames} are expected", counted(header.frames, "frame"));
+                    let context = format!("{file} has {} instead of {frames}", counted(header.frames, "frame"));
                     return Err(Error::new(ErrorKind::Ledger, context));
                 }
                 Arena::attach(file, &header)?
@@ -112,7 +112,7 @@ impl ReceivedArena {
         if parts.has_substitute {
             let file = named(files.next().ok_or_else(missing)?);
             let marker = map(&file.file, HEADER_BYTES)?;
-            // A new arena has none yet.
+            // A new arena has no substitute yet.
             let _ = arena.substitute.set(LossMarker { marker, file });
         }
         Ok(Self { arena, is_removed })
@@ -132,7 +132,7 @@ impl ArenaParts {
 }
 
 impl Arena {
-    /// An empty file in the place of one that lost its name, received from the process that knows the name, for
+    /// An empty file that replaces one that lost its name, received from the process that has the name, for
     /// [`Arena::replace_lost_file`].
     pub fn received_marker(&self, file: File) -> Option<ArenaFile> {
         let lost = match &self.persistence {
@@ -142,7 +142,7 @@ impl Arena {
         lost.received_like(file)
     }
 
-    /// The arena as the process keeps it that does not use it. It is not mapped any more.
+    /// The arena as kept by the process that does not use it. It is no longer mapped.
     pub fn into_kept(mut self) -> KeptArena {
         let (frames, reserved, memory) = (self.frames, self.reserved_frames(), self.memory_file.take());
         let (data_loss, write_through, formats) = (self.has_data_loss(), self.is_write_through(), self.guest_formats());
@@ -161,15 +161,15 @@ impl Arena {
 pub struct KeptArena {
     kind: ArenaKind,
     frames: usize,
-    /// How many frames are known to have memory, where no file records it.
+    /// How many frames are known to have memory, if no file records it.
     reserved: usize,
-    /// Memory without a name.
+    /// The memory of an arena without a named file.
     memory: Option<File>,
     /// The file that outlives the daemon.
     file: Option<ArenaFile>,
-    /// What takes its place once its name no longer leads to it.
+    /// The file that replaces `file` once the name of `file` no longer leads to it.
     substitute: Option<ArenaFile>,
-    /// Its name no longer leads to it.
+    /// The name of `file` no longer leads to it.
     is_lost: bool,
     data_loss: bool,
     write_through: bool,
@@ -177,7 +177,7 @@ pub struct KeptArena {
 }
 
 impl KeptArena {
-    /// What the process that uses the arena is told.
+    /// The description of the arena for the process that uses it.
     pub fn parts(&self) -> ArenaParts {
         let text = |text: fn(&ArenaFile) -> String| self.file.as_ref().map_or_else(String::new, text);
         ArenaParts {
@@ -212,7 +212,7 @@ impl KeptArena {
         self.is_lost || self.file.as_ref().is_none_or(ArenaFile::is_reachable)
     }
 
-    /// The file's name no longer leads to it. Puts an empty file in its place, for a loss marker.
+    /// The file's name no longer leads to it. Creates an empty file at its path, for a loss marker.
     ///
     /// # Errors
     /// As [`ArenaFile::recreate`]: a loss of completed writes would go undetected.
@@ -222,19 +222,19 @@ impl KeptArena {
         Ok(Some(self.substitute.insert(file.recreate()?).file.as_fd()))
     }
 
-    /// The process that used the arena died. The next one finds what it left; if that was only in its memory, the guest
-    /// must learn that completed writes may be lost.
+    /// The process that used the arena died. The next one restores its pages. If the pages were only in the memory of
+    /// that process, the guest must be informed that completed writes may be lost.
     pub fn note_death(&mut self, is_read_only: bool) {
-        // The size may have changed.
+        // The size may have changed before the death.
         self.reserved = 0;
         if self.kind == ArenaKind::Anonymous && !is_read_only {
             self.data_loss = true;
         }
     }
 
-    /// Records what the host tells about the image's last change, for the next daemon.
+    /// Records the image's change token for the next daemon.
     ///
-    /// => No process changes the image, or uses the arena.
+    /// => No process changes the image or uses the arena.
     ///
     /// # Errors
     /// As [`Arena::attach`].
@@ -250,7 +250,7 @@ impl KeptArena {
         Ok(())
     }
 
-    /// Whether the arena holds data that is nowhere else, as far as its file tells.
+    /// Whether the arena holds data that is nowhere else, according to its file.
     ///
     /// => No process uses the arena.
     ///

@@ -1,8 +1,8 @@
-//! The layout of an arena's file: a header that names the image, a ledger of what each frame holds, the frames.
+//! The layout of an arena's file: a header that names the image, a ledger with the contents of each frame, the frames.
 //!
 //! The daemon changes a frame's record in one store, after the bytes that the record describes. So the ledger is
-//! correct whenever the daemon dies. The next version of genblk must either read this layout or refuse it: every change
-//! of the layout changes [`LAYOUT`].
+//! consistent whenever the daemon dies. The next version of genblk must either read this layout or reject it: every
+//! change of the layout changes [`LAYOUT`].
 //!
 //! | bytes | content |
 //! |---|---|
@@ -13,9 +13,9 @@
 //!
 //! A loss marker (of a cache that does not survive its daemon) is a header alone.
 //!
-//! Layout 3 adds to the header the tenure and what the daemon last knew of its image ([`LastSeen`]): the image is no
-//! longer identified by its size, so that a grown image keeps its cache. Layout 4 adds hashes of pages of the image
-//! (`samples.rs`), and which formats' headers the guest has written.
+//! Layout 3 adds the tenure and the last known state of the image ([`LastSeen`]) to the header: the size no longer
+//! identifies the image, so that a grown image keeps its cache. Layout 4 adds hashes of pages of the image
+//! (`samples.rs`), and the formats whose headers the guest has written.
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -31,7 +31,7 @@ use crate::units::{FrameRecord, PAGE_SIZE, PageNo, SectorMask};
 
 /// The first eight bytes of a finished header.
 const MAGIC: u64 = u64::from_le_bytes(*b"genblk\0L");
-/// Version of the layout. This genblk reads this version and older ones; it refuses newer ones.
+/// Version of the layout. This genblk reads this version and older ones; it rejects newer ones.
 const LAYOUT: u64 = 4;
 /// The first layout whose header names a tenure.
 const FIRST_WITH_TENURES: u64 = 3;
@@ -75,9 +75,9 @@ pub(super) mod field {
     pub const TENURE_ID: usize = 3592;
     /// When the tenure began, in seconds since 1970.
     pub const SINCE: usize = 3608;
-    /// Not 0 if the image has the record of the tenure; 2 if that says that the tenure has ended.
+    /// Not 0 if the image has the record of the tenure; 2 if that record marks the tenure as over.
     pub const IS_RECORDED: usize = 3616;
-    /// `SET_ASIDE` (in layout 3: not 0) once the operator has set the cache aside: no daemon uses it any more.
+    /// `SET_ASIDE` (in layout 3: not 0) once the operator has set the cache aside: no daemon uses it.
     pub const IS_SET_ASIDE: usize = 3624;
     /// Length of `ALIAS` in bytes.
     pub const ALIAS_LEN: usize = 3632;
@@ -87,15 +87,15 @@ pub(super) mod field {
     pub const CHANGES: usize = 3648;
     /// Bytes of those changes.
     pub const CHANGED_BYTES: usize = 3656;
-    /// Which of the two tokens counts, 0 or 1: the other one is being stored.
+    /// The slot of the valid token, 0 or 1: the other one is being stored.
     pub const TOKEN_SLOT: usize = 3664;
     /// Two change tokens of the image, of `TOKEN_BYTES` each: see [`super::token_field`].
     pub const TOKENS: usize = 3672;
     /// Pages of the image with their hashes, `SAMPLES_MAX` pairs of words: see [`super::sample_at`].
     pub const SAMPLES: usize = 3800;
-    /// Formats whose headers the guest has written, where the image cannot record that: `GuestState::formats`.
+    /// Formats whose headers the guest has written, if the image cannot record that: `GuestState::formats`.
     pub const GUEST_FORMATS: usize = 4056;
-    /// How many frames, the last ones, have no memory.
+    /// Number of frames at the end that have no memory.
     pub const UNRESERVED: usize = 4064;
     /// Not 0 once the guest has selected write-through: the last word of the header.
     pub const WRITE_THROUGH: usize = super::HEADER_BYTES - 8;
@@ -103,7 +103,7 @@ pub(super) mod field {
 
 /// Offsets of the fields of a change token.
 pub(super) mod token_field {
-    /// 1 + the number of changes before which the token was taken; 0: there is no token.
+    /// 1 + the number of changes that had started when the token was taken; 0: there is no token.
     pub const AT: usize = 0;
     /// `CHANGED_BYTES` when the token was taken.
     pub const CHANGED_BYTES: usize = 8;
@@ -114,7 +114,7 @@ pub(super) mod token_field {
 /// Marks a cache as set aside, in any layout. In layouts 1 and 2 it is where a path of more than 3528 bytes would be.
 pub(super) const SET_ASIDE: u64 = u64::from_le_bytes(*b"setaside");
 
-/// Bytes of a change token with its fields.
+/// Bytes of a change token and its fields.
 const TOKEN_BYTES: usize = token_field::TOKEN + 8 * ChangeToken::WORDS;
 
 /// Offset of a change token.
@@ -122,7 +122,7 @@ pub(super) fn token_at(slot: u64) -> usize {
     if slot == 0 { field::TOKENS } else { field::TOKENS + TOKEN_BYTES }
 }
 
-/// Most pages of the image whose hashes a header has.
+/// Most pages of the image whose hashes fit in a header.
 pub const SAMPLES_MAX: usize = (field::GUEST_FORMATS - field::SAMPLES) / 16;
 
 /// Offsets of the number of a page (plus 1; 0: the slot is empty) and of its hash.
@@ -140,32 +140,32 @@ const OLD_PATH_BYTES_MAX: usize = field::WRITE_THROUGH - field::PATH;
 /// Longest other name that a header holds, in bytes; a longer one is left out.
 const ALIAS_BYTES_MAX: usize = field::GENERATION - field::ALIAS;
 
-/// What became of the completed writes of a guest that outlived the previous daemon.
+/// The state of a guest's completed writes after the previous daemon has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestData {
-    /// Each is in the arena or on the image.
+    /// All of them are in the arena or on the image.
     Intact,
-    /// A daemon died with writes in its cache that were nowhere else. The guest does not know yet.
+    /// A daemon died with writes in its cache that were nowhere else. The guest has not detected that yet.
     Lost,
 }
 
-/// What the file of an arena records of the guest.
+/// The state of the guest that an arena's file records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestState {
     /// Whether a daemon died and lost data of the guest.
     pub data: GuestData,
     /// Whether the guest has selected write-through.
     pub write_through: bool,
-    /// Formats other than raw whose headers the guest has written to its disk, a bit for each, where the image cannot
+    /// Formats other than raw whose headers the guest has written to its disk, a bit for each, if the image cannot
     /// record that.
     pub formats: u64,
 }
 
 impl GuestState {
-    /// Nothing to remember: the state of a guest that no file records.
+    /// Nothing to record: the state of a guest without a file.
     pub const FRESH: Self = Self { data: GuestData::Intact, write_through: false, formats: 0 };
 
-    /// What either of two files records.
+    /// Combines the states that two files record.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         let data = if self.data == GuestData::Lost { GuestData::Lost } else { other.data };
@@ -174,7 +174,7 @@ impl GuestState {
     }
 }
 
-/// What a header records of its image.
+/// The facts about its image that a header records.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageFacts {
     /// The image's identity.
@@ -190,28 +190,28 @@ pub struct ImageFacts {
 /// The tenure that a header belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TenureFacts {
-    /// Its name.
+    /// Its ID.
     pub id: TenureId,
-    /// When it began, in seconds since 1970.
+    /// Its start, in seconds since 1970.
     pub since: u64,
-    /// Whether the image has its record.
+    /// Whether the image has a record of it.
     pub is_recorded: bool,
-    /// Whether that record says that it has ended.
+    /// Whether that record marks it as over.
     pub is_over: bool,
 }
 
-/// What the header of a new arena records.
+/// The specification of a new arena and its header.
 #[derive(Clone, Copy, Debug)]
 pub struct ArenaSpec<'a> {
-    /// Number of frames for which there is to be room.
+    /// Number of frames for which there is room.
     pub frames: usize,
-    /// How many of them get memory at once.
+    /// Number of frames that get memory immediately.
     pub reserved: usize,
     /// The image.
     pub image: &'a ImageFacts,
     /// The tenure.
     pub tenure: TenureFacts,
-    /// What earlier files record of the guest.
+    /// The state of the guest that earlier files record.
     pub guest: GuestState,
 }
 
@@ -230,11 +230,11 @@ pub struct Header {
     pub boot: [u8; 16],
     /// The tenure; `None` in layouts 1 and 2.
     pub tenure: Option<TenureFacts>,
-    /// Whether the operator has set the cache aside: no daemon uses it any more.
+    /// Whether the operator has set the cache aside: no daemon uses it.
     pub is_set_aside: bool,
-    /// What the daemon last knew of the image.
+    /// The last known state of the image.
     pub last_seen: LastSeen,
-    /// What it records of the guest.
+    /// The recorded state of the guest.
     pub guest: GuestState,
 }
 
@@ -260,7 +260,7 @@ impl Header {
         self.layout == LAYOUT && self.frames >= frames as u64
     }
 
-    /// Whether this is the header of a cache of the image of a layout that does not note which formats' headers the
+    /// Whether this is the header of a cache of the image, in a layout that does not record which formats' headers the
     /// guest has written.
     pub fn is_silent_on_formats(&self, identity: &ImageId) -> bool {
         self.layout < FIRST_WITH_SAMPLES && self.frames > 0 && self.image.identity == *identity
@@ -283,8 +283,8 @@ impl Header {
 
     /// The header's words, each with its offset, in the order in which they are to be stored.
     ///
-    /// => Only the last two complete it: with a frame count of 0 it is a loss marker, and without the first word it is
-    ///    no header. So a new header may replace one that has no frames, which is then valid all the time.
+    /// => Only the last two words complete it: with a frame count of 0 it is a loss marker, and without the magic
+    ///    number it is no header. So a new header may replace a loss marker, which stays valid all the time.
     pub(super) fn words(&self) -> Vec<(usize, u64)> {
         let mut words = vec![
             (field::LAYOUT, self.layout),
@@ -313,9 +313,8 @@ impl Header {
 
     /// Reads a header. `None`: the daemon died before it finished the header, so the arena holds nothing.
     ///
-    /// # Errors
-    /// [`ErrorKind::Ledger`] when the bytes are no header or of a layout that this genblk does not know; `file` names
-    /// the file in the message.
+    /// # Errors [`ErrorKind::Ledger`] when the bytes are not a header, or have a layout that this genblk does not
+    /// support; `file` names the file in the message.
     pub(super) fn decode(bytes: &[u8; HEADER_BYTES], file: &impl Display) -> Result<Option<Self>> {
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
         let error = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{file}: {why}")));
@@ -382,7 +381,7 @@ impl Header {
     }
 }
 
-/// The word of a header for the record at the image.
+/// The word of a header that describes the record in the image.
 pub(super) fn recorded_word(is_recorded: bool, is_over: bool) -> u64 {
     u64::from(is_recorded) + u64::from(is_recorded && is_over)
 }
@@ -406,14 +405,14 @@ pub(super) fn image_words(image: &ImageFacts) -> Vec<(usize, u64)> {
     words
 }
 
-/// The words of a header for the name of the tenure, each with its offset.
+/// The words of a header for the ID of the tenure, each with its offset.
 fn tenure_words(tenure: TenureId) -> [(usize, u64); 3] {
     let bytes = tenure.id.to_le_bytes();
     let half = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     [(field::GENERATION, tenure.generation), (field::TENURE_ID, half(0)), (field::TENURE_ID + 8, half(8))]
 }
 
-/// Appends the words for `bytes` from offset `at` on.
+/// Appends the words for `bytes`, starting at offset `at`.
 fn put(words: &mut Vec<(usize, u64)>, at: usize, bytes: &[u8]) {
     for (offset, chunk) in (at..).step_by(8).zip(bytes.chunks(8)) {
         let mut word = [0; 8];
@@ -422,7 +421,7 @@ fn put(words: &mut Vec<(usize, u64)>, at: usize, bytes: &[u8]) {
     }
 }
 
-/// What the daemon last knew of the image, from the words of a header.
+/// The last known state of the image, from the words of a header.
 fn last_seen(word: impl Fn(usize) -> u64) -> LastSeen {
     let token = token_at(word(field::TOKEN_SLOT));
     let at = word(token + token_field::AT);
@@ -450,9 +449,9 @@ pub(super) fn boot_id() -> [u8; 16] {
     })
 }
 
-/// Notes the host's boot ID, for a process that may open no path.
+/// Sets the host's boot ID, for a process that may open no path.
 pub(super) fn note_boot_id(boot: [u8; 16]) {
-    // It is the same for every arena.
+    // The boot ID is the same for every arena.
     let _ = BOOT_ID.set(boot);
 }
 

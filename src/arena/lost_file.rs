@@ -1,6 +1,6 @@
-//! What happens when the file of an arena loses its name while the daemon runs: an operator removes it, logind does
-//! (RemoveIPC=), or another file system is mounted over its directory. The memory stays, and with it the cache, but the
-//! next daemon cannot find it. So from then on the cache is one that does not outlive the daemon.
+//! Handles an arena's file that loses its name while the daemon runs: an operator or logind (RemoveIPC=) removes it, or
+//! another file system is mounted over its directory. The memory and thus the cache stay, but the next daemon cannot
+//! find the file. So from then on the cache does not outlive the daemon.
 
 use std::sync::atomic::Ordering;
 
@@ -17,8 +17,8 @@ pub(super) struct LossMarker {
 }
 
 impl Arena {
-    /// What tells the next daemon whether this one's death loses data; `None` while the cache outlives the daemon, or
-    /// nothing does.
+    /// The marker that shows the next daemon whether this one's death lost data; `None` if the cache outlives the
+    /// daemon, or nothing does.
     pub(super) fn marker(&self) -> Option<&LossMarker> {
         self.substitute.get().or(match &self.persistence {
             Persistence::LossMarker(marker) => Some(marker),
@@ -26,7 +26,7 @@ impl Arena {
         })
     }
 
-    /// Whether the next daemon would find the arena's file, or there is none to be found.
+    /// Whether the next daemon would find the arena's file, or there is no file.
     pub fn is_reachable(&self) -> bool {
         self.substitute.get().is_some()
             || match &self.persistence {
@@ -37,19 +37,19 @@ impl Arena {
             }
     }
 
-    /// The arena's file lost its name, and nothing took its place.
+    /// The arena's file lost its name, and no marker replaced it.
     pub fn note_unmarked_loss(&self) {
         self.is_unmarked.store(true, Ordering::Release);
     }
 
-    /// Whether its file lost its name, and nothing took its place.
+    /// Whether the arena's file lost its name, and no marker replaced it.
     pub(super) fn is_unmarked(&self) -> bool {
         self.is_unmarked.load(Ordering::Acquire)
     }
 
-    /// Puts a loss marker in the place of a file whose name no longer leads to it: the cache does not outlive the
-    /// daemon any more, and the next daemon must know whether that lost data. `file` is a new, empty file in its place,
-    /// and `holds_unwritten` tells whether a loss would occur now.
+    /// Replaces a file whose name no longer leads to it by a loss marker: the cache no longer outlives the daemon, and
+    /// the marker must show the next daemon whether that lost data. `file` is a new, empty file at the same path, and
+    /// `holds_unwritten` states whether a loss would occur now.
     ///
     /// => The caller (the page cache, under its lock) publishes nothing meanwhile.
     ///
@@ -72,7 +72,7 @@ impl Arena {
                 };
                 marker.store(at, word);
             }
-            // The magic number is the last word of a header.
+            // The magic number is the last word to be stored.
             marker.store(field::MAGIC, header.load(field::MAGIC));
             Ok(marker)
         };

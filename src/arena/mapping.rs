@@ -1,4 +1,4 @@
-//! Mapped shared memory: the bytes, not their meaning.
+//! Mapped shared memory, without any knowledge of its layout.
 
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -19,7 +19,7 @@ use crate::sys::file_system::FileSystem;
 use crate::sys::memory::exclude_from_dumps;
 use crate::sys::racing::{self, Ahead};
 
-/// Name that /proc shows for the memory of an arena without a path.
+/// Name in /proc of the memory of an arena without a path.
 pub(super) const MEMFD_NAME: &CStr = c"genblk-cache";
 
 /// Size of a huge page on x86-64 and on every architecture with base pages of 4 KiB.
@@ -42,8 +42,8 @@ impl Mapping {
     /// Maps the first `bytes` bytes of a file that is at least that long. The length is rounded up to whole blocks of
     /// the file system, because huge pages cannot be unmapped in part.
     ///
-    /// => The mapping is aligned for huge pages ([`Mapping::collapse`]), and is not part of core dumps: it holds what
-    ///    guests read and wrote.
+    /// => The mapping is aligned for huge pages ([`Mapping::collapse`]), and is not part of core dumps, because it
+    ///    holds data of guests.
     ///
     /// # Errors
     /// Errors of mmap(2) and fstatfs(2).
@@ -51,7 +51,7 @@ impl Mapping {
         Self::with_protection(file, bytes, libc::PROT_READ | libc::PROT_WRITE)
     }
 
-    /// As [`Mapping::new`], of a file that is open for reading only. A store to the mapping raises SIGSEGV.
+    /// Like [`Mapping::new`], for a file that is open for reading only. A store to the mapping raises SIGSEGV.
     ///
     /// # Errors
     /// As [`Mapping::new`].
@@ -81,7 +81,7 @@ impl Mapping {
         }
         mapped?;
         if let Err(e) = exclude_from_dumps(base.addr()..base.addr() + bytes) {
-            // The memory works anyway; a kernel without the advice is built without core dumps.
+            // The memory works without it; a kernel that lacks the advice was built without core dumps.
             debug!("cannot keep the cache's memory out of core dumps: {e}");
         }
         shared_memory::changed(file, FileChange::Mapped(base.addr(), bytes));
@@ -118,7 +118,7 @@ impl Mapping {
         self.word(at).load(Ordering::Acquire)
     }
 
-    /// Stores the word at byte `at`, a multiple of eight, after all stores before.
+    /// Stores the word at byte `at`, a multiple of eight, after all earlier stores.
     pub fn store(&self, at: usize, value: u64) {
         shared_memory::store(self.word(at), value, Ordering::Release);
     }
@@ -128,7 +128,7 @@ impl Mapping {
         self.bytes
     }
 
-    /// Faults in up to `bytes` bytes from byte `at` on, a multiple of the page size, without changing them.
+    /// Faults in up to `bytes` bytes, starting at byte `at`, a multiple of the page size, without changing them.
     ///
     /// # Errors
     /// Errors of madvise(2); EINVAL before Linux 5.14.
@@ -141,8 +141,8 @@ impl Mapping {
         }
     }
 
-    /// Collapses the base pages of [`HUGE_PAGE_BYTES`] bytes from byte `at` on, a multiple of that, into one huge page.
-    /// Addresses and bytes stay as they are; address translation gets faster, for the CPU and for the kernel's
+    /// Collapses the base pages of [`HUGE_PAGE_BYTES`] bytes, starting at byte `at`, a multiple of that, into one huge
+    /// page. Addresses and bytes stay the same; address translation gets faster, for the CPU and for the kernel's
     /// transfers.
     ///
     /// # Errors
@@ -157,7 +157,7 @@ impl Mapping {
         }
     }
 
-    /// Copies bytes from byte `at` on into `target`.
+    /// Copies bytes, starting at byte `at`, to `target`.
     ///
     /// => No other thread writes the bytes meanwhile.
     pub fn read(&self, at: usize, target: &mut [u8]) {
@@ -166,7 +166,7 @@ impl Mapping {
         unsafe { ptr::copy_nonoverlapping(source, target.as_mut_ptr(), target.len()) };
     }
 
-    /// Copies `len` bytes from byte `source` on to byte `target` on; the two ranges do not overlap.
+    /// Copies `len` bytes from byte `source` to byte `target`; the two ranges do not overlap.
     ///
     /// => Guests may read and write both meanwhile: they get any mixture of old and new bytes.
     pub fn copy(&self, source: usize, target: usize, len: usize) {
@@ -177,7 +177,7 @@ impl Mapping {
         self.note_copied(target, len);
     }
 
-    /// Fills `len` bytes from byte `at` on with zeros.
+    /// Fills `len` bytes with zeros, starting at byte `at`.
     ///
     /// => As [`Self::copy`].
     pub fn zero(&self, at: usize, len: usize) {
@@ -198,7 +198,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: base and length are those of the mapping made in new(); nothing uses it after the value is gone.
+        // SAFETY: base and length are those of the mapping made in new(); nothing uses it after the value is dropped.
         unsafe { unmap(self.base, self.bytes) };
     }
 }
@@ -217,8 +217,7 @@ unsafe fn map(at: *mut u8, bytes: usize, protection: i32, flags: i32, fd: RawFd)
 
 /// munmap(2); does nothing for an empty range.
 ///
-/// # Safety
-/// Nothing uses the range any more.
+/// # Safety Nothing uses the range.
 unsafe fn unmap(at: *mut u8, bytes: usize) {
     if bytes > 0 {
         // SAFETY: the caller guarantees that the range is valid. The call fails only for an invalid range.
@@ -226,15 +225,14 @@ unsafe fn unmap(at: *mut u8, bytes: usize) {
     }
 }
 
-/// Extends a file in shared memory to at least `bytes` bytes, unless it is that long already, and allocates the memory
+/// Extends a file in shared memory to at least `bytes` bytes, unless it is already that long, and allocates the memory
 /// for these parts of it. Without that the kernel allocates at the first touch, and raises SIGBUS if there is no memory
 /// left.
 ///
-/// # Errors
-/// Errors of fallocate(2) and fstatfs(2), and an error with the memory that the host or a control group has available
-/// if that is less than the parts take.
+/// # Errors Errors of fallocate(2) and fstatfs(2), and an error with the available memory of the host or a control
+/// group, if that is less than the parts need.
 pub(super) fn allocate(file: &File, bytes: usize, parts: &[Range<usize>]) -> io::Result<()> {
-    // Devices start in parallel: what one checks must still be available when it allocates.
+    // Devices start in parallel: memory that one has checked must still be available when it allocates.
     static ALLOCATING: Mutex<()> = Mutex::new(());
     let _allocating = ALLOCATING.lock();
     let file_system = FileSystem::of(file)?;
@@ -252,8 +250,7 @@ pub(super) fn allocate(file: &File, bytes: usize, parts: &[Range<usize>]) -> io:
 
 /// Allocates the memory for parts of a file in shared memory that is long enough.
 ///
-/// # Errors
-/// Those of fallocate(2) and fstatfs(2).
+/// # Errors Errors of fallocate(2) and fstatfs(2).
 pub(super) fn allocate_parts(file: &File, parts: &[Range<usize>]) -> io::Result<()> {
     let file_system = FileSystem::of(file)?;
     for part in parts.iter().filter(|part| !part.is_empty()) {
@@ -264,10 +261,9 @@ pub(super) fn allocate_parts(file: &File, parts: &[Range<usize>]) -> io::Result<
     Ok(())
 }
 
-/// Frees the memory of a part of a file in shared memory, of which nothing is used from its start on.
+/// Frees the memory of a part of a file in shared memory. Neither the part nor anything behind its start is in use.
 ///
-/// # Errors
-/// Those of fallocate(2) and fstatfs(2).
+/// # Errors Errors of fallocate(2) and fstatfs(2).
 pub(super) fn free_part(file: &File, part: Range<usize>) -> io::Result<()> {
     let file_system = FileSystem::of(file)?;
     let (first, end) = (whole_blocks(&file_system, part.start)?, whole_blocks(&file_system, part.end)?);
@@ -279,7 +275,7 @@ pub(super) fn free_part(file: &File, part: Range<usize>) -> io::Result<()> {
     Ok(())
 }
 
-/// Truncates or extends a file in shared memory to `bytes` bytes, rounded up to whole blocks: hugetlbfs refuses a
+/// Truncates or extends a file in shared memory to `bytes` bytes, rounded up to whole blocks: hugetlbfs rejects a
 /// length that is not a multiple of its page size.
 ///
 /// # Errors
@@ -292,8 +288,8 @@ pub(super) fn set_length(file: &File, bytes: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// Frees the memory behind the first `bytes` bytes of a file of base pages, which keeps its length and reads as zeros
-/// there.
+/// Frees the memory behind the first `bytes` bytes of a file of base pages. The file keeps its length and reads as
+/// zeros there.
 ///
 /// # Errors
 /// Errors of fallocate(2) and fstat(2).
@@ -312,11 +308,11 @@ fn whole_blocks(file_system: &FileSystem, bytes: usize) -> io::Result<usize> {
     bytes.checked_next_multiple_of(file_system.block_bytes).ok_or_else(|| io::ErrorKind::FileTooLarge.into())
 }
 
-/// Share of a cache that its tables take, as a divisor: 3 percent, twice what a test allows the tables.
+/// Share of a cache that its tables take, as a divisor: 3 percent, twice the limit that a test enforces.
 const TABLES_DIVISOR: u64 = 32;
 
 /// Fails if the host has less than `bytes` bytes of memory available, or a control group of this process allows less:
-/// the kernel hands out more shared memory than it has, and then kills processes.
+/// the kernel overcommits shared memory, and then kills processes.
 pub(super) fn check_available(bytes: u64) -> io::Result<()> {
     if let Some(available) = available_bytes()
         && bytes > available

@@ -1,4 +1,5 @@
-//! What a loss marker says after the daemon's death, whether it was there from the start or has replaced a lost file.
+//! The state of a loss marker after the daemon's death, whether it was created at the start or has replaced a lost
+//! file.
 
 use std::path::PathBuf;
 
@@ -6,7 +7,7 @@ use super::*;
 use crate::image_id::ImageId;
 use crate::tenure::TenureId;
 
-/// Lets `act` use an arena with a loss marker; returns whether the marker tells the next daemon of a loss.
+/// Lets `act` use an arena with a loss marker; returns whether the marker reports a loss to the next daemon.
 fn tells_of_loss(test: &str, act: impl Fn(&Arena)) -> bool {
     let directory: PathBuf = std::env::temp_dir().join(format!("genblk-{test}-{}", std::process::id()));
     let identity = ImageId { device: 1, inode: 2, born_ns: 3 };

@@ -1,11 +1,11 @@
-//! The memory behind FrameIds: a mapping of shared memory, cut into 4 KiB frames.
+//! The memory of the cache's frames: a mapping of shared memory, divided into frames of 4 KiB.
 //!
-//! The arena hands out addresses. It never decides which thread may touch a frame's bytes: the page cache does, by its
-//! references (pins, store operations, residency).
+//! The arena provides addresses. The page cache decides which thread may access a frame's bytes, by its references
+//! (pins, store operations, residency).
 //!
 //! There are three kinds of arena:
 //!
-//! - *Persistent*: a file with a ledger of what each frame holds (`ledger.rs`). The cache outlives the daemon.
+//! - *Persistent*: a file with a ledger of the contents of each frame (`ledger.rs`). The cache outlives the daemon.
 //! - *Loss marker*: anonymous memory, and a small file that records whether the daemon's death loses data.
 //! - *Anonymous*: nothing outlives the daemon.
 //!
@@ -58,13 +58,13 @@ use lost_file::LossMarker;
 use mapping::{MEMFD_NAME, Mapping};
 use reserve::{Reservation, offset_in_new, parts_of, room_for};
 
-/// The memory of a cache; see the module.
+/// The memory of a cache; see the documentation of the module.
 #[derive(Debug)]
 pub struct Arena {
     memory: Mapping,
     /// Number of frames for which there is room.
     frames: usize,
-    /// How many of them have memory.
+    /// Number of frames that have memory.
     reservation: Reservation,
     /// Offset of the first frame in `memory`.
     offset: usize,
@@ -75,9 +75,10 @@ pub struct Arena {
     write_through: AtomicBool,
     /// See [`GuestState::formats`].
     formats: AtomicU64,
-    /// Takes the place of the file once its name no longer leads to it: the cache does not outlive the daemon any more.
+    /// The marker that replaces the file once its name no longer leads to it: the cache then no longer outlives the
+    /// daemon.
     substitute: OnceLock<LossMarker>,
-    /// The file lost its name, and nothing took its place.
+    /// The file lost its name, and no marker replaced it.
     is_unmarked: AtomicBool,
     /// The memory of an arena that is not in a file with a name.
     memory_file: Option<File>,
@@ -87,7 +88,7 @@ pub struct Arena {
     token: Mutex<()>,
 }
 
-/// What a cache holds that an image does not have room for.
+/// The contents of a cache that lie past the end of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overhang {
     /// Dirty pages past the end of the image.
@@ -99,7 +100,7 @@ pub struct Overhang {
 /// The file in which no arena could be created, returned to the caller.
 #[derive(Debug)]
 pub struct NotCreated {
-    /// Why.
+    /// The cause.
     pub error: Error,
     /// The file.
     pub file: ArenaFile,
@@ -111,14 +112,14 @@ impl fmt::Display for NotCreated {
     }
 }
 
-/// As for [`Error`], the text has the whole cause.
+/// As for [`Error`], the text contains the whole cause.
 impl std::error::Error for NotCreated {}
 
 /// The part of an arena that outlives the daemon.
 #[derive(Debug)]
 enum Persistence {
     None,
-    /// A marker.
+    /// Only a loss marker.
     LossMarker(LossMarker),
     /// Everything.
     Full {
@@ -133,14 +134,13 @@ enum Persistence {
 impl Arena {
     /// `frames` frames of zeroed memory that is freed with the daemon.
     ///
-    /// # Errors
-    /// [`ErrorKind::Memory`] when the host has less memory available. All memory is reserved now, so that no request of
-    /// a guest meets a shortage later.
+    /// # Errors [`ErrorKind::Memory`] when the host has less memory available. All memory is reserved now, so that no
+    /// request of a guest fails for lack of memory later.
     pub fn anonymous(frames: usize) -> Result<Self> {
         Self::anonymous_with_room(frames, frames)
     }
 
-    /// As [`Arena::anonymous`], with memory for `reserved` frames and room for `frames`.
+    /// Like [`Arena::anonymous`], with memory for `reserved` frames and room for `frames`.
     ///
     /// # Errors
     /// As [`Arena::anonymous`].
@@ -154,9 +154,10 @@ impl Arena {
         Ok(Self::new(memory, [reserved, frames], 0, Persistence::None, GuestState::FRESH).backed_by(file))
     }
 
-    /// As [`Arena::anonymous`], with a marker in `file` that tells the next daemon whether this one's death lost data.
+    /// Like [`Arena::anonymous`], with a marker in `file` that shows the next daemon whether this one's death lost
+    /// data.
     ///
-    /// => What the file holds is on the image. What it records of the guest stays.
+    /// => All data in the file is on the image. The recorded state of the guest stays.
     ///
     /// # Errors
     /// As [`Arena::anonymous`].
@@ -176,9 +177,9 @@ impl Arena {
         }
     }
 
-    /// Frames of zeroed memory in `file`, where they outlive the daemon.
+    /// Frames of zeroed memory in `file`, which outlives the daemon.
     ///
-    /// => What the file holds is on the image. What it records of the guest stays.
+    /// => All data in the file is on the image. The recorded state of the guest stays.
     ///
     /// # Errors
     /// As [`Arena::anonymous`], and for an image of more than 4 PiB.
@@ -193,7 +194,7 @@ impl Arena {
         };
         match create(spec) {
             Ok((memory, header)) => Ok(Self::with_file(memory, spec.frames, file, &header)),
-            // The room may exceed a limit of the host on file sizes: then the cache has none to grow.
+            // The room may exceed the host's limit on file sizes: then the cache gets no room to grow.
             Err(error) if spec.frames > spec.reserved => match create(&ArenaSpec { frames: spec.reserved, ..*spec }) {
                 Ok((memory, header)) => Ok(Self::with_file(memory, spec.reserved, file, &header)),
                 Err(_) => Err(NotCreated { error, file }),
@@ -204,8 +205,8 @@ impl Arena {
 
     /// The arena that the previous daemon left in `file`; `header` is the file's header.
     ///
-    /// => Dropping the arena keeps its file until [`Arena::keep_on_drop`] says otherwise: a daemon that fails to start
-    ///    must leave the cache to the next one.
+    /// => Dropping the arena keeps its file unless [`Arena::keep_on_drop`] was set to false: a daemon that fails to
+    ///    start must leave the cache to the next one.
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] when the file contradicts its header or the image's size; [`ErrorKind::Memory`] when it
@@ -215,7 +216,7 @@ impl Arena {
         let bytes = bytes_of(frames, frames_at(header, frames))?;
         let length = file.file.metadata().map_or(0, |metadata| metadata.len());
         if length < bytes as u64 {
-            let context = format!("{file} is truncated: it has {length} bytes, and its header asks for {bytes}");
+            let context = format!("{file} is truncated: it has {length} bytes, and its header requires {bytes}");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
         file.seal()?;
@@ -239,7 +240,7 @@ impl Arena {
         Err(Error::new(ErrorKind::Ledger, format!("{context}; {}", file.removal_hint())))
     }
 
-    /// A persistent arena in a file whose header and length are right.
+    /// A persistent arena in a file whose header and length are valid.
     fn with_file(memory: Mapping, frames: usize, file: ArenaFile, header: &Header) -> Self {
         let (zero_slots, records) = (header.zero_slots_at(), header.records_at());
         let persistence = Persistence::Full { file, zero_slots, records };
@@ -279,7 +280,7 @@ impl Arena {
         }
     }
 
-    /// The arena, whose memory is this file without a name.
+    /// The arena, with this unnamed file as its memory.
     fn backed_by(mut self, memory: File) -> Self {
         self.memory_file = Some(memory);
         self
@@ -316,9 +317,9 @@ impl Arena {
         first..first + self.frames * PAGE_SIZE
     }
 
-    /// Records what a frame holds.
+    /// Records the contents of a frame.
     ///
-    /// => The frame's bytes are in place.
+    /// => The frame's bytes are already in place.
     pub fn publish(&self, frame: FrameId, record: FrameRecord) {
         match &self.persistence {
             Persistence::None => {}
@@ -367,14 +368,13 @@ impl Arena {
         self.header().inspect(|header| header.store(at, value));
     }
 
-    /// Makes the arena, which belonged to the image `old`, one of the image `new`: the same image with another size, or
-    /// under another device number or path.
+    /// Moves the arena from the image `old` to the image `new`: the same image with another size, device number or
+    /// path.
     ///
-    /// => The daemon may be killed at any point. What lies past the end of the image is forgotten, and so are the
-    ///    sectors past the old end in the page that it cut: the ledger may call them valid, but they were never read.
+    /// => The daemon may be killed at any point. Contents past the end of the image are removed, and so are the sectors
+    ///    past the old end within the last page: the ledger may mark them as valid, but they were never read.
     ///
-    /// # Errors
-    /// The completed writes past the end of the new image; nothing has changed then.
+    /// # Errors The completed writes past the end of the new image; in that case nothing has changed.
     pub fn move_to(&self, old: &ImageFacts, new: &ImageFacts) -> std::result::Result<(), Overhang> {
         let (old_sectors, sectors) = (old.size_bytes / SECTOR_BYTES, new.size_bytes / SECTOR_BYTES);
         let beyond = |record: &FrameRecord| record.dirty.without(sectors_within(sectors, record.page));
@@ -402,17 +402,17 @@ impl Arena {
 
     /// The image has grown to `size_bytes` bytes.
     ///
-    /// => Before any page beyond the old end is published: the next daemon refuses a ledger with such a page.
+    /// => Call it before any page beyond the old end is published: the next daemon rejects a ledger with such a page.
     pub fn set_image_size(&self, size_bytes: u64) {
         self.store_in_header(field::SIZE_BYTES, size_bytes);
     }
 
-    /// Whether the ledger, if there is one, can number the pages of an image of this size.
+    /// Whether the ledger, if there is one, can number all pages of an image of this size.
     pub fn has_room_for(&self, size_bytes: u64) -> bool {
         !matches!(self.persistence, Persistence::Full { .. }) || !ledger::is_too_large(size_bytes)
     }
 
-    /// The mapping that begins with the header, in an arena that has one.
+    /// The mapping that starts with the header, if the arena has a header.
     fn header(&self) -> Option<&Mapping> {
         match (self.marker(), &self.persistence) {
             (Some(LossMarker { marker, .. }), _) => Some(marker),
@@ -421,7 +421,7 @@ impl Arena {
         }
     }
 
-    /// The recorded contents of the frames, without those that hold nothing.
+    /// The recorded contents of the frames, without empty records.
     pub fn records(&self) -> impl Iterator<Item = (FrameId, FrameRecord)> {
         let (count, at) = match &self.persistence {
             Persistence::Full { records, .. } => (self.reserved_frames(), *records),
@@ -433,7 +433,7 @@ impl Arena {
         })
     }
 
-    /// Forgets what the frames hold that is not dirty: the image may lack it.
+    /// Removes the records of clean sectors: the image may lack them.
     pub fn forget_clean(&self) {
         for (frame, record) in self.records().filter(|(_, record)| record.valid != record.dirty) {
             self.publish(frame, FrameRecord { valid: record.dirty, ..record });
@@ -451,7 +451,7 @@ impl Arena {
         self.keep_on_drop.load(Ordering::Acquire)
     }
 
-    /// The file of a persistent arena. Its contents stay, so that it can be kept, replaced or removed; `None` for
+    /// The file of a persistent arena, with its contents, so that it can be kept, replaced or removed; `None` for
     /// another kind of arena.
     pub fn into_file(mut self) -> Option<ArenaFile> {
         match std::mem::replace(&mut self.persistence, Persistence::None) {
@@ -460,7 +460,7 @@ impl Arena {
         }
     }
 
-    /// A copy of `count` sectors of a frame from its sector `first` on.
+    /// A copy of `count` sectors of a frame, starting at its sector `first`.
     ///
     /// => No other thread writes them meanwhile.
     pub fn sectors(&self, frame: FrameId, first: u8, count: u8) -> Vec<u8> {
@@ -478,7 +478,7 @@ impl Arena {
         }
     }
 
-    /// Where a record of a tenure finds what outlives the daemon.
+    /// The location of the part that outlives the daemon, for the record of a tenure.
     pub fn place(&self) -> CachePlace {
         match &self.persistence {
             Persistence::None => CachePlace::Memory,
@@ -486,12 +486,12 @@ impl Arena {
         }
     }
 
-    /// Bytes of memory besides the frames.
+    /// Bytes of memory in addition to the frames.
     pub fn overhead_bytes(&self) -> usize {
         self.with_reserved(|[table, _]| table.len().next_multiple_of(PAGE_SIZE))
     }
 
-    /// Whether the arena holds data that is nowhere else, or the guest does not know yet of such data that is lost.
+    /// Whether the arena holds data that is nowhere else, or such data is lost and the guest has not detected it yet.
     pub fn holds_unwritten(&self) -> bool {
         let is_marked = self.header().is_some_and(|header| header.load(field::UNWRITTEN) != 0);
         is_marked
@@ -502,7 +502,7 @@ impl Arena {
     /// Copies the sectors of `mask` from one frame to the same sectors of another.
     ///
     /// => The caller (the page cache, under its lock) owns the target's sectors, and nothing writes the source's
-    ///    meanwhile.
+    ///    sectors meanwhile.
     pub fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
         let (source, target) = (self.frame_at(source), self.frame_at(target));
         each_run(mask, |offset, len| self.memory.copy(source + offset, target + offset, len));
@@ -525,7 +525,7 @@ impl Drop for Arena {
         match (self.marker(), &self.persistence) {
             (Some(LossMarker { file, .. }), _) if !self.has_guest_choices() => file.remove(),
             (None, Persistence::Full { file, .. }) => {
-                // A loss marker is small enough to remember the guest's choices in.
+                // A loss marker is small enough to keep just for the guest's choices.
                 let is_kept = self.has_guest_choices() && file.shrink_to_header().is_ok();
                 if !is_kept {
                     file.remove();
@@ -544,21 +544,21 @@ pub fn sectors_within(image_sectors: u64, page: PageNo) -> SectorMask {
     }
 }
 
-/// Offset of the first of `frames` frames of a persistent arena; more than any file has if a forged header has so many
-/// frames.
+/// Offset of the first of `frames` frames of a persistent arena. For the excessive frame count of a forged header, it
+/// exceeds the length of any file.
 fn frames_at(header: &Header, frames: usize) -> usize {
     let records_end = frames.saturating_mul(RECORD_BYTES).saturating_add(header.records_at());
     records_end.checked_next_multiple_of(PAGE_SIZE).unwrap_or(usize::MAX)
 }
 
-/// Sets the word of a loss marker once there is something `unwritten`, unless it is set already.
+/// Sets the word of a loss marker if there is `unwritten` data, unless it is already set.
 fn note_unwritten(marker: &Mapping, unwritten: bool) {
     if unwritten && marker.load(field::UNWRITTEN) == 0 {
         marker.store(field::UNWRITTEN, 1);
     }
 }
 
-/// Bytes of `frames` frames from offset `offset` on, with what precedes them.
+/// Bytes of `frames` frames at offset `offset`, including everything before them.
 fn bytes_of(frames: usize, offset: usize) -> Result<usize> {
     frames
         .checked_mul(PAGE_SIZE)
@@ -568,14 +568,13 @@ fn bytes_of(frames: usize, offset: usize) -> Result<usize> {
 
 /// Checks that the host has `bytes` bytes of memory available.
 ///
-/// # Errors
-/// [`ErrorKind::Memory`] with what it has.
+/// # Errors [`ErrorKind::Memory`] with the amount that is available.
 pub fn check_memory(bytes: u64) -> Result<()> {
     let context = || format!("cannot allocate caches of {bytes} bytes");
     mapping::check_available(bytes).map_err(|e| Error::io(ErrorKind::Memory, context(), e))
 }
 
-/// Memory for `reserved` frames, mapped with room for `frames`, and the file behind it.
+/// Memory for `reserved` frames, mapped with room for `frames`, and the file that provides it.
 fn anonymous_memory(reserved: usize, frames: usize) -> Result<(File, Mapping)> {
     let (bytes, room) = (bytes_of(reserved, 0)?, bytes_of(frames, 0)?);
     let create = || {
@@ -587,10 +586,10 @@ fn anonymous_memory(reserved: usize, frames: usize) -> Result<(File, Mapping)> {
     create().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {bytes} bytes"), e))
 }
 
-/// Replaces a file's contents by a new arena without pages; returns the file's mapping and its header.
+/// Replaces a file's contents by a new, empty arena; returns the file's mapping and its header.
 ///
-/// => The daemon may be killed at any point. What the file records of the guest never leaves its header: a former arena
-///    becomes a loss marker first, which then gets its frames in one store.
+/// => The daemon may be killed at any point. The recorded state of the guest never leaves its header: a former arena
+///    first becomes a loss marker, which then gets its frames by one store.
 fn create_contents(file: &ArenaFile, spec: &ArenaSpec<'_>) -> Result<(Mapping, Header)> {
     let recorded = file.header()?.map_or(GuestState::FRESH, |header| header.guest);
     let guest = recorded.or(spec.guest);
@@ -608,7 +607,7 @@ fn create_contents(file: &ArenaFile, spec: &ArenaSpec<'_>) -> Result<(Mapping, H
         Mapping::new(&file.file, bytes)
     };
     let memory = create().map_err(|e| {
-        // Free what was allocated. Dropping the file removes it if it is empty.
+        // Free the allocated memory. Dropping the file removes it if it is empty.
         let _ = if guest == GuestState::FRESH { mapping::set_length(&file.file, 0) } else { Ok(()) };
         let _ = file.shrink_to_header();
         let cache = header.reserved * PAGE_BYTES;

@@ -1,13 +1,13 @@
 //! Populates the memory of an arena ahead of its use.
 //!
-//! The kernel zeroes and maps reserved memory at its first touch, page by page, which doubles the time of the first
-//! read into a frame. A thread touches all memory ahead of that, and has the kernel collapse it into huge pages,
+//! The kernel zeroes and maps reserved memory at its first access, page by page, which doubles the time of the first
+//! read into a frame. A thread accesses all memory ahead of that, and makes the kernel collapse it into huge pages,
 //! whether or not the host enables them for shared memory. Nothing waits for the thread: memory that it has not reached
-//! yet is populated at its first touch, as it would be without the thread.
+//! is populated at its first access, as without the thread.
 //!
-//! => The thread has a normal priority, and pauses after each step. With a lower priority, on a host that is busy, it
-//!    would not run for seconds in the middle of a step; a thread that maps memory would wait for it, and so would the
-//!    end of the process.
+//! => The thread has normal priority, and pauses after each step. With a lower priority, it could be suspended for
+//!    seconds in the middle of a step on a busy host; threads that map memory, and the end of the process, would wait
+//!    for it.
 
 use std::io;
 use std::sync::Arc;
@@ -25,7 +25,8 @@ use crate::units::{PAGE_SIZE, counted};
 /// Bytes populated by one system call, a fraction of a huge page. Meanwhile the kernel blocks every thread of the
 /// process that maps memory, as a front-end's connection does.
 const STEP_BYTES: usize = 256 << 10;
-/// The pause after a step is as long as the step took, and at most this long: the thread takes half a processor.
+/// The pause after a step is as long as the step took, and at most this long: the thread takes about half a
+/// processor.
 const PAUSE_MAX: Duration = Duration::from_millis(10);
 
 /// The thread that populates an arena; dropping the value stops it.
@@ -38,14 +39,15 @@ pub struct Populator {
 impl Populator {
     /// Starts populating `arena`; the thread's name and the log contain `name`.
     ///
-    /// => Does nothing if the host cannot start a thread, or has a kernel before Linux 5.14.
+    /// => Does nothing if the host cannot start a thread, or its kernel is older than Linux 5.14.
     pub fn start(name: &str, arena: &Arc<Arena>) -> Self {
         Self::after(name, arena, true, |_| {})
     }
 
-    /// As [`Populator::start`], once `prepare` has returned. `prepare` gets a flag that is set when it must end early.
+    /// Like [`Populator::start`], but starts after `prepare` has returned. `prepare` gets a flag that is set when it
+    /// must end early.
     ///
-    /// => The thread confines itself if `confines`; else it is confined as the caller is.
+    /// => The thread confines itself if `confines`; otherwise it is confined like the caller.
     pub fn after(
         name: &str,
         arena: &Arc<Arena>,
@@ -74,13 +76,14 @@ impl Drop for Populator {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // Whether it panicked makes no difference: the memory is usable either way.
+            // It makes no difference if it panicked: the memory is usable either way.
             let _ = thread.join();
         }
     }
 }
 
-/// Populates the arena's memory, or a part of it if `stop_requested` gets set; returns the number of huge pages made.
+/// Populates the arena's memory, or a part of it if `stop_requested` is set meanwhile; returns the number of huge pages
+/// made.
 ///
 /// # Errors
 /// As [`Mapping::populate`].
@@ -94,7 +97,7 @@ fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
         }
         let begun = Instant::now();
         let next = at + STEP_BYTES;
-        // What has no memory must not get any.
+        // A part without memory must not get any.
         let is_reserved = arena.with_reserved(|parts| {
             for part in parts {
                 let (first, end) = (at.max(part.start), next.min(part.end));
@@ -126,9 +129,9 @@ fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
 fn collapse(memory: &Mapping, at: usize) -> Option<u64> {
     match memory.collapse(at) {
         Ok(()) => Some(1),
-        // EBUSY (ResourceBusy) comes from a cgroup at its limit.
+        // EBUSY (ResourceBusy) is the error of a cgroup at its limit.
         Err(e) if matches!(e.kind(), io::ErrorKind::OutOfMemory | io::ErrorKind::ResourceBusy) => None,
-        // A page is in use at the moment, or the kernel or the file system does not support it.
+        // A page is in use at the moment, or the kernel or the file system does not support huge pages here.
         Err(_) => Some(0),
     }
 }
@@ -158,7 +161,7 @@ mod tests {
         assert!(ids().all(|frame| unsafe { arena.frame(frame).cast::<u32>().read() } == frame.0 ^ 0x5a5a_5a5a));
         match huge_kib(arena.frame(FrameId(0)).addr()) {
             0 => println!("SKIPPED: this host has no huge pages for shared memory"),
-            // Fewer than three huge pages if the kernel was using one of them.
+            // Less than three huge pages if the kernel was using one of them.
             kib => assert!(kib <= 6 << 10, "{kib} KiB of three and a half huge pages"),
         }
     }

@@ -1,11 +1,11 @@
-//! How many frames of an arena have memory: the first ones. A cache can grow and shrink while it is used, so an arena
-//! has addresses, and room in its file, for the largest number of frames that there can ever be, and memory for those
-//! that the cache uses.
+//! The number of frames of an arena that have memory, always the first ones. A cache can grow and shrink while it is
+//! used. So an arena has addresses, and room in its file, for the largest possible number of frames, but memory only
+//! for those that the cache uses.
 //!
-//! The header says how many those are. It never says too many: memory is allocated before the header counts it, and the
+//! The header records that number. It is never too large: memory is allocated before the header counts it, and the
 //! header stops counting it before it is freed. A frame whose record is not empty has memory: the cache empties the
 //! records of frames before it stops using them. So the next daemon finds every page, at whatever instruction this one
-//! dies. It may find memory that nothing counts, and frees that ([`Arena::free_uncounted`]).
+//! dies. It may find memory that the header does not count, and frees it ([`Arena::free_uncounted`]).
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,7 +21,7 @@ use crate::units::{PAGE_BYTES, PAGE_SIZE};
 /// Frames whose memory is freed in one step: 8 MiB.
 const STEP_FRAMES: usize = 2048;
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Reservation {
     /// Number of frames that have memory. Held while memory is allocated, freed or populated.
@@ -31,18 +31,18 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// The first `frames` frames have memory.
+    /// A reservation for the first `frames` frames.
     pub fn new(frames: usize) -> Self {
         Self { reserved: Mutex::new(frames), in_use: AtomicUsize::new(frames) }
     }
 
     fn lock(&self) -> MutexGuard<'_, usize> {
-        // A simulated death, a panic at any store, must not hide what the arena had then.
+        // A simulated death, which is a panic at any store, must not hide the state of the arena at that time.
         self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The parts of an arena's file that have memory when its first `reserved` frames do: what precedes the frames, and the
+/// The parts of an arena's file that have memory if its first `reserved` frames do: the part before the frames, and the
 /// frames. `records` is the offset of the table of records, `offset` that of the frames.
 pub(super) fn parts_of(records: usize, offset: usize, reserved: usize) -> [Range<usize>; 2] {
     let frames = offset..offset.saturating_add(reserved.saturating_mul(PAGE_SIZE));
@@ -51,8 +51,8 @@ pub(super) fn parts_of(records: usize, offset: usize, reserved: usize) -> [Range
 
 /// The number of frames for which a new arena has room.
 ///
-/// => A mapping of huge pages takes them all from the host when it is made, so there is room for no more than have
-///    memory.
+/// => A mapping of huge pages takes them all from the host when it is created, so there is room only for the frames
+///    that have memory.
 pub(super) fn room_for(file: &std::fs::File, spec: &ArenaSpec<'_>) -> usize {
     match FileSystem::of(file) {
         Ok(file_system) if !file_system.is_hugetlbfs => spec.frames.max(spec.reserved),
@@ -71,7 +71,7 @@ impl Arena {
         if let Persistence::Full { records, .. } = &self.persistence { Some(*records) } else { None }
     }
 
-    /// The parts of the mapping that have memory when `reserved` frames do.
+    /// The parts of the mapping that have memory if `reserved` frames do.
     fn parts(&self, reserved: usize) -> [Range<usize>; 2] {
         match self.records_at() {
             Some(records) => parts_of(records, self.offset, reserved),
@@ -79,18 +79,18 @@ impl Arena {
         }
     }
 
-    /// Calls `act` with the parts of the mapping that have memory, which stay as they are meanwhile.
+    /// Calls `act` with the parts of the mapping that have memory, which do not change meanwhile.
     pub(super) fn with_reserved<R>(&self, act: impl FnOnce(&[Range<usize>; 2]) -> R) -> R {
         let reserved = self.reservation.lock();
         act(&self.parts(*reserved))
     }
 
-    /// Allocates memory until the first `frames` frames have some.
+    /// Allocates memory for the first `frames` frames.
     ///
     /// => The host is known to have it ([`super::check_memory`]).
     ///
-    /// # Errors
-    /// [`ErrorKind::Memory`] when the arena has no room for them, or the host no memory; nothing has changed then.
+    /// # Errors [`ErrorKind::Memory`] when the arena has no room for them, or the host no memory; in that case nothing
+    /// has changed.
     pub fn reserve(&self, frames: usize) -> Result<()> {
         let mut reserved = self.reservation.lock();
         if frames <= *reserved {
@@ -99,7 +99,7 @@ impl Arena {
         let mib = |frames: usize| (frames as u64 * PAGE_BYTES) >> 20;
         if frames > self.frames {
             let context =
-                format!("the cache has room for {} MiB, and {} MiB are wanted", mib(self.frames), mib(frames));
+                format!("the cache has room for {} MiB, and {} MiB are requested", mib(self.frames), mib(frames));
             let hint = "cache.size_max sets the room; it takes effect after detach and attach";
             return Err(Error::new(ErrorKind::Memory, format!("{context}; {hint}")));
         }
@@ -108,7 +108,7 @@ impl Arena {
         let [table, new_frames] = self.parts(frames);
         let added = [old_table.end.min(table.end)..table.end, old_frames.end..new_frames.end];
         if let Err(e) = mapping::allocate_parts(file, &added) {
-            // What was allocated before it failed.
+            // Free the memory that was allocated before the failure.
             let _ = mapping::free_part(file, old_frames.end..new_frames.end);
             let context = format!("cannot allocate {} MiB more for the cache", mib(frames - *reserved));
             return Err(Error::io(ErrorKind::Memory, context, e));
@@ -118,7 +118,7 @@ impl Arena {
         Ok(())
     }
 
-    /// The cache uses the first `count` frames from now on, and the others hold nothing.
+    /// The cache uses only the first `count` frames from now on; the others hold nothing.
     pub fn set_frames_in_use(&self, count: usize) {
         self.reservation.in_use.store(count, Ordering::Release);
     }
@@ -136,13 +136,13 @@ impl Arena {
 
     /// Frees a part of the memory of frames that the cache does not use. Returns whether there is more.
     ///
-    /// => No ring of the kernel keeps that memory pinned.
+    /// => No io_uring instance keeps that memory pinned.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the kernel does not free it.
     pub fn free_unused(&self) -> Result<bool> {
         let mut reserved = self.reservation.lock();
-        // The cache begins to use more frames only after reserve(), which waits for this lock.
+        // The cache starts to use more frames only after reserve(), which waits for this lock.
         let kept = self.frames_in_use().max(reserved.saturating_sub(STEP_FRAMES));
         if kept >= *reserved {
             return Ok(false);
@@ -156,10 +156,7 @@ impl Arena {
         Ok(self.frames_in_use() < kept)
     }
 
-    /// Frees memory that an earlier user of the arena has left beyond the frames that the header counts.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Memory`] when the kernel does not free it.
+    /// Frees memory that an earlier user of the arena left beyond the frames that the header counts.
     pub fn free_uncounted(&self) -> Result<()> {
         let reserved = self.reservation.lock();
         let ([_, counted], [_, all]) = (self.parts(*reserved), self.parts(self.frames));
@@ -173,7 +170,7 @@ impl Arena {
         }
     }
 
-    /// The file whose memory the frames are.
+    /// The file that provides the memory of the frames.
     fn backing_file(&self) -> &std::fs::File {
         match (&self.persistence, &self.memory_file) {
             (Persistence::Full { file, .. }, _) => &file.file,
@@ -223,7 +220,7 @@ mod tests {
         while arena.free_unused().unwrap() {}
         assert!(is_about(4 * mib), "{} KiB", kib(&file));
         assert_eq!(arena.reserved_frames(), 1024);
-        // The header of the file says the same.
+        // The header of the file has the same number.
         arena.publish(FrameId(1000), RECORD);
         arena.keep_on_drop(true);
         // Both hold the lock of the file.

@@ -1,8 +1,8 @@
-//! Hashes of some pages of the image, which the header keeps as long as the daemon does not change those pages.
+//! Hashes of some pages of the image. The header keeps them as long as the daemon does not change those pages.
 //!
-//! A daemon that dies while it changes its image leaves times of the image that tell little: a backup that is restored
-//! right after its death has times like its own last write. A cache may have no clean page to compare with the image
-//! then. These hashes are always there.
+//! After a daemon dies while it changes its image, the times of the image prove little: a backup that is restored right
+//! after its death has times close to those of the daemon's last write. The cache may then have no clean page to
+//! compare with the image. These hashes always exist.
 
 use super::ledger::{SAMPLES_MAX, sample_at};
 use super::{Arena, Persistence};
@@ -15,8 +15,7 @@ pub fn hash_of(bytes: &[u8]) -> u64 {
 }
 
 impl Arena {
-    /// Records the hashes of pages of the image, in place of those that were recorded before; at most
-    /// [`SAMPLES_MAX`] of them.
+    /// Records the hashes of at most [`SAMPLES_MAX`] pages of the image, and removes those recorded before.
     ///
     /// => No change of the image is in flight. The daemon may be killed at any point.
     pub fn record_samples(&self, samples: &[(PageNo, u64)]) {
@@ -44,7 +43,7 @@ impl Arena {
             .collect()
     }
 
-    /// Forgets the hashes of pages that the daemon starts to change.
+    /// Removes the hashes of pages that the daemon starts to change.
     pub(super) fn forget_samples(&self, span: SectorSpan) {
         if planted(PlantedBug::SamplesKept) {
             return;

@@ -1,5 +1,5 @@
-//! What a cache file says, read without mapping it: the file may belong to another user, who can shrink it meanwhile
-//! (which would raise SIGBUS), or to a daemon that runs.
+//! The contents of a cache file, read without mapping it: the file may belong to another user, who can shrink it
+//! meanwhile (which would raise SIGBUS), or to a running daemon.
 
 use std::fs::File;
 use std::io;
@@ -18,33 +18,32 @@ use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, Sec
 /// How many bytes of the ledger are read at once.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// What a cache file says of itself.
+/// A summary of a cache file.
 #[derive(Clone, Debug)]
 pub struct Survey {
     /// Its header.
     pub header: Header,
-    /// Whether it was made since the host's last boot; else its contents mean nothing.
+    /// Whether it was created since the host's last boot; otherwise its contents are meaningless.
     pub is_of_this_boot: bool,
     /// Pages that it holds.
     pub pages: u64,
-    /// Dirty ones among them.
+    /// Number of dirty pages among them.
     pub dirty_pages: u64,
-    /// Ranges that must read as zeros and may not do so on the image.
+    /// Ranges that must read as zeros and may have other contents on the image.
     pub zero_ranges: u64,
-    /// The first sector of the image, if it holds that.
+    /// The first sector of the image, if the cache holds it.
     pub first_sector: Option<Vec<u8>>,
     /// Memory that it takes, in bytes.
     pub memory_bytes: u64,
-    /// How long ago its daemon last wrote to the image; if it never did, how long ago the file was changed.
+    /// How long ago its daemon last wrote to the image; if it never did, the time since the last change of the file.
     pub age: Duration,
 }
 
 impl Survey {
     /// Reads an open file; `None`: it has no header, so it holds nothing.
     ///
-    /// # Errors
-    /// [`ErrorKind::Ledger`] when it is no cache file of a layout that this version supports, or contradicts itself;
-    /// [`ErrorKind::Memory`] when it cannot be read. `shown` names it in messages.
+    /// # Errors [`ErrorKind::Ledger`] when it is not a cache file of a layout that this version supports, or
+    /// contradicts itself; [`ErrorKind::Memory`] when it cannot be read. `shown` names it in messages.
     pub(super) fn of(file: &File, shown: &Path) -> Result<Option<Self>> {
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
         let metadata = file.metadata().map_err(failed)?;
@@ -69,12 +68,12 @@ impl Survey {
         Ok(Some(survey))
     }
 
-    /// Whether the image lacks something that it holds.
+    /// Whether it holds data that the image lacks.
     pub fn is_dirty(&self) -> bool {
         self.is_of_this_boot && self.dirty_pages + self.zero_ranges > 0
     }
 
-    /// Reads the ledger and checks what it refers to.
+    /// Reads the ledger and checks its references.
     fn count(&mut self, file: &File, file_bytes: u64, is_foreign: bool, shown: &Path) -> Result<()> {
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
         let damaged = |why: &str| {
@@ -88,8 +87,8 @@ impl Survey {
         if needed.is_none_or(|needed| needed as u64 > file_bytes) {
             return damaged("it is longer than its file");
         }
-        // The memory of the records is allocated before they are used. A sparse file of another user could keep root
-        // busy forever.
+        // The memory of the records is allocated before they are used. Without this check, a sparse file of another
+        // user could keep root busy for a very long time.
         if is_foreign && (reserved * RECORD_BYTES) as u64 > self.memory_bytes {
             return damaged("it takes less memory than it describes");
         }
@@ -133,9 +132,8 @@ impl Survey {
 
 /// The header of a file; `None` if it has none.
 ///
-/// # Errors
-/// [`ErrorKind::Ledger`] when it is no cache file of a layout that this version supports; [`ErrorKind::Memory`] when it
-/// cannot be read. `shown` names it in messages.
+/// # Errors [`ErrorKind::Ledger`] when it is not a cache file of a layout that this version supports;
+/// [`ErrorKind::Memory`] when it cannot be read. `shown` names it in messages.
 pub(super) fn header_of(file: &File, shown: &Path) -> Result<Option<Header>> {
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
     if file.metadata().map_err(failed)?.len() < HEADER_BYTES as u64 {
@@ -150,7 +148,7 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
     bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
 }
 
-/// Reads bytes of the file; from a mapping where the file system has no read(2), as hugetlbfs before Linux 5.
+/// Reads bytes of the file; from a mapping if the file system has no read(2), like hugetlbfs before Linux 5.
 fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
     match file.read_exact_at(bytes, at) {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {

@@ -1,8 +1,8 @@
-//! Which cache files may be used: those that no other user could have made or can change. A forged ledger would make a
+//! Only those cache files are used that no other user could have created or can change. A forged ledger would make a
 //! daemon, or root's "genblk recover", write bytes of the forger's choice to an image of the forger's choice.
 //!
-//! Everything is checked on open descriptors. A file is opened and removed relative to its directory, whose path may
-//! lead elsewhere by then.
+//! Everything is checked on open descriptors. A file is opened and removed relative to its open directory, because the
+//! path of the directory may change meanwhile.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
@@ -21,12 +21,12 @@ const WRITABLE_BY_ALL: u32 = 0o002;
 /// Mode bit by which only the owner of a file may rename or remove it.
 const STICKY: u32 = 0o1000;
 
-/// Whose files are used.
+/// The owners whose files are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AllowedOwner {
-    /// Those of this user.
+    /// Files of this user.
     Own,
-    /// Those of every user. For root, which may list and remove them, and must not believe what they say.
+    /// Files of every user. For root, which may list and remove them, but must not trust their contents.
     Anyone,
 }
 
@@ -40,9 +40,8 @@ pub(super) struct TrustedDir {
 impl TrustedDir {
     /// Opens and checks a directory.
     ///
-    /// # Errors
-    /// [`ErrorKind::Ledger`] when another user could have put a file there; [`ErrorKind::Memory`] when it cannot be
-    /// opened.
+    /// # Errors [`ErrorKind::Ledger`] when another user could have created a file in it; [`ErrorKind::Memory`] when it
+    /// cannot be opened.
     pub(super) fn open(path: &Path, whose: AllowedOwner) -> Result<Self> {
         let shown = path.display();
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e);
@@ -109,7 +108,7 @@ impl TrustedDir {
     pub(super) fn create_file(&self, name: &OsStr) -> io::Result<()> {
         match open_at(&self.dir, name, OpenMode::CreateNew) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            // Root's file would not be trusted in the directory of another user.
+            // In the directory of another user, a file of root would not be trusted.
             Ok(file) if self.owner != effective_uid() => fchown(&file, Some(self.owner), None),
             result => result.map(drop),
         }

@@ -194,6 +194,7 @@ impl HoleMap {
 
     /// The image has grown to `image_sectors` sectors. The state of the region that contains the old end becomes
     /// unknown.
+    ///
     /// => Both ends are multiples of a page.
     fn grow(&mut self, image_sectors: u64) {
         let end = SectorSpan::new(0, self.image_sectors).pages().end();
@@ -257,6 +258,7 @@ impl PageCache {
     }
 
     /// Records that the whole span is data on the store.
+    ///
     /// => Call it only before the first request: later, a zero or discard might have made holes.
     pub fn learn_data(&mut self, span: SectorSpan) {
         let pages = whole_pages(span, self.settings.image_sectors);

@@ -1,8 +1,9 @@
 //! The memory of a cache whose size changes while it is used.
 //!
-//! The cache says how many frames it uses (`use_frames`), and never waits. A thread frees the memory of the others:
-//! first every ring that keeps memory pinned must have let go of it, because what is pinned would not be the memory
-//! that the cache gets when it grows again. Each worker does that in a turn of its own, which the thread waits for.
+//! The cache reports how many frames it uses (`use_frames`), and never waits. A thread frees the memory of the others.
+//! Before that, every io_uring instance that keeps memory pinned must unpin it: a pinned page would differ from the
+//! page that the cache gets when it grows again. Each worker does that in its next turn, and the thread waits for all
+//! of them.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -17,11 +18,11 @@ use crate::arena::{Arena, Populator};
 use crate::error::Result;
 use crate::units::PAGE_BYTES;
 
-/// How often the thread looks whether the cache, or a worker, is ready; at first, and at last.
+/// How often the thread checks whether the cache or a worker is ready: at first, and at most.
 const WATCH_MIN: Duration = Duration::from_millis(2);
 const WATCH_MAX: Duration = Duration::from_millis(100);
 
-/// The mailboxes of all workers, and how often the memory that they may use has changed.
+/// The mailboxes of all workers, and the number of changes of the memory that they may use.
 #[derive(Debug, Default)]
 pub(super) struct Mailboxes {
     list: Mutex<Vec<Arc<Mailbox>>>,
@@ -33,8 +34,8 @@ impl Mailboxes {
         self.list.lock().expect("no thread panics with the list locked")
     }
 
-    /// Has every ring let go of the memory that the cache does not use, and waits for that. False: `stop` was set
-    /// first.
+    /// Makes every ring unpin the memory that the cache does not use, and waits until all have. False: `stop` was set
+    /// before that.
     fn limit_rings(&self, name: &str, stop: &AtomicBool) -> bool {
         let change = self.memory_changes.fetch_add(1, Ordering::AcqRel) + 1;
         wake(name, &self.lock());
@@ -42,7 +43,7 @@ impl Mailboxes {
     }
 }
 
-/// Waits until a condition holds. False: `stop` was set first.
+/// Waits until a condition holds. False: `stop` was set before that.
 fn wait_until(stop: &AtomicBool, holds: impl Fn() -> bool) -> bool {
     let mut pause = WATCH_MIN;
     while !holds() {
@@ -55,7 +56,7 @@ fn wait_until(stop: &AtomicBool, holds: impl Fn() -> bool) -> bool {
     true
 }
 
-/// The size that the cache is to have, and the thread that sees to its memory.
+/// The size that the cache is to have, and the thread that allocates and frees its memory.
 #[derive(Debug)]
 pub(super) struct MemoryKeeper {
     frames: usize,
@@ -63,8 +64,7 @@ pub(super) struct MemoryKeeper {
 }
 
 impl MemoryKeeper {
-    /// Of a cache that has `frames` frames, or will have as many soon; starts the thread, which confines itself if
-    /// `confines`.
+    /// For a cache that has or will soon have `frames` frames; starts the thread, which confines itself if `confines`.
     pub fn start(name: &str, arena: &Arc<Arena>, mailboxes: &Arc<Mailboxes>, frames: usize, confines: bool) -> Self {
         Self { frames, thread: Some(memory_thread(name, arena, mailboxes, frames, confines)) }
     }
@@ -73,32 +73,31 @@ impl MemoryKeeper {
 impl CachedImage {
     /// Allocates the memory of a cache of `frames` frames, before [`CachedImage::follow_size`].
     ///
-    /// # Errors
-    /// As [`Arena::reserve`]: the cache cannot become so large.
+    /// # Errors Like [`Arena::reserve`]: the cache cannot become that large.
     pub fn reserve(&self, frames: usize) -> Result<()> {
         let mut state = self.memory.lock().expect("no thread panics with the state locked");
         if frames == state.frames {
             return Ok(());
         }
-        // Nothing is freed until the cache has its size.
+        // Nothing is freed until the cache has reached its size.
         drop(state.thread.take());
         self.arena.reserve(frames)
     }
 
-    /// The cache was given another size, of `frames` frames: frees the memory that it will not use, and populates what
-    /// it uses, on a thread.
+    /// The size of the cache was set to `frames` frames: starts a thread that frees the memory that it will not use,
+    /// and populates the rest.
     pub fn follow_size(&self, frames: usize) {
         let mut state = self.memory.lock().expect("no thread panics with the state locked");
         if frames != state.frames || state.thread.is_none() {
-            // The last thread ends before the next one begins.
+            // The last thread ends before the next one starts.
             drop(state.thread.take());
-            // A thread of a process whose threads are confined: so is this one.
+            // The process has confined threads, and a new thread inherits that.
             *state = MemoryKeeper::start(&self.name, &self.arena, &self.mailboxes, frames, false);
         }
     }
 }
 
-/// The thread that gives a cache of `frames` frames the memory that it uses, and the host the rest.
+/// The thread that populates the memory of a cache of `frames` frames, and returns the rest to the host.
 fn memory_thread(
     name: &str,
     arena: &Arc<Arena>,
@@ -116,7 +115,7 @@ fn memory_thread(
         let is_resized = || {
             let is_resized = to_free.frames_in_use() <= frames;
             if !is_resized {
-                // The cache shrinks in turns, and without a front-end no worker takes one by itself.
+                // The cache shrinks in turns, and without a front-end a worker takes none on its own.
                 wake(name, &rings.lock());
             }
             is_resized

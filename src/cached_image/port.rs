@@ -1,4 +1,4 @@
-//! A worker's port to a cached image: what it uses of the cache and of the store.
+//! A worker's port to a cached image: its access to the cache and to the store.
 
 mod close;
 
@@ -22,27 +22,30 @@ use super::report::report_health;
 use super::translate::{log_failure, outcome_of, request_of};
 use super::{CachedImage, Mailbox, Reader};
 
-/// A ticket holds the worker's number above this bit, and below it the local part, whose meaning only the worker knows.
+/// The upper bits of a ticket, from this one on, are the worker's number; the lower ones are the local part, which only
+/// the worker interprets.
 const WORKER_SHIFT: u32 = 48;
-/// Pages whose operations are completed in one go, or a few more: other workers wait for the cache meanwhile. A few
-/// hundred microseconds.
+/// Pages whose operations are completed in one go, or a few more, because other workers wait for the cache meanwhile.
+/// This takes a few hundred microseconds.
 const REAPED_PAGES_MAX: usize = 2048;
 
 impl CachedImage {
-    /// The port of one more worker thread, of the device with this name, which counts its store operations.
+    /// Creates the port of another worker thread of the device with this name. The port counts its store operations in
+    /// `counters`.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if the store's queue or a descriptor cannot be created.
     pub fn port(self: &Arc<Self>, device: &str, counters: WorkerCounters) -> Result<WorkerPort> {
         let mut store = self.backing.attach()?;
-        let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
+        let waker =
+            Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot create an eventfd for a worker", e))?;
         let mailbox = Mailbox { notices: Mutex::default(), memory_seen: AtomicU64::default(), waker: Arc::new(waker) };
         let mailbox = Arc::new(mailbox);
         let mut mailboxes = self.mailboxes.lock();
         mailboxes.push(Arc::clone(&mailbox));
         let worker = mailboxes.len() as u64 - 1;
         drop(mailboxes);
-        // After the mailbox is there: a change from now on reaches it.
+        // After the mailbox is in the list, which ensures that every later change reaches this worker.
         store.hint_memory(self.arena.addresses());
         store.limit_memory(self.arena.addresses_in_use().end);
         let reader = self.join(device);
@@ -62,11 +65,11 @@ impl CachedImage {
         })
     }
 
-    /// The number of a device among those that use the image. From the second one on, the cache is shared fairly.
+    /// The number of a device among those that use the image. From the second device on, the cache is shared fairly.
     fn join(&self, device: &str) -> usize {
         let mut readers = self.readers.lock().expect("no thread panics with the list locked");
         let known = readers.iter().position(|reader| reader.device == device);
-        // The number of a device that has left is free.
+        // The number of a device that has detached is free.
         if let Some(reader) = known.or_else(|| readers.iter().position(|reader| reader.ports == 0)) {
             let known = &mut readers[reader];
             device.clone_into(&mut known.device);
@@ -114,12 +117,12 @@ pub struct WorkerPort {
     mailbox: Arc<Mailbox>,
     counters: WorkerCounters,
     store: Box<dyn StoreQueue>,
-    /// The store's descriptor was readable; its events were not reaped since.
+    /// The store's descriptor was readable, and its events have not been reaped since.
     store_ready: bool,
-    /// Requests to submit, and those that the store's queue had no space for.
+    /// Requests to submit, including those that did not fit into the store's queue.
     backlog: VecDeque<IoRequest>,
     events: Vec<Event>,
-    /// Events that were reaped and not yet reported to the cache.
+    /// Events that were reaped and are not yet reported to the cache.
     reaped: VecDeque<Event>,
     notices: Vec<Notice>,
     /// [`WorkerPort::close`] was called.
@@ -147,7 +150,7 @@ impl WorkerPort {
         self.store_ready = true;
     }
 
-    /// The waker by which other threads wake this worker.
+    /// The waker with which other threads wake this worker.
     pub fn waker(&self) -> &Arc<Waker> {
         &self.mailbox.waker
     }
@@ -163,15 +166,15 @@ impl WorkerPort {
         ticket.0 & ((1 << WORKER_SHIFT) - 1)
     }
 
-    /// The address of a piece's first byte; `None`: the piece is zeros.
+    /// The address of a piece's first byte; `None`: the piece reads as zeros.
     pub fn memory(&self, piece: &Piece) -> Option<*mut u8> {
         let offset = usize::from(piece.first) * SECTOR_SIZE;
         // The offset is within the frame. `wrapping_add` needs no proof of that.
         piece.frame.map(|frame| self.image.arena.frame(frame).wrapping_add(offset))
     }
 
-    /// Reaps the store's events and, if the waker was `notified`, notices from other workers. Returns whether there are
-    /// any of either.
+    /// Reaps the store's events and, if the waker was `notified`, notices from other workers. Returns whether there
+    /// were any.
     pub fn reap(&mut self, notified: bool) -> bool {
         if mem::take(&mut self.store_ready) || self.store.may_have_events() {
             self.store.reap(&mut self.events);
@@ -186,7 +189,7 @@ impl WorkerPort {
         !self.reaped.is_empty() || !self.notices.is_empty()
     }
 
-    /// Lets the store go of memory that the cache does not use any more.
+    /// Makes the store unpin memory that the cache no longer uses.
     fn follow_memory(&mut self) {
         let change = self.image.mailboxes.memory_changes.load(Ordering::Acquire);
         if self.mailbox.memory_seen.load(Ordering::Relaxed) != change {
@@ -195,7 +198,7 @@ impl WorkerPort {
         }
     }
 
-    /// Locks the cache: completes the reaped store operations (of those with very many pages, the first ones), then
+    /// Locks the cache: completes the reaped store operations (only the first ones if they have very many pages), then
     /// calls `act` with the cache and its notices to this worker. Afterwards submits all store operations, if a request
     /// waits for one of them.
     pub fn with_cache<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
@@ -262,7 +265,7 @@ impl WorkerPort {
         }
     }
 
-    /// Submits the backlog to the store, as far as the store's queue has space.
+    /// Submits the backlog to the store, as far as it fits into the store's queue.
     fn submit(&mut self) {
         let has_backlog = !self.backlog.is_empty();
         while let Some(request) = self.backlog.pop_front() {
@@ -279,15 +282,16 @@ impl WorkerPort {
         }
         self.store.kick();
         if has_backlog {
-            // The image's modification time may be that of this call, on a loaded host long after the heartbeat before.
+            // The image's modification time may be that of this call, which on a loaded host can be long after the last
+            // heartbeat.
             self.image.arena.end_changes();
         }
     }
 }
 
 impl Drop for WorkerPort {
-    /// => What is in flight keeps the cache's memory mapped, however the port ends: no other mapping may come to lie
-    ///    there.
+    /// => Operations in flight keep the cache's memory mapped, however the port ends: no other mapping may be placed at
+    ///    its addresses.
     fn drop(&mut self) {
         if !self.closed {
             self.close(DRAIN_MAX);
@@ -339,11 +343,12 @@ fn take_new_ops(
     awaited
 }
 
-/// Tells the store what a write puts into the first page and the last sector of the image.
+/// Reports to the store the data that a write puts into the first page and the last sector of the image.
 fn note_ends(image: &CachedImage, op: &StoreOpRef<'_>) {
     let note = |first, bytes: Vec<u8>| {
         let unrecorded = image.backing.note_guest_write(first, &bytes);
-        // In the ledger at once: whether the image can record it is known only after this write has begun.
+        // Record it in the ledger immediately: whether the image can record it is known only after this write has
+        // started.
         if unrecorded != 0 {
             image.arena.add_guest_formats(unrecorded);
         }

@@ -1,14 +1,14 @@
-//! What the log says of an image's health.
+//! Log lines about an image's health.
 
 use log::{error, info};
 
 use crate::cache::{Health, HealthEvent};
 use crate::units::{Fault, counted};
 
-/// Reports a change of the image's health to the operator: which requests suffer, what is kept, what to do.
+/// Reports a change of the image's health to the operator: which requests are affected, what is kept, what to do.
 pub(super) fn report_health(name: &str, event: HealthEvent, dirty_pages: u64) {
     let errors = |fault| match fault {
-        // Of a full image, what needs no new space still succeeds: FLUSHes, too.
+        // On a full image, requests that need no new space still succeed, including FLUSHes.
         Fault::NoSpace => "requests that need new space return errors",
         _ => "FLUSH returns errors",
     };

@@ -1,4 +1,4 @@
-//! When a tenure counts as over: an image's record must not say so while the cache has what the image lacks.
+//! When a tenure counts as over: the image must not record that while the cache has data that the image lacks.
 
 use std::fs::File;
 use std::io;
@@ -84,7 +84,7 @@ fn arena_of(test: &str) -> (PathBuf, Arena) {
     (directory, arena)
 }
 
-/// Ends a cache that `prepare` has made what it is; returns how often the image was told that the tenure is over.
+/// Ends a cache prepared by `prepare`; returns how often the image recorded that the tenure is over.
 fn ended_tenures(test: &str, prepare: impl Fn(&Arena)) -> u32 {
     let (directory, arena) = arena_of(test);
     prepare(&arena);

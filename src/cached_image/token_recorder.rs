@@ -1,7 +1,8 @@
 //! Records the image's change token whenever no change of the image is in flight.
 //!
-//! What a local file system tells of a file is in memory, and a worker asks for it. Others (NFS, FUSE, SMB) may ask a
-//! server, which may not answer: there a thread of the image asks, and no request of the guest waits.
+//! A local file system has the attributes of a file in memory, so a worker queries them. Other file systems (NFS, FUSE,
+//! SMB) may query a server, which may not respond: for these a thread of the image does it, and no request of the guest
+//! waits.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
@@ -11,12 +12,12 @@ use log::warn;
 use crate::arena::{Arena, IdlePoint};
 use crate::store::Backing;
 
-/// What the thread is to do.
+/// The state that the callers share with the thread.
 #[derive(Debug, Default)]
 struct RecorderState {
-    /// The latest moment for which the token is to be recorded.
+    /// The latest idle point for which the token is to be recorded.
     idle: Option<IdlePoint>,
-    /// Nothing is recorded any more.
+    /// Recording has ended.
     ended: bool,
 }
 
@@ -32,23 +33,23 @@ impl Shared {
     }
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct TokenRecorder {
-    /// The thread's orders; `None`: the caller asks itself.
+    /// The shared state of the thread; `None`: the caller queries the token itself.
     thread: Option<Arc<Shared>>,
 }
 
 impl TokenRecorder {
-    /// If the thread cannot be started, no token of an image on a server is recorded, and recovery compares pages
-    /// instead.
+    /// Starts the recorder. If the thread cannot be started, no token of an image on a server is recorded, and recovery
+    /// compares pages instead.
     pub(super) fn start(name: &str, backing: &Arc<dyn Backing>, arena: &Arc<Arena>) -> Self {
         if !backing.idle_token_may_wait() {
             return Self { thread: None };
         }
         let shared = Arc::new(Shared::default());
         let orders = Arc::clone(&shared);
-        // If the image hangs, the thread must keep neither the lock of the image nor the cache.
+        // If the image hangs, the thread must not keep the lock of the image or the cache alive.
         let (backing, arena) = (Arc::downgrade(backing), Arc::downgrade(arena));
         let run = move || {
             while let Some(idle) = next(&orders) {
@@ -83,7 +84,7 @@ impl TokenRecorder {
         }
     }
 
-    /// Records nothing from now on: the end of the tenure has the last word. Does not wait for the image.
+    /// Stops recording, because the end of the tenure records the last token. Does not wait for the image.
     pub(super) fn end(&self) {
         if let Some(shared) = &self.thread {
             shared.lock().ended = true;
@@ -98,7 +99,7 @@ impl Drop for TokenRecorder {
     }
 }
 
-/// The next moment for which a token is to be recorded; `None` at the end.
+/// The next idle point for which a token is to be recorded; `None` at the end.
 fn next(orders: &Shared) -> Option<IdlePoint> {
     let mut state = orders.lock();
     loop {
@@ -126,7 +127,7 @@ mod tests {
     use crate::tenure::token::ChangeToken;
     use crate::units::SectorSpan;
 
-    /// An image whose server answers when the test says so.
+    /// An image whose server responds when the test lets it.
     #[derive(Debug)]
     struct Remote {
         asked: Sender<()>,
@@ -165,7 +166,7 @@ mod tests {
         recorder.note(arena.idle_point().expect("a change"), &backing, &arena);
         assert!(began.elapsed() < Duration::from_secs(1));
         is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks");
-        // A change starts before the image answers: the answer is too late.
+        // A change starts before the image responds: the response is too late.
         arena.begin_change(SectorSpan::new(0, 8));
         let idle = arena.idle_point().expect("a change");
         recorder.note(idle, &backing, &arena);

@@ -7,7 +7,7 @@ use crate::cache::{Health, Outcome, StoreOpRef};
 use crate::store::{Event, IoRequest, Segment};
 use crate::units::{Fault, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 
-/// The request to the store for an operation of the cache. Adjacent frames become one segment.
+/// The request to the store for a cache operation. Adjacent frames become one segment.
 pub(super) fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
     let len = op.span.count * SECTOR_BYTES;
     let mut segments: Vec<Segment> = Vec::new();
@@ -33,7 +33,7 @@ pub(super) fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
     }
 }
 
-/// The tag, the outcome and the error number, as the cache and the log know them, of an event of the store.
+/// Converts an event of the store to the tag and outcome for the cache, and the error number for the log.
 pub(super) fn outcome_of(event: Event) -> (u32, Outcome, i32) {
     let (tag, outcome, errno) = match event {
         Event::Done { tag } => (tag, Outcome::Done, 0),
@@ -50,10 +50,10 @@ pub(super) fn outcome_of(event: Event) -> (u32, Outcome, i32) {
 /// Logs that an operation on the image of the device `name` has failed.
 pub(super) fn log_failure(name: &str, health: Health, operation: &str, fault: Fault, errno: i32) {
     let level = match (health, fault) {
-        // The cache falls back where an operation is not supported, and a store logs itself what it has lost.
+        // The cache has a fallback for unsupported operations, and a store itself logs what it has lost.
         (_, Fault::Unsupported | Fault::Lost) => Level::Debug,
         (Health::Healthy, _) => Level::Warn,
-        // While the store is known to fail, every retry of a page would otherwise be a log line.
+        // While the store is known to fail, every retry of a page would otherwise add a log line.
         _ => Level::Debug,
     };
     let reason = std::io::Error::from_raw_os_error(errno);

@@ -455,6 +455,7 @@ impl Worker {
     }
 
     /// Ends the worker if it is to end as by a crash, and may.
+    ///
     /// => While any worker still has to complete a request, none ends: the request may need operations that another
     ///    worker has submitted to the store. The last untracked ring that stops wakes all workers.
     fn end_if_abandoned(&mut self) {

@@ -23,7 +23,7 @@ fn lose_file(daemon: &Daemon, way: &str) {
         _ => fs::rename(&folder, folder.with_extension("away")),
     }
     .expect("the file can be removed");
-    daemon.await_log("the cache does not survive a crash any more");
+    daemon.await_log("the cache no longer survives a crash");
 }
 
 #[test]

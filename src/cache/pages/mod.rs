@@ -229,6 +229,7 @@ impl Pages {
     }
 
     /// Publishes the contents of a page's frame to the memory.
+    ///
     /// => While a page moves, two frames are recorded with its bytes for a moment; there is never a moment without one.
     fn publish(
         &self,

@@ -10,13 +10,13 @@ use super::WorkerPort;
 use crate::sys::poll::wait_readable;
 use crate::units::counted;
 
-/// How long a worker that ends sleeps at most before it looks again for completed operations.
+/// How long a worker that is ending sleeps at most before it checks again for completed operations.
 const COMPLETION_WAIT: Duration = Duration::from_millis(10);
 
 impl WorkerPort {
     /// Ends the use of the store: waits for at most `patience` until the operations in flight have completed. The rest
-    /// is left to the kernel, and the cache's memory with the lock of its file, as well as the image's lock, stay until
-    /// the process ends: the kernel still uses them.
+    /// is left to the kernel, which still uses the cache's memory and the image: the memory, the lock of its file and
+    /// the image's lock then stay until the process ends.
     ///
     /// => Only [`WorkerPort`]'s drop may follow.
     pub fn close(&mut self, patience: Duration) {
@@ -31,7 +31,8 @@ impl WorkerPort {
         }
     }
 
-    /// Completes what this worker has submitted: another device of the image may wait for a page that it reads in.
+    /// Completes the operations that this worker has submitted: another device of the image may wait for a page that
+    /// one of them reads in.
     fn complete_for_others(&mut self, until: Instant) {
         loop {
             let now = self.image.now();

@@ -243,7 +243,7 @@ impl CachedImage {
         // The ledger is more precise than the cache: its clean pages include those that an earlier daemon has synced.
         let is_written =
             if self.arena.place() == CachePlace::Memory { cache.is_durable() } else { !self.arena.holds_unwritten() };
-        // A guest that has not learned of a loss must learn of it from the next daemon.
+        // A loss that the guest has not yet detected must be reported to it by the next daemon.
         let is_over = is_written && !self.arena.has_data_loss();
         match is_over.then(|| self.backing.end_tenure()) {
             Some(Err(e)) => {

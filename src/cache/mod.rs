@@ -242,7 +242,7 @@ impl PageCache {
         [resize, self.writeback_deadline()].into_iter().flatten().min()
     }
 
-    /// Whether everything that completed is durable on the store, and no zero is noted that is about to complete.
+    /// Whether all completed writes are durable on the store, and no recorded zero is about to complete.
     pub fn is_durable(&self) -> bool {
         self.pages.dirty().dirty_or_writeback_pages() == 0
             && self.flushing.nothing_unsynced()

@@ -1,8 +1,8 @@
 //! putpages: write-back in clusters (genfs_putpages).
 //!
 //! A cluster extends from a dirty page backward, then forward, over other dirty pages, and bridges gaps of one or two
-//! clean pages in memory. At its ends it can have pages that are valid and dirty in part only. It is at most as long as
-//! the store's longest operation, and never crosses the border of a 1 MiB region. A cluster is one vectored write. Its
+//! clean pages in memory. Its first and last page may be only partly valid and dirty. It is at most as long as the
+//! store's longest operation, and never crosses the border of a 1 MiB region. A cluster is one vectored write. Its
 //! frames are copy-on-write until it ends: a guest that writes such a page gets a new frame.
 
 use crate::fault_injection::{PlantedBug, planted};

@@ -3,8 +3,8 @@
 //! A write pins its frames, its owner copies the bytes, and [`PageCache::finish_write`] makes them valid and dirty. In
 //! between the sectors are *pending*: a read-in must not touch them, and a page with writers is not written back.
 //!
-//! The frame of a page under write-back is copy-on-write. A write to it takes a new frame, copies what the page holds,
-//! and leaves the old frame to the store (Linux: stable pages); nothing is read.
+//! The frame of a page under write-back is copy-on-write. A write to such a page takes a new frame, copies the
+//! contents of the old one, and leaves the old frame to the store (Linux: stable pages); nothing is read.
 
 use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
@@ -100,7 +100,7 @@ impl PageCache {
     }
 
     /// Prepares a page for a writer of `mask`: in the table, with a frame of its own. `None`: no frame or
-    /// slot is free, or the page has as many writers as it can count.
+    /// slot is free, or the page's count of writers is full.
     fn take_for_writing(&mut self, found: Option<PageId>, no: PageNo, mask: SectorMask) -> Option<PageId> {
         let id = match found {
             Some(id) if self.pages[id].writers == u8::MAX => return None,

@@ -424,14 +424,14 @@ impl Pages {
         });
     }
 
-    /// Moves a page to a free frame, with all that is valid, and leaves the old frame to its store operation.
+    /// Moves a page to a free frame, with all valid sectors, and leaves the old frame to its store operation.
     /// `None`: no frame is free.
     pub fn copy_on_write(&mut self, id: PageId) -> Option<()> {
         let new = self.frames.take()?;
         let page = &self.table[id];
         let old = page.frame().expect("a page under write-back has a frame");
-        // Also the sectors that the guest is about to write: if the store fails, these are the only copy of earlier
-        // writes.
+        // Copy also the sectors that the guest is about to write: if the store fails, these are the only copy of
+        // earlier writes.
         self.memory.copy_sectors(old, new, page.valid);
         self.release_frame(old);
         self.change(id, |page| {

@@ -29,7 +29,7 @@ pub(in crate::cache) struct Flags(u8);
 pub(in crate::cache) const READING: Flags = Flags(1 << 0);
 /// The page's frame belongs to a write in flight: a guest's write takes a new frame (Linux: stable pages).
 pub(in crate::cache) const COPY_ON_WRITE: Flags = Flags(1 << 1);
-/// The last write-back of the page failed: it is tried again alone, after a pause.
+/// The last write-back of the page failed: it is retried alone, after a pause.
 pub(in crate::cache) const FAILED: Flags = Flags(1 << 4);
 /// Written to the store, and no successful Sync covers it yet: not evictable. One flag marks the writes that the Sync
 /// in flight covers, the other one later writes; `flush.rs` determines which is which.

@@ -209,7 +209,7 @@ fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
     assert!(cache.is_durable());
 }
 
-/// The loss marker of a cache that does not survive is set when the zero starts, and cleared when everything is stable.
+/// The loss marker of a cache that does not survive is set when the zero starts, and cleared when all is durable.
 #[test]
 fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
     let mut cache = cache_of(1024, 1 << 20);
@@ -278,7 +278,7 @@ fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
         assert!(matches!(sync[..], [(_, OpKind::Sync, _)]), "{sync:?}");
         cache.complete(sync[0].0, &Outcome::Done, now);
         assert_eq!(started(&mut cache, now), []);
-        assert!(!cache.is_durable(), "the page is in doubt while the zero may tell of a reset");
+        assert!(!cache.is_durable(), "the page is in doubt while the zero may report a reset");
         let outcome = if fails { Outcome::Failed(Fault::Media) } else { Outcome::Done };
         cache.complete(other[0].0, &outcome, now);
         // An operation that starts after the Sync has succeeded says nothing about the time before it.

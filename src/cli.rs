@@ -24,7 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub use actions::Action;
 use command::ClientCommand;
 
-/// What management programs may rely on (docs/interop/vhost-user.json, VHostUserBackendCapabilitiesBlock).
+/// Capabilities for management programs (docs/interop/vhost-user.json, VHostUserBackendCapabilitiesBlock).
 pub const CAPABILITIES: &str =
     "{\n  \"type\": \"block\",\n  \"features\": [\n    \"read-only\",\n    \"blk-file\"\n  ]\n}\n";
 
@@ -49,11 +49,11 @@ pub struct Cli {
     #[arg(long)]
     pub check: bool,
 
-    /// Serve no disk if one of them cannot be served; otherwise the others are served
+    /// Serve no disk unless all can be served; without this, the others are served
     #[arg(long)]
     pub strict: bool,
 
-    /// Print what this back-end can do, as JSON, and exit; the rest is ignored
+    /// Print the capabilities of this back-end as JSON and exit; all other options are ignored
     #[arg(long)]
     pub print_capabilities: bool,
 
@@ -83,7 +83,7 @@ pub struct Cli {
     #[arg(long, value_name = "PATH", help_heading = ONE_DEVICE)]
     pub blk_file: Option<PathBuf>,
 
-    /// What the image may look like: auto (refuse qcow2, VMDK, LUKS, gzip and the like), raw [default: auto]
+    /// Image format: auto (refuses qcow2, VMDK, LUKS, gzip and the like), raw [default: auto]
     #[arg(long, value_name = "FORMAT", help_heading = ONE_DEVICE)]
     pub format: Option<String>,
 
@@ -107,7 +107,7 @@ pub struct Cli {
     #[arg(long, value_name = "TEXT", help_heading = ONE_DEVICE)]
     pub serial: Option<String>,
 
-    /// Shared memory that keeps the cache when the daemon dies, or "systemd" [default: /dev/shm]
+    /// Directory in shared memory for the cache, which survives the daemon there, or "systemd" [default: /dev/shm]
     #[arg(long, value_name = "DIR", help_heading = ONE_DEVICE)]
     pub memory_dir: Option<PathBuf>,
 
@@ -197,7 +197,7 @@ impl Cli {
 /// [`ErrorKind::Config`] if the usage or the configuration is wrong.
 pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
     let args: Vec<OsString> = args.into_iter().collect();
-    // Before any parsing: the conventions say that everything else is ignored, errors included.
+    // Before any parsing: by the conventions everything else is ignored, including errors.
     if args.iter().skip(1).any(|arg| arg == OsStr::new(PRINT_CAPABILITIES)) {
         return Ok(Action::Print(CAPABILITIES.to_string()));
     }

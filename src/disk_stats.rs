@@ -152,7 +152,7 @@ impl StatsPage {
     pub fn open(file: &File, workers: usize) -> io::Result<Self> {
         let words = SharedWords::map(file, WORDS + workers * BLOCK_WORDS)?;
         if words.load(word::MAGIC) != MAGIC {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a page of statistics of another layout"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a statistics page of another layout"));
         }
         Ok(Self { words: Arc::new(words), workers })
     }

@@ -96,7 +96,7 @@ fn a_disk_process_that_is_killed_is_started_again_with_its_cache_and_the_others_
         assert_eq!(other.read(8, 8192), pattern(2, 8, 8192), "the other front-end is still connected");
     }
     daemon.await_log("d0: its process has died: killed by SIGKILL");
-    daemon.await_log("starting it again in 200 ms");
+    daemon.await_log("restarting it in 200 ms");
     assert!(!daemon.log().contains("d1: its process has died"), "{}", daemon.log());
     daemon.await_log("d0: restored 2 cached pages (2 dirty) left by the previous daemon");
     drop((one, other));

@@ -83,7 +83,7 @@ fn a_list_of_another_image_or_of_rubbish_is_not_used() {
     let list = fs::read_dir(&warm).expect("the directory").flatten().next().expect("a list").path();
     fs::write(&list, "genblk warm list 1 \"/another\"\n0+99999999999\n").expect("it can be written");
     daemon.restart();
-    daemon.await_log("it is no list of this image");
+    daemon.await_log("it is not a list for this image");
     poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
     read_hot(&daemon);
 }

@@ -1,4 +1,4 @@
-//! What a command line can ask for.
+//! The actions that a command line can request.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use crate::client::exporter::{ExporterOptions, ListenAddress};
 use crate::client::{DeviceAction, EventOptions, FreezeOptions, StatOptions, TopOptions};
 use crate::config::Config;
 
-/// What the command line asks for.
+/// The action that a command line requests.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Action {
     /// Print this and exit with status 0.
@@ -19,22 +19,22 @@ pub enum Action {
     ServeAll(Config),
     /// Check whether these devices could be served.
     Check {
-        /// Where the configuration comes from.
+        /// The origin of the configuration, for messages.
         source: String,
         /// The devices.
         config: Config,
     },
     /// List the caches in this directory.
     ListCaches(PathBuf),
-    /// Remove the caches in this directory from which nothing would be lost.
+    /// Remove the caches in this directory that hold no unwritten data.
     Prune(PathBuf),
     /// Write the dirty pages of cache files to their images.
     Recover {
         /// The cache files.
         caches: Vec<PathBuf>,
-        /// Where its image is, if it has moved.
+        /// The new path of the image, if it has moved.
         image: Option<PathBuf>,
-        /// Whether to write even to an image that is not shown to be the cache's.
+        /// Whether to write even to an image that cannot be shown to be the cache's.
         force: bool,
     },
     /// Remove these cache files.
@@ -44,7 +44,7 @@ pub enum Action {
         /// Whether to do it without asking.
         force: bool,
     },
-    /// Be the disk process of the device of this name: serve what the supervisor at standard input says.
+    /// Run the disk process of the device with this name, controlled by the supervisor through standard input.
     DiskProcess(String),
     /// Give up the caches of this image below this directory, so that it can be served.
     TakeOver(PathBuf, PathBuf),
@@ -52,12 +52,12 @@ pub enum Action {
     List {
         /// The control socket.
         socket: PathBuf,
-        /// One device; all without it.
+        /// One device; `None`: all.
         device: Option<String>,
-        /// The reply as it came.
+        /// Whether to print the reply unchanged.
         json: bool,
     },
-    /// Show what the devices of the daemon at this control socket do.
+    /// Show statistics of the devices of the daemon at this control socket.
     Stat(PathBuf, StatOptions),
     /// Change a device of the daemon at this control socket.
     Change {
@@ -65,9 +65,9 @@ pub enum Action {
         socket: PathBuf,
         /// The device.
         device: String,
-        /// What to change.
+        /// The change.
         change: DeviceAction,
-        /// The reply as it came.
+        /// Whether to print the reply unchanged.
         json: bool,
     },
     /// Attach the devices of a file to the daemon at this control socket.
@@ -76,9 +76,9 @@ pub enum Action {
         socket: PathBuf,
         /// The file.
         file: PathBuf,
-        /// Their names; all, if there are none.
+        /// Their names; empty: all.
         devices: Vec<String>,
-        /// The replies as they came.
+        /// Whether to print the replies unchanged.
         json: bool,
     },
     /// Set keys of a device of the daemon at this control socket.
@@ -89,32 +89,32 @@ pub enum Action {
         device: String,
         /// The keys, each written KEY=VALUE.
         settings: Vec<String>,
-        /// The reply as it came.
+        /// Whether to print the reply unchanged.
         json: bool,
     },
-    /// Make the daemon at this control socket read its configuration file again.
+    /// Make the daemon at this control socket reload its configuration file.
     Reload {
         /// The control socket.
         socket: PathBuf,
-        /// Say only what would change.
+        /// Whether to report what would change without changing it.
         dry_run: bool,
-        /// The reply as it came.
+        /// Whether to print the reply unchanged.
         json: bool,
     },
     /// Show the configuration of the daemon at this control socket.
     Configuration {
         /// The control socket.
         socket: PathBuf,
-        /// One device; all without it.
+        /// One device; `None`: all.
         device: Option<String>,
-        /// The reply as it came.
+        /// Whether to print the reply unchanged.
         json: bool,
     },
     /// Show the events of the daemon at this control socket.
     Events(PathBuf, EventOptions),
     /// Freeze a device of the daemon at this control socket.
     Freeze(PathBuf, FreezeOptions),
-    /// Show what the devices of a daemon do on a terminal.
+    /// Watch the devices of a daemon on a terminal.
     Top(TopOptions),
     /// Print the metrics of a daemon.
     PrintMetrics(ExporterOptions),

@@ -1,4 +1,4 @@
-//! The commands of the command line: each with its arguments, and the action that they ask for.
+//! The commands of the command line: the arguments of each, and the resulting action.
 
 use std::env;
 use std::ffi::OsString;
@@ -19,7 +19,7 @@ pub(super) enum ClientCommand {
     /// List the caches that daemons left; with CACHE, write one to its image
     #[command(after_long_help = help::RECOVER)]
     Recover(RecoverArguments),
-    /// Serve one image for a daemon, which starts this
+    /// Serve one image for the daemon that starts this process
     #[command(hide = true)]
     DiskProcess {
         /// Name of the device, for tools that list processes
@@ -28,20 +28,20 @@ pub(super) enum ClientCommand {
     /// List the disks of a running daemon
     #[command(after_long_help = help::LIST)]
     List {
-        /// A device; without this, all of them
+        /// A device; if omitted, all devices
         device: Option<String>,
         #[command(flatten)]
         control: ControlSocket,
     },
-    /// Show what the disks of a running daemon do: rates, latencies, hits
+    /// Show statistics of the disks of a running daemon: rates, latencies, hits
     #[command(after_long_help = help::STAT)]
     Stat(StatArguments),
-    /// Serve the disks of a file in addition to those that are served
+    /// Add the disks of a file to a running daemon
     #[command(after_long_help = help::ATTACH)]
     Attach {
         /// A TOML file with a table for each device, or with the keys of one device
         file: PathBuf,
-        /// The disks of the file to serve; without this, all of them
+        /// Which disks of the file to serve; if omitted, all
         devices: Vec<String>,
         #[command(flatten)]
         control: ControlSocket,
@@ -54,7 +54,7 @@ pub(super) enum ClientCommand {
         /// Detach it even while a guest uses it; if its image fails, its cache stays for "genblk recover"
         #[arg(long)]
         force: bool,
-        /// Give up dirty data that its image does not take, if its cache ends with its process (survive = "never")
+        /// If its cache is volatile (survive = "never"), discard dirty data that cannot be written to its image
         #[arg(long, requires = "force")]
         discard: bool,
     },
@@ -63,39 +63,39 @@ pub(super) enum ClientCommand {
     Set {
         #[command(flatten)]
         device: OneDevice,
-        /// Keys of the configuration with their values, such as cache.mode=writethrough
+        /// Configuration keys with their new values, such as cache.mode=writethrough
         #[arg(required = true, value_name = "KEY=VALUE")]
         settings: Vec<String>,
     },
-    /// Read the configuration file again
+    /// Reload the configuration file
     #[command(after_long_help = help::RELOAD)]
     Reload {
-        /// Show what would change, and change nothing
+        /// Only show what would change
         #[arg(long)]
         dry_run: bool,
         #[command(flatten)]
         control: ControlSocket,
     },
-    /// Show the configuration in force
+    /// Show the current configuration
     #[command(after_long_help = help::CONFIG)]
     Config {
-        /// A device; without this, all of them
+        /// A device; if omitted, all devices
         device: Option<String>,
         #[command(flatten)]
         control: ControlSocket,
     },
-    /// Show what has happened to a running daemon and its disks
+    /// Show recent events of a running daemon and its disks
     #[command(after_long_help = help::EVENTS)]
     Events {
-        /// A device; without this, all of them and the daemon itself
+        /// A device; if omitted, all devices and the daemon itself
         device: Option<String>,
-        /// Go on with events as they come
+        /// Keep printing events as they occur
         #[arg(short = 'f', long)]
         follow: bool,
         #[command(flatten)]
         control: ControlSocket,
     },
-    /// Make durable every write that a disk has completed
+    /// Make all completed writes of a disk durable
     #[command(after_long_help = help::FLUSH)]
     Flush(OneDevice),
     /// Drop a disk's clean pages from its cache
@@ -103,7 +103,7 @@ pub(super) enum ClientCommand {
     Drop {
         #[command(flatten)]
         device: OneDevice,
-        /// Write dirty pages first, and drop them as well
+        /// Write dirty pages first, then drop them too
         #[arg(long)]
         flushed: bool,
     },
@@ -112,19 +112,19 @@ pub(super) enum ClientCommand {
     Resize {
         #[command(flatten)]
         device: OneDevice,
-        /// The new size, such as 20G; without it, the guest's disk gets the present size of the image
+        /// The new size, such as 20G; if omitted, the guest's disk grows to the present size of the image
         #[arg(value_parser = image_size)]
         size: Option<u64>,
     },
-    /// Retry failed operations and write-back that was stopped, now that the image works again
+    /// Retry failed operations and stopped write-back, because the image works again
     #[command(after_long_help = help::RESUME)]
     Resume(OneDevice),
-    /// Write all dirty data of a disk and hold its writes, for a copy or a snapshot on the host
+    /// Write all dirty data of a disk and hold new writes, for a copy or snapshot on the host
     #[command(after_long_help = help::FREEZE)]
     Freeze {
         #[command(flatten)]
         device: OneDevice,
-        /// The freeze ends by itself after this time, counted from its start: 1ms to 60s
+        /// Time after which the freeze ends by itself, counted from its start: 1ms to 60s
         #[arg(long, value_name = "TIME", default_value = "10s", value_parser = milliseconds)]
         timeout: u32,
         /// Hold reads as well as writes
@@ -137,17 +137,17 @@ pub(super) enum ClientCommand {
     /// End a freeze
     #[command(after_long_help = help::THAW)]
     Thaw(OneDevice),
-    /// Show what the disks of a running daemon do, on a terminal
+    /// Watch the disks of a running daemon on a terminal
     ///
-    /// A line for each disk, redrawn each second, and details of the selected one: rates, latencies by how requests
-    /// were served, memory, dirty data. The keys are at the foot of the screen. It needs 80 columns and 24 lines; from
-    /// 104 columns on, memory and dirty data have bars.
+    /// Shows a line for each disk, redrawn each second, and details of the selected one: rates, latencies by how
+    /// requests were served, memory, dirty data. The bottom line lists the keys. The terminal needs 80 columns and 24
+    /// lines; with at least 104 columns, memory and dirty data have bars.
     #[command(after_long_help = help::TOP)]
     Top {
         /// Seconds between two updates
         #[arg(value_name = "INTERVAL", default_value = "1", value_parser = interval)]
         interval: Duration,
-        /// Print one screen as text, after an interval, and exit
+        /// Print one screen as text after one interval, and exit
         #[arg(long)]
         once: bool,
         /// Use no colours, as with NO_COLOR in the environment
@@ -160,24 +160,24 @@ pub(super) enum ClientCommand {
     /// Export metrics of a running daemon to Prometheus
     #[command(after_long_help = help::EXPORTER)]
     Exporter {
-        /// Serve GET /metrics over HTTP at this TCP address (127.0.0.1:9950), at this path of a Unix domain socket
-        /// (/run/genblk-exporter.sock), or on the socket of the unit (systemd)
+        /// Serve GET /metrics over HTTP on this TCP address (127.0.0.1:9950), on a Unix domain socket at this path
+        /// (/run/genblk-exporter.sock), or on the socket passed by systemd (systemd)
         #[arg(long, value_name = "ADDRESS", required_unless_present = "once")]
         listen: Option<ListenAddress>,
-        /// Print the metrics to standard output and exit, such as for node_exporter's textfile directory
+        /// Print the metrics to standard output and exit, for example for node_exporter's textfile directory
         #[arg(long, conflicts_with = "listen")]
         once: bool,
-        /// Of histograms, show only the sum and the count
+        /// Show only the sum and the count of histograms
         #[arg(long)]
         no_histograms: bool,
         /// Control socket of the daemon
         #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
         socket: PathBuf,
     },
-    /// Give up the completed writes that a lost cache of IMAGE may hold, so that IMAGE can be served
+    /// Give up completed writes that a lost cache of IMAGE may hold, so that IMAGE can be served
     #[command(after_long_help = help::TAKE_OVER)]
     TakeOver {
-        /// The image: its caches are set aside, and another host loses its claim to it
+        /// The image; its caches are set aside, and a claim of another host is revoked
         image: PathBuf,
         /// Directory to search for its caches
         #[arg(long, value_name = "DIR", default_value = "/dev/shm", value_parser = directory())]
@@ -185,13 +185,13 @@ pub(super) enum ClientCommand {
     },
 }
 
-/// How to reach a running daemon.
+/// Options of every command to a running daemon.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ControlSocket {
     /// Control socket of the daemon
     #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
     socket: PathBuf,
-    /// Print the daemon's reply as JSON in one line
+    /// Print the daemon's reply as one line of JSON
     #[arg(long)]
     json: bool,
 }
@@ -227,13 +227,14 @@ fn image_size(text: &str) -> std::result::Result<u64, String> {
     parse_size(text).ok_or_else(|| "takes a size such as 20G".to_owned())
 }
 
-/// What `genblk stat` shows.
+/// Arguments of `genblk stat`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct StatArguments {
-    /// A device, all without it; then the seconds between two reports, and their number (with seconds: without end)
+    /// A device (default: all), the seconds between reports (default: a single report), and their number (default: no
+    /// limit)
     #[arg(value_name = "[DEVICE] [INTERVAL [COUNT]]", num_args = 0..=3)]
     arguments: Vec<String>,
-    /// Latencies: a line for each kind of request
+    /// Latencies, one line per kind of request
     #[arg(short = 'l', long, group = "view")]
     latencies: bool,
     /// Histograms of the latencies of requests, in powers of two
@@ -245,16 +246,16 @@ pub struct StatArguments {
     /// The caches: hits, readahead, evictions, dirty data
     #[arg(short = 'c', long, group = "view")]
     cache: bool,
-    /// For programs: tabs, and no header
+    /// Output for programs: separated by tabs, without a header
     #[arg(short = 'H', long)]
     scripted: bool,
     /// Exact numbers: bytes and nanoseconds
     #[arg(short = 'p', long)]
     parsable: bool,
-    /// The time (seconds since 1970) above each report
+    /// Print the time (seconds since 1970) above each report
     #[arg(short = 'T', long)]
     time: bool,
-    /// Leave out the first report, which is about all the time since the daemon's start
+    /// Omit the first report, which covers the time since the daemon started
     #[arg(short = 'y', long)]
     omit_first: bool,
     #[command(flatten)]
@@ -305,22 +306,22 @@ impl StatArguments {
     }
 }
 
-/// What `genblk recover` is to do, and with which caches.
+/// Arguments of `genblk recover`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct RecoverArguments {
-    /// A cache from the list: write its dirty pages to its image, then remove it
+    /// A listed cache: write its dirty pages to its image, then remove it
     #[arg(value_name = "CACHE")]
     caches: Vec<PathBuf>,
-    /// Where the image of CACHE is now, if it has moved
+    /// The new path of CACHE's image, if it has moved
     #[arg(long, value_name = "PATH", requires = "caches", conflicts_with = "discard")]
     image: Option<PathBuf>,
     /// Remove CACHE without writing anything to its image
     #[arg(long, requires = "caches")]
     discard: bool,
-    /// Throw away dirty pages without asking; write to an image that is not shown to be CACHE's
+    /// Discard dirty pages without asking; write to an image even if it cannot be shown to be CACHE's
     #[arg(long, requires = "caches")]
     force: bool,
-    /// Remove the caches from which nothing would be lost
+    /// Remove all caches that hold no unwritten data
     #[arg(long, conflicts_with = "caches")]
     prune: bool,
     /// Directory to search: a memory directory, or a folder of caches in it

@@ -1,5 +1,5 @@
-//! The manual pages and the shell completions below packaging/: made from the definition of the command line, from the
-//! table of keys and from configs/default.toml. The test fails where they differ; `make manual` rewrites them.
+//! The manual pages and the shell completions below packaging/, generated from the definition of the command line, the
+//! table of keys, and configs/default.toml. The test fails if they differ; `make manual` rewrites them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use clap_mangen::roff::{Roff, bold, roman};
 use super::Cli;
 use crate::config::{AT_ONCE, documented_keys};
 
-/// What the commands that ask a running daemon have in common.
+/// Sections common to the commands that connect to a running daemon.
 const CLIENT_SECTIONS: &str = "\
 Exit status:
   0  done
@@ -22,11 +22,11 @@ Exit status:
   3  no daemon listens on the control socket
 
 Environment:
-  GENBLK_CONTROL  the control socket, unless --socket names it
+  GENBLK_CONTROL  the control socket, unless --socket is given
 
 Files:
-  /run/genblk/control.sock  the control socket, if [control] of the daemon's
-                            configuration names it
+  /run/genblk/control.sock  the control socket, if the [control] table of the
+                            daemon's configuration names it
 ";
 
 /// The pages by their file names.
@@ -77,7 +77,7 @@ fn page(command: Command, see_also: &str, common: &str) -> String {
     String::from_utf8(bytes).unwrap() + &roff.to_roff()
 }
 
-/// Writes a text of headings, each with indented lines below it, as sections whose lines stay as they are.
+/// Writes a text of headings, each followed by indented lines, as sections with unchanged lines.
 fn sections(roff: &mut Roff, text: &str) {
     let mut is_open = false;
     for line in text.lines() {
@@ -99,7 +99,7 @@ fn sections(roff: &mut Roff, text: &str) {
     }
 }
 
-/// The comments of configs/default.toml: those at its head, those above each key, and those at its end.
+/// The comments of configs/default.toml: at its head, above each key, and at its end.
 struct CommentedDefaults {
     head: Vec<String>,
     of_keys: BTreeMap<String, Vec<String>>,
@@ -119,7 +119,7 @@ impl CommentedDefaults {
                     prefix = "limits.";
                     of_keys.insert("limits".to_owned(), std::mem::take(&mut comments));
                 }
-                _ if line.starts_with('[') => panic!("{line}: a table that the page does not know"),
+                _ if line.starts_with('[') => panic!("{line}: no page has this table"),
                 "" if comments.is_empty() => {}
                 "" => comments.push(String::new()),
                 _ => match (line.strip_prefix('#'), line.split_once(" = ")) {
@@ -135,7 +135,7 @@ impl CommentedDefaults {
     }
 }
 
-/// A key without its table.
+/// The name of a key without its table.
 fn short_name(key: &str) -> &str {
     key.rsplit_once('.').map_or(key, |(_, short)| short)
 }
@@ -149,7 +149,7 @@ fn configuration_page() -> String {
     roff.control("SH", ["NAME"]).text([roman("genblk.toml - disks that genblk serves")]);
     roff.control("SH", ["SYNOPSIS"]).text([bold("genblk --config"), roman(" "), roman("/etc/genblk.toml")]);
     roff.control("SH", ["DESCRIPTION"]);
-    // A reader of the page has no use for this.
+    // A reader of the page does not need this.
     let head = comments.head.join("\n").replace("A test keeps this file\nequal to the code. ", "");
     prose(&mut roff, &head.lines().map(str::to_owned).collect::<Vec<_>>());
     for (heading, table) in [("DEVICE", ""), ("CACHE OF A DEVICE", "cache"), ("LIMITS OF A DEVICE", "limits")] {
@@ -183,7 +183,7 @@ fn configuration_page() -> String {
     roff.to_roff()
 }
 
-/// Comments as paragraphs. Indented lines are a list: a word, then at least two spaces and what it means.
+/// Writes comments as paragraphs. Indented lines are a list: a word, at least two spaces, and its meaning.
 fn prose(roff: &mut Roff, lines: &[String]) {
     let mut is_new = true;
     for line in lines {
@@ -230,11 +230,11 @@ fn the_manual_and_the_completions_are_those_of_the_command_line_and_of_the_keys(
         .filter(|(path, text)| fs::read_to_string(folder.join(path)).ok().as_ref() != Some(*text))
         .collect();
     let differ: Vec<_> = differ.into_iter().map(|(path, _)| path).collect();
-    assert!(differ.is_empty(), "write them anew with \"make manual\": {differ:?}");
+    assert!(differ.is_empty(), "run \"make manual\" to rewrite them: {differ:?}");
     for kind in ["man", "completions"] {
         for file in fs::read_dir(folder.join(kind)).unwrap() {
             let name = format!("{kind}/{}", file.unwrap().file_name().display());
-            assert!(pages.contains_key(&name), "{name} is of no command: \"make manual\" removes it");
+            assert!(pages.contains_key(&name), "{name} belongs to no command: \"make manual\" removes it");
         }
     }
 }

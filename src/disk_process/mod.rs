@@ -241,7 +241,7 @@ impl Control {
         let listener = OwnedFd::from(listener).into();
         let broker = Broker::new(&settings.name, OwnedFd::from(broker));
         let page = StatsPage::open(&page, settings.workers.into());
-        let page = page.map_err(|e| Error::io(ErrorKind::System, "cannot map a page of statistics", e))?;
+        let page = page.map_err(|e| Error::io(ErrorKind::System, "cannot map a statistics page", e))?;
         let service = Service::new(settings, &open.image, open.io_mode, listener, broker, page.counters());
         let page: &'static StatsPage = Box::leak(Box::new(page));
         BUS_ERROR_PAGES.note(page);

@@ -1,4 +1,4 @@
-//! Devices that come and go while others are served. What was answered is in the runtime file first.
+//! Attaching and detaching devices while others are served. A change is in the runtime file before its reply is sent.
 
 use std::mem;
 
@@ -13,11 +13,11 @@ use crate::control::change::Refusal;
 use crate::disk_protocol::Ending;
 use crate::error::Error;
 
-/// How the error of a device begins that is detached, and whose cache has what its image lacks.
+/// Prefix of the error for a device that was detached although its cache still holds dirty data.
 pub(super) const NOT_WHOLE: &str = "detached, but dirty data remains: ";
 
 impl Fleet {
-    /// Begins what the operator asks for.
+    /// Begins a change that the operator requested.
     pub(super) fn on_change(&mut self, change: FleetChange) {
         let (requester, refusal) = match change {
             FleetChange::Attach(device, record, requester) => match self.check_attach(&device) {
@@ -48,7 +48,7 @@ impl Fleet {
             }
             FleetChange::Compare(files, requester) => return drop(requester.send(self.compare(&files))),
         };
-        // A client that has hung up needs no reply.
+        // It fails if the client has disconnected.
         let _ = requester.send(refusal);
     }
 
@@ -56,7 +56,7 @@ impl Fleet {
         self.disks.iter().find(|(_, disk)| disk.name() == name).map(|(index, _)| *index)
     }
 
-    /// Whether a device is to be attached; `false`: it is there already.
+    /// Whether a device is to be attached; `false`: it is attached already.
     fn check_attach(&self, device: &DeviceConfig) -> Result<bool, Refusal> {
         if self.end.is_some() {
             return Err(ending());
@@ -85,10 +85,10 @@ impl Fleet {
         }
     }
 
-    /// Puts another configuration of a device in force.
+    /// Replaces the current configuration of a device.
     fn set(&mut self, device: &DeviceConfig, keys: &[&str], record: Recorded) -> Result<(), Refusal> {
         let index = self.find(&device.name).ok_or_else(|| no_such_device(&device.name))?;
-        // Other keys may have changed since the operator's thread looked.
+        // Other keys may have changed since the operator's thread read them.
         let device = adopt(&self.disks[&index].config(), device, keys);
         if let Some(runtime) = self.runtime.as_mut().filter(|_| record == Recorded::Runtime) {
             let before = runtime.changes.clone();
@@ -101,12 +101,12 @@ impl Fleet {
         }
         info!("{}: set by the operator: {}", device.name, keys.join(", "));
         self.disks[&index].configure(device);
-        // Before the reply: the next change reads what is in force.
+        // Before the reply: the next change reads the current configuration here.
         self.overview.update(self.disks.values().map(Disk::entry));
         Ok(())
     }
 
-    /// Records that a device is kept, though the files have it no more: its guest outlives this daemon.
+    /// Records that a device is kept although the files no longer list it: its guest outlives this daemon.
     fn keep(&mut self, name: &str) -> Result<(), Refusal> {
         if self.end.is_some() {
             return Err(ending());
@@ -118,7 +118,7 @@ impl Fleet {
         runtime.save().map_err(|e| Refusal::refused(name, format!("cannot be recorded for the next daemon: {e}")))
     }
 
-    /// What a daemon with these files serves, and what is in force.
+    /// The devices that a daemon with these files would serve, and the current ones.
     fn compare(&self, files: &Config) -> Result<FleetPlan, Refusal> {
         let mut problems = Vec::new();
         let wanted = match &self.runtime {
@@ -151,7 +151,7 @@ impl Fleet {
         }
     }
 
-    /// A device that is being attached is served.
+    /// Completes the attach of a device that is now served.
     pub(super) fn confirm_attach(&mut self, index: usize) {
         let disk = self.disks.get_mut(&index).expect("it was found");
         let Some((requester, record)) = disk.take_attaching() else { return };
@@ -170,15 +170,15 @@ impl Fleet {
         let _ = requester.send(Ok(true));
     }
 
-    /// The daemon ends: what is not attached yet is not recorded any more.
+    /// Refuses attaches in progress because the daemon ends; they are no longer recorded.
     pub(super) fn refuse_attaches(&mut self) {
         for (requester, _) in self.disks.values_mut().filter_map(Disk::take_attaching) {
-            // A client that has hung up needs no reply.
+            // It fails if the client has disconnected.
             let _ = requester.send(Err(ending()));
         }
     }
 
-    /// A device that is being attached cannot be served. It is not tried again.
+    /// Refuses the attach of a device that cannot be served. It is not retried.
     pub(super) fn refuse_attach(&mut self, index: usize, error: &Error) {
         let disk = self.disks.get_mut(&index).expect("it was found");
         warn!("{}: not attached: {error}", disk.name());
@@ -198,14 +198,14 @@ impl Fleet {
         info!("{}: being detached by the operator", disk.name());
         let mut record = record;
         if let Some((attacher, _)) = attaching {
-            // It was not attached yet, so there is nothing to record. Its image may never answer.
+            // It was not attached yet, so there is nothing to record, and its image may never answer.
             record = Recorded::Files;
             let _ = attacher.send(Err(Refusal::refused(disk.name(), "it was detached before it was served")));
         }
         disk.begin_detach(requester, record, discards);
     }
 
-    /// Forgets the devices that were detached and have ended.
+    /// Removes the devices that were detached and have ended.
     pub(super) fn remove_ended(&mut self) {
         if self.end.is_some() {
             return;
@@ -236,7 +236,7 @@ impl Fleet {
                 Refusal::refused(&*name, why)
             });
             for discarder in discarders {
-                // What the image lacks was given up. A client that has hung up needs no reply.
+                // Unwritten data was discarded. The send fails if the client has disconnected.
                 let _ = discarder.send(unrecorded.clone().map(|()| true));
             }
             let _ = requester.send(match (error, unrecorded) {
@@ -256,5 +256,5 @@ fn no_such_device(name: &str) -> Refusal {
 }
 
 fn ending() -> Refusal {
-    Refusal::refused("the daemon", "it ends")
+    Refusal::refused("the daemon", "it is shutting down")
 }

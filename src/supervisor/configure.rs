@@ -1,4 +1,4 @@
-//! Keys that change while a device is served, by `set` and by `reload`.
+//! Changing keys of a device while it is served, by `set` and by `reload`.
 
 use std::sync::Arc;
 use std::thread;
@@ -22,11 +22,12 @@ use crate::disk_protocol::{DeviceRequest, DeviceSettings};
 use crate::sys::clock::monotonic_ns;
 use crate::systemd::ServiceManager;
 
-/// How long a change waits for a process that starts, and how often it checks.
+/// How long a change waits for a process that is starting, and how often it checks.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 const START_WATCH: Duration = Duration::from_millis(20);
 
-/// The keys in which two configurations differ: those that may change while the device is served, and the others.
+/// The keys in which two configurations differ: first those that may change while the device is served, then the
+/// others.
 fn split_keys(old: &DeviceConfig, new: &DeviceConfig) -> (Vec<&'static str>, Vec<&'static str>) {
     let caches = |device: &DeviceConfig| device.cache.mode != CacheMode::None;
     let may_change = |key: &&'static str| AT_ONCE.contains(key) && (*key != "cache.mode" || caches(old) && caches(new));
@@ -34,7 +35,7 @@ fn split_keys(old: &DeviceConfig, new: &DeviceConfig) -> (Vec<&'static str>, Vec
 }
 
 impl Operator {
-    /// Begins a change of a device's keys. Returns its present state, which an earlier change may have altered.
+    /// Begins a change of a device's keys. Returns its present entry, which includes earlier changes.
     fn begin_change(&self, device: &str, what: &'static str) -> Result<(OverviewEntry, UnderWay), Refusal> {
         let entry = self.overview.entry(device)?;
         let change = UnderWay::begin(&entry.operator, device, what)?;
@@ -61,7 +62,7 @@ impl Operator {
         Ok(keys)
     }
 
-    /// Puts keys of a device in force, for the next daemon first, then in its process.
+    /// Changes keys of a device: first in the record for the next daemon, then in its process.
     fn put_in_force(
         &self,
         entry: &OverviewEntry,
@@ -93,13 +94,13 @@ impl Operator {
         let keys = keys.to_vec();
         let recorded = self.ask_main_thread(|requester| FleetChange::Set(Box::new(new), keys, record, requester));
         if recorded.is_err() && reserves {
-            // The old size frees what was allocated for the new one.
+            // Setting the old size again frees the memory that was allocated for the new one.
             let settings = Box::new(DeviceSettings::from(&*entry.config));
             let _ = ask(entry, DeviceRequest::Configure { settings }, client);
         }
         recorded?;
-        // A device that is not served, or whose process dies now, starts with the new configuration. A process that
-        // starts at the moment may have the old one.
+        // A device that is not served, or whose process dies now, will start with the new configuration. A process that
+        // is starting right now may have the old one.
         let until = Instant::now() + START_PATIENCE;
         let now = loop {
             let Ok(now) = self.overview.entry(name) else { return Ok(()) };
@@ -119,9 +120,9 @@ impl Operator {
         Ok(())
     }
 
-    /// Reads the configuration file again, and does what it says: nothing if anything in it is wrong, or if a new disk
-    /// cannot be served.
-    /// Returns what has changed, and the keys that were set by a command and outweigh the files.
+    /// Reloads the configuration file and applies it. If anything in it is wrong, or if a new disk cannot be served,
+    /// changes nothing.
+    /// Returns the changes, and the keys that were set by a command and override the files.
     pub(super) fn reload(
         &self,
         dry_run: bool,
@@ -167,10 +168,10 @@ impl Operator {
         Ok((changes, overridden.into_iter().map(of_device).collect()))
     }
 
-    /// Detaches a device that the files have no more, or records that it is kept.
+    /// Detaches a device that the files no longer list, or records that it is kept.
     fn detach_gone(&self, name: &str, dry_run: bool, client: &ChangeClient) -> DeviceChange {
-        // One that was never served has no guest. Its cache stays, if an earlier daemon has left one. A guest waits for
-        // one whose process has died.
+        // A device that was never served has no guest, and detaching it leaves a cache of an earlier daemon alone. But
+        // a guest waits for a device whose process has died.
         let never_served = |entry: OverviewEntry| entry.link.is_none() && !entry.progress.was_served;
         let force = self.overview.entry(name).is_ok_and(never_served);
         let detached = if dry_run { Ok(()) } else { self.detach(name, force, false, Recorded::Files, client) };
@@ -185,7 +186,7 @@ impl Operator {
         DeviceChange::of(name, ChangeKind::Kept, detail.collect())
     }
 
-    /// As [`Operator::reload`], on a thread of its own; the log has the result. Does not wait.
+    /// As [`Operator::reload`], but on a separate thread, which logs the result. Does not wait.
     pub(super) fn reload_on_signal(&self, manager: &Arc<ServiceManager>) {
         let (operator, manager) = (self.clone(), Arc::clone(manager));
         let reload = move || {
@@ -208,9 +209,9 @@ impl Operator {
         }
     }
 
-    /// What the files ask for, and what is in force.
+    /// The devices that the files describe, and the current ones.
     fn compare(&self, files: Config) -> Result<FleetPlan, Refusal> {
-        let gone = || Refusal::refused("the daemon", "it ends");
+        let gone = || Refusal::refused("the daemon", "it is shutting down");
         let (requester, reply) = std::sync::mpsc::channel();
         let compare = FleetChange::Compare(Box::new(files), requester);
         self.events.send(SupervisorEvent::Change(compare)).map_err(|_| gone())?;
@@ -222,7 +223,7 @@ impl Operator {
         for (count, device) in devices.iter().enumerate() {
             if let Err(refusal) = self.attach(DeviceConfig::clone(device), Recorded::Files) {
                 for attached in &devices[..count] {
-                    // A front-end that has connected meanwhile keeps the disk.
+                    // The detach fails, and the disk stays, if a front-end has connected meanwhile.
                     let _ = self.detach(&attached.name, false, false, Recorded::Files, client);
                 }
                 return Err(refusal);
@@ -254,11 +255,11 @@ impl Operator {
     }
 }
 
-/// Has the process of a device allocate the memory of a cache of another size.
+/// Makes the process of a device allocate the memory for a cache of another size.
 fn reserve(entry: &OverviewEntry, new: &DeviceConfig, client: &ChangeClient) -> Result<(), Refusal> {
     let (old, size_bytes) = (entry.config.cache.size_bytes, new.cache.size_bytes);
     if let Some(more) = size_bytes.checked_sub(old).filter(|more| *more > 0) {
-        // Its process may not look at the host's memory.
+        // The check is made here because the sandbox keeps the process from reading the host's memory statistics.
         check_memory(more).map_err(|e| Refusal::refused(entry.config.name.clone(), e.to_string()))?;
     }
     ask(entry, DeviceRequest::Reserve { size_bytes }, client).map(drop)

@@ -1,4 +1,4 @@
-//! What the devices of a daemon share while they are opened, in parallel.
+//! State that the devices of a daemon share while they are opened in parallel.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
@@ -19,7 +19,7 @@ pub(super) struct Context {
     groups: Mutex<HashMap<String, SharedProcess>>,
     pub sockets: InheritedSockets,
     pub hosting: Hosting,
-    /// There is a control socket, by which the operator resumes disks; else SIGHUP does.
+    /// Whether there is a control socket, through which the operator resumes disks; without one, SIGHUP resumes them.
     has_control: bool,
 }
 
@@ -31,12 +31,12 @@ impl Context {
         Self { manager: Arc::clone(manager), images, groups: Mutex::default(), sockets, hosting, has_control }
     }
 
-    /// What resumes a disk, for messages.
+    /// The command or signal that resumes a disk, for messages.
     pub fn resume_by(&self, name: &str) -> String {
         if self.has_control { format!("\"genblk resume {name}\"") } else { "SIGHUP".to_owned() }
     }
 
-    /// The process of the group with this name; `None` for no name.
+    /// The process of the group with this name; `None` if the name is empty.
     pub fn group(&self, name: &str) -> Option<SharedProcess> {
         let mut groups = self.groups.lock().expect("no thread panics with the groups locked");
         (!name.is_empty()).then(|| Arc::clone(groups.entry(name.to_owned()).or_default()))

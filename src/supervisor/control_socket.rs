@@ -1,5 +1,5 @@
-//! The control socket. While another daemon holds it, which hands over or ends, it is tried again: a daemon that cannot
-//! be asked serves its disks anyway.
+//! The control socket. If another daemon still holds it, binding is retried until that daemon ends. Meanwhile this
+//! daemon serves its disks without it.
 
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::Sender;
@@ -19,7 +19,7 @@ use crate::listener::{BoundSocket, SocketAccess, bind};
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(2);
 
-/// See the module. Dropping it removes the socket's file.
+/// See the module. Dropping it unlinks the socket.
 #[derive(Debug)]
 pub(super) struct ControlListener {
     config: ControlConfig,
@@ -68,7 +68,7 @@ impl ControlListener {
         self.listener.is_some()
     }
 
-    /// Starts the thread that binds the socket and serves it. `events` gets a message if it is bound only later.
+    /// Starts the thread that binds the socket and serves it. `events` gets a message if this thread binds the socket.
     pub fn serve(&mut self, host: Arc<dyn Host>, events: &Sender<SupervisorEvent>) {
         let (first, config, file, events) =
             (self.listener.take(), self.config.clone(), Arc::clone(&self.file), events.clone());
@@ -91,7 +91,7 @@ impl Drop for ControlListener {
     }
 }
 
-/// Tries until the socket is bound. `None`: the daemon has ended before that.
+/// Retries until the socket is bound. `None`: the daemon has ended first.
 fn bind_when_free(
     config: &ControlConfig,
     file: &Mutex<SocketFile>,
@@ -101,7 +101,7 @@ fn bind_when_free(
     loop {
         thread::sleep(pause);
         pause = (pause * 2).min(RETRY_MAX);
-        // Locked, so that a daemon that ends meanwhile removes the file.
+        // Bind under the lock, so that a daemon that ends meanwhile removes the file.
         let mut file = lock(file);
         if matches!(*file, SocketFile::Closed) {
             return None;
@@ -109,7 +109,7 @@ fn bind_when_free(
         if let Ok((listener, bound)) = open(config) {
             *file = SocketFile::Bound(bound);
             info!("the control socket {} is open", config.socket.display());
-            // Before the first change, which comes the same way.
+            // Before the first change, which is sent through the same channel.
             return events.send(SupervisorEvent::ControlBound).is_ok().then_some(listener);
         }
     }

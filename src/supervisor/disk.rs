@@ -1,4 +1,4 @@
-//! One device, as the main thread sees it: how far it is, what it waits for, and when to wait no longer.
+//! The main thread's record of one device: its phase, what it waits for, and the deadlines of these waits.
 
 mod change;
 
@@ -30,41 +30,38 @@ use super::keeper::{self, Keeper, KeeperCommand};
 use super::operator_state::OperatorState;
 use super::reminder::{FIRST, Reminder};
 
-/// How long a device whose cache is kept may take to leave it to the next daemon. Then it is left as a crash would
+/// How long a device may take to hand its cache over to the next daemon. After that the cache is left as a crash would
 /// leave it, which loses nothing.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
-/// The same, while a request is in flight that the next daemon cannot repeat: its guest would wait for it without end.
+/// The same, while a request is in flight that the next daemon cannot resubmit: its guest would wait for it forever.
 const UNTRACKED_PATIENCE: Duration = Duration::from_secs(30);
-/// The same, if the image completes nothing meanwhile: that guest waits in any case, and the other guests must not.
+/// The same, while the image completes nothing: that guest waits anyway, but the other guests must not.
 const UNTRACKED_STALL_MAX: Duration = Duration::from_secs(5);
-/// How long a device that ends waits for an image that completes nothing: as long as Linux gives a SCSI disk for a
-/// command.
+/// How long a device that is ending waits for an image that completes nothing: Linux's timeout of a SCSI command.
 const STALL_MAX: Duration = Duration::from_secs(30);
-/// How long to wait for the threads of a device after it was abandoned.
+/// How long to wait for the threads of an abandoned device.
 const ABANDON_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a disk process that hangs may take to close its connection before it is killed.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(200);
 /// How long to wait for a disk process that was killed: a thread in uninterruptible sleep does not die.
 const KILL_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How far a device is.
+/// The phases of a device, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum DevicePhase {
-    /// It is being opened, for the first time.
+    /// Being opened for the first time.
     Opening,
-    /// It could not be opened, and is tried again.
+    /// Could not be opened; will be retried.
     Failed,
-    /// It is open, and not served yet, or its process has died.
+    /// Open but not yet served, or its process has died.
     Open,
-    /// It is served.
     Served,
-    /// It completes its requests.
+    /// Completing its requests.
     Ending,
     /// Its rings have stopped.
     Quiesced,
-    /// It ends.
+    /// Writing or handing over its cache and closing its image.
     Finishing,
-    /// It has ended.
     Ended,
 }
 
@@ -72,49 +69,49 @@ pub(super) enum DevicePhase {
 #[derive(Debug)]
 pub(super) struct Disk {
     name: String,
-    /// What resumes it, for messages.
+    /// The command or signal that resumes it, for messages.
     resume_by: String,
     image: PathBuf,
     in_force: InForce,
     keeper: Keeper,
-    /// What the operator does with it.
+    /// Changes by the operator that are in progress.
     operator: Arc<OperatorState>,
     phase: DevicePhase,
-    /// Once it is served.
+    /// `Some` while it is served.
     handle: Option<DeviceHandle>,
-    /// It was served, maybe by a process that has died.
+    /// It has been served, perhaps by a process that has died.
     was_served: bool,
     /// Why it is not served.
     failure: Option<StartFailure>,
-    /// Lines about the step that the keeper is in.
+    /// Schedules log lines about the keeper's current step.
     step_reminder: Reminder,
-    /// Lines about the oldest operation in flight.
+    /// Schedules log lines about the oldest operation in flight.
     op_reminder: Reminder,
-    /// Since when another front-end waits, and the lines about it.
+    /// Since when another front-end has been waiting, and the schedule of log lines about it.
     waiting: Option<(Instant, Reminder)>,
-    /// When the image was last seen to complete something, and how many operations it had completed.
+    /// When the image last completed an operation, and how many it had completed by that time.
     last_completion: (Instant, u64),
-    /// When it was abandoned, and whether requests are waited for that the next daemon cannot repeat.
+    /// When it was abandoned, and whether it still waits for requests that the next daemon cannot resubmit.
     abandoned: Option<(Instant, bool)>,
     /// How it ends, and since when.
     end: Option<(Ending, Instant)>,
-    /// The requester of its attach, while it is not served yet.
+    /// The requester of its attach, until it is served.
     attaching: Option<(Requester, Recorded)>,
-    /// What the operator wants of its end.
+    /// The detach in progress.
     detaching: Option<Detaching>,
     /// Since when its rings have stopped.
     quiesced: Option<Instant>,
-    /// When it was given up at the end of the process, and whether its process was killed.
+    /// When the wait for its hung threads was given up, and whether its process was killed.
     given_up: Option<(Instant, bool)>,
-    /// Lines about a process that does not run.
+    /// Schedules log lines about a process that does not run.
     silence_reminder: Reminder,
-    /// Lines about a cache that ends with the daemon, whose image is waited for.
+    /// Schedules log lines about waiting for the image because the cache is volatile.
     unkept_reminder: Reminder,
     /// The error with which it ended.
     error: Option<Error>,
 }
 
-/// An error at the start, of possibly many attempts.
+/// The latest error of the attempts to serve a device.
 #[derive(Debug)]
 struct StartFailure {
     text: String,
@@ -170,7 +167,7 @@ impl Disk {
     }
 
     pub fn set_phase(&mut self, phase: DevicePhase) {
-        // An event that was on its way when the end began, or when the device was given up, changes nothing about that.
+        // An event that was queued before the end began, or before the device was given up, does not undo that.
         if self.phase < DevicePhase::Ending || phase > self.phase {
             self.phase = phase;
         }
@@ -192,17 +189,17 @@ impl Disk {
         self.phase >= DevicePhase::Quiesced
     }
 
-    /// What devices with one image and one process have in common; `None` before it is served.
+    /// Equal for two devices if they share one image and one process; `None` before it is served.
     pub fn image_key(&self) -> Option<(IoLock, u32)> {
         self.handle.as_ref().map(DeviceHandle::image_key)
     }
 
-    /// What it does; nothing before it is served.
+    /// Its published state; the default before it is served.
     fn state(&self) -> DiskState {
         self.handle.as_ref().map_or_else(DiskState::default, DeviceHandle::state)
     }
 
-    /// Whether it has ended, and its image has all that its cache held.
+    /// Whether it has ended, and everything in its cache was written to its image.
     pub fn has_ended_well(&self) -> bool {
         self.has_ended() && self.error.is_none()
     }
@@ -212,7 +209,7 @@ impl Disk {
         self.error
     }
 
-    /// It is served.
+    /// Records that it is served.
     pub fn serve(&mut self, handle: DeviceHandle) {
         self.handle = Some(handle);
         self.was_served = true;
@@ -220,14 +217,14 @@ impl Disk {
         self.set_phase(DevicePhase::Served);
     }
 
-    /// An attempt to open it has failed. The log has each error once, and then at growing intervals.
+    /// Records a failed attempt to open it. Logs each error once, then again at growing intervals.
     pub fn fail(&mut self, error: &Error) {
         self.set_phase(DevicePhase::Failed);
         let text = error.to_string();
         let failure = match self.failure.take().filter(|failure| is_same(&failure.text, &text)) {
             Some(failure) => self.failure.insert(failure),
             None => {
-                error!("{}: not served: {text}; retrying; {} retries at once", self.name, self.resume_by);
+                error!("{}: not served: {text}; retrying; {} retries immediately", self.name, self.resume_by);
                 let failure = StartFailure { text, since: Instant::now(), reminder: Reminder::new() };
                 return self.failure = Some(failure);
             }
@@ -238,11 +235,11 @@ impl Disk {
         }
     }
 
-    /// Its process has died, and is started again after a pause.
+    /// Records that its process died and will be restarted after a pause.
     pub fn note_death(&mut self, why: &str, pause: Duration) {
         let then = match pause {
-            Duration::ZERO => "starting it again".to_owned(),
-            pause => format!("starting it again in {} ms", pause.as_millis()),
+            Duration::ZERO => "restarting it".to_owned(),
+            pause => format!("restarting it in {} ms", pause.as_millis()),
         };
         error!("{}: {why}; {then}", self.name);
         self.handle = None;
@@ -250,7 +247,7 @@ impl Disk {
         self.set_phase(DevicePhase::Open);
     }
 
-    /// Its process has died too often.
+    /// Records that its process died too often and is not restarted.
     pub fn stop_restarting(&mut self, error: &Error) {
         let text = error.to_string();
         error!("{}: not served: {text}; restart it with {}", self.name, self.resume_by);
@@ -259,7 +256,7 @@ impl Disk {
         self.set_phase(DevicePhase::Failed);
     }
 
-    /// Whether it is served or will not be soon, so that the start of the daemon does not wait for it.
+    /// Whether it is served, or cannot be served soon: the start of the daemon need not wait for it.
     pub fn is_settled(&self) -> bool {
         match self.phase {
             DevicePhase::Opening => self.keeper.step().since.elapsed() >= FIRST,
@@ -268,7 +265,7 @@ impl Disk {
         }
     }
 
-    /// Its name and why it is not served, for the service manager; `None` if it is served.
+    /// Its name and the reason why it is not served, for the service manager; `None` if it is served.
     pub fn why_not_served(&self) -> Option<String> {
         let why = match (&self.phase, &self.failure) {
             (DevicePhase::Served, _) => return None,
@@ -280,7 +277,7 @@ impl Disk {
         Some(format!("{} ({why})", self.name))
     }
 
-    /// What the control socket shows of it.
+    /// Its entry for the control socket.
     pub fn entry(&self) -> OverviewEntry {
         OverviewEntry {
             config: self.in_force.get(),
@@ -292,7 +289,7 @@ impl Disk {
         }
     }
 
-    /// How far it is and why it is not served.
+    /// Its progress, and the reason if it is not served.
     fn progress(&self) -> DeviceProgress {
         let state = match self.phase {
             DevicePhase::Opening | DevicePhase::Open => DeviceState::Opening,
@@ -312,17 +309,17 @@ impl Disk {
         }
     }
 
-    /// What it is to serve.
+    /// Its current configuration.
     pub fn config(&self) -> Arc<DeviceConfig> {
         self.in_force.get()
     }
 
-    /// Puts another configuration in force.
+    /// Replaces its current configuration.
     pub fn configure(&self, config: DeviceConfig) {
         self.in_force.set(Arc::new(config));
     }
 
-    /// Logs what takes long.
+    /// Logs waits that take long.
     fn check_while_serving(&mut self) {
         if self.phase == DevicePhase::Opening {
             let image = self.image.display();
@@ -369,7 +366,7 @@ impl Disk {
         }
     }
 
-    /// Logs who keeps a front-end waiting that has connected: the device serves one at a time.
+    /// Logs which front-end keeps another one waiting: the device serves one at a time.
     fn check_waiting_front_end(&mut self) {
         let Some(holder) = self.handle.as_ref().and_then(DeviceHandle::busy_with) else {
             self.waiting = None;
@@ -382,7 +379,7 @@ impl Disk {
         }
     }
 
-    /// The end of the process begins.
+    /// Begins its end: a detach, or the end of the daemon.
     pub fn begin_end(&mut self, ending: Ending) {
         if self.phase < DevicePhase::Ending {
             self.phase = DevicePhase::Ending;
@@ -393,26 +390,26 @@ impl Disk {
         }
     }
 
-    /// Its rings have stopped, and those of all devices on its image.
+    /// Finishes its end. Its rings, and those of all devices on its image, have stopped.
     pub fn finish(&mut self) {
         self.phase = DevicePhase::Finishing;
         self.send(KeeperCommand::Finish);
     }
 
-    /// It has ended.
+    /// Records that it has ended.
     pub fn note_end(&mut self, result: Result<()>) {
-        // Its copy of the listening socket is closed with it.
+        // Also closes the handle's copy of the listening socket.
         self.handle = None;
         if self.phase != DevicePhase::Ended {
             self.phase = DevicePhase::Ended;
-            // A device that was given up has its error already, or none on purpose.
+            // For a device that was given up, `give_up_hung` has set the error, or has left it out on purpose.
             if self.given_up.is_none() {
                 self.error = result.err();
             }
         }
     }
 
-    /// The operator does not want to wait.
+    /// Stops waiting for it, unless that would lose data: the operator repeated the signal.
     pub fn hurry(&mut self) {
         if self.has_ended() {
             return;
@@ -424,7 +421,7 @@ impl Disk {
         }
     }
 
-    /// The process was stopped for this long.
+    /// Excludes the time for which the daemon itself was stopped from all deadlines.
     pub fn exclude_stopped_time(&mut self, stopped: Duration) {
         self.last_completion.0 += stopped;
         if let Some((since, _)) = &mut self.abandoned {
@@ -432,7 +429,7 @@ impl Disk {
         }
     }
 
-    /// Ends it as a crash would. `waits`: requests are waited for that the next daemon cannot repeat.
+    /// Ends it as a crash would. `waits`: still wait for requests that the next daemon cannot resubmit.
     fn abandon(&mut self, waits: bool) {
         if self.abandoned.is_some_and(|(_, waited)| waited == waits || !waited) {
             return;
@@ -443,13 +440,13 @@ impl Disk {
         }
     }
 
-    /// Logs what takes long, and ends the wait for an image that does not answer.
+    /// Logs waits that take long, and ends the wait for an image that does not answer.
     pub fn check_while_ending(&mut self, ending: Ending, since: Instant, hurried: bool) {
         let advice = if hurried { "" } else { "; repeat the signal to exit without waiting" };
         self.check_end(ending, since, Some(advice));
     }
 
-    /// As [`Disk::check_while_ending`]. `advice` tells how to end the wait; `None`: the wait has no deadline.
+    /// As [`Disk::check_while_ending`]. `advice`: how to end the wait, for the log; `None`: the wait has no deadline.
     fn check_end(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
         if let Some((at, is_killed)) = self.given_up {
             return self.finish_giving_up(at, is_killed);
@@ -469,7 +466,7 @@ impl Disk {
             );
         }
         if self.handle.is_none() {
-            // Nothing is served, so no request is lost.
+            // It is not served, so no request is lost.
             if age >= HAND_OVER_PATIENCE {
                 self.give_up_hung(ending);
             }
@@ -503,7 +500,8 @@ impl Disk {
         }
     }
 
-    /// Gives up a device whose threads hang in the kernel: closes what others wait for. Its process is killed then.
+    /// Gives up a device whose threads hang in the kernel: closes its connection and socket, which others wait for. Its
+    /// process is killed afterwards.
     fn give_up_hung(&mut self, ending: Ending) {
         let (name, image, step) = (&self.name, self.image.display(), self.keeper.step().what);
         let context = match step {
@@ -533,7 +531,7 @@ impl Disk {
         self.given_up = Some((Instant::now(), false));
     }
 
-    /// Kills the process of a device that was given up, and waits a little for that.
+    /// Kills the process of a device that was given up, and waits briefly for its exit.
     fn finish_giving_up(&mut self, at: Instant, is_killed: bool) {
         if !is_killed && at.elapsed() >= CLOSE_PATIENCE {
             let is_killed = self.handle.as_ref().is_some_and(DeviceHandle::kill);
@@ -543,13 +541,13 @@ impl Disk {
                 self.phase = DevicePhase::Ended;
             }
         } else if is_killed && at.elapsed() >= KILL_PATIENCE {
-            // A thread of it hangs in the kernel. The image's lock stays until that returns.
+            // One of its threads hangs in the kernel. The image stays locked until that thread returns.
             self.phase = DevicePhase::Ended;
         }
     }
 }
 
-/// Whether two messages differ in numbers only, such as an age.
+/// Whether two messages differ only in numbers, such as an age.
 fn is_same(one: &str, other: &str) -> bool {
     let without_digits = |text: &str| text.chars().filter(|char| !char.is_ascii_digit()).collect::<String>();
     without_digits(one) == without_digits(other)

@@ -1,4 +1,4 @@
-//! What the main thread shows of a device to the threads of the control socket.
+//! A device's state, as the main thread publishes it to the threads of the control socket.
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -10,7 +10,7 @@ use crate::config::DeviceConfig;
 use crate::control::wire::DeviceState;
 use crate::disk_stats::StatsPage;
 
-/// How far a device is, for the control socket.
+/// The progress of a device, for the control socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct DeviceProgress {
     pub state: DeviceState,
@@ -18,11 +18,11 @@ pub(super) struct DeviceProgress {
     pub why: Option<String>,
     /// Process ID of its disk process.
     pub pid: Option<u32>,
-    /// It was served since it was attached or the daemon started, maybe by a process that has died.
+    /// It has been served since it was attached or the daemon started, perhaps by a process that has died.
     pub was_served: bool,
-    /// The operator waits for it to be served.
+    /// An attach waits for it to be served.
     pub is_attaching: bool,
-    /// It is being detached, and would lose dirty pages if it ended.
+    /// It is being detached and would lose dirty pages if it ended now.
     pub keeps_data: bool,
 }
 
@@ -32,15 +32,16 @@ pub(super) struct OverviewEntry {
     pub config: Arc<DeviceConfig>,
     pub page: Arc<StatsPage>,
     pub progress: DeviceProgress,
-    /// The way to its process, while it is served.
+    /// The link to its process, while it is served.
     pub link: Option<DeviceLink>,
-    /// What the operator does with it.
+    /// Changes by the operator that are in progress.
     pub operator: Arc<OperatorState>,
     /// Commands to its keeper.
     pub commands: Sender<KeeperCommand>,
 }
 
-/// How long after the begin of a freeze its process may not have told of it yet. It tells a few times a second.
+/// How long after a freeze begins the statistics page may not show it yet. The process updates the page a few times a
+/// second.
 const FREEZE_TOLD_US: u64 = 1_000_000;
 
 impl OverviewEntry {
@@ -49,7 +50,7 @@ impl OverviewEntry {
         self.freeze().is_some()
     }
 
-    /// The freeze that lasts. A vring that stops ends one early, in the process.
+    /// The freeze in progress. The process ends a freeze early if a vring stops.
     pub fn freeze(&self) -> Option<FreezeLease> {
         let is_lost = |freeze: &FreezeLease| {
             let told_us = self.page.written_at_ns() / 1000;

@@ -1,5 +1,5 @@
-//! All devices of the process, as the main thread sees them. It sends commands to their keepers, checks them a
-//! few times a second, and waits for none without a deadline.
+//! The main thread's record of all devices. It sends commands to their keepers, checks the devices a few times a
+//! second, and waits for none of them without a deadline.
 
 use std::collections::BTreeMap;
 use std::mem;
@@ -29,8 +29,8 @@ use super::{Strictness, SupervisorEvent};
 /// How often the main thread checks the devices.
 const TICK: Duration = Duration::from_millis(250);
 
-/// A check that comes this much later than the last one was not late because the host is busy: the process was stopped
-/// (SIGSTOP, the cgroup freezer), and no image can be blamed for that time.
+/// If this much time lies between two checks, the process was stopped (SIGSTOP, the cgroup freezer): a busy host delays
+/// it less. That time is not counted against an image.
 const FREEZE_MIN: Duration = Duration::from_secs(2);
 
 /// The end of the process, once it has begun.
@@ -38,47 +38,47 @@ const FREEZE_MIN: Duration = Duration::from_secs(2);
 pub(super) struct End {
     ending: Ending,
     since: Instant,
-    /// A second signal came: a device whose cache stays is ended at once.
+    /// A second signal came: end devices immediately if their caches stay.
     hurried: bool,
 }
 
-/// Checks what earlier daemons left, on a thread of its own, because it may wait for an image that does not answer.
+/// Checks for caches of earlier daemons, on a separate thread, because that may wait for an image that does not answer.
 fn spawn_leftover_check(check: impl FnOnce() + Send + 'static) {
     if let Err(e) = thread::Builder::new().name("leftovers".to_owned()).spawn(check) {
-        warn!("cannot start the thread that looks for caches that no daemon uses: {e}");
+        warn!("cannot start the thread that searches for unused caches: {e}");
     }
 }
 
 /// See the module.
 pub(super) struct Fleet {
-    /// By their numbers, which no other disk of this process gets.
+    /// By number. Numbers are never reused in this process.
     pub(super) disks: BTreeMap<usize, Disk>,
     /// The number of the next disk that is attached.
     pub(super) next_disk: usize,
     pub(super) context: Arc<Context>,
     pub(super) events: Sender<SupervisorEvent>,
-    /// What was attached and detached; `None` without a control socket.
+    /// Record of attached and detached disks; `None` without a control socket.
     pub(super) runtime: Option<RuntimeFile>,
-    /// What the control socket shows.
+    /// The state that the control socket shows.
     pub(super) overview: Arc<Overview>,
-    /// Reads the configuration file again.
+    /// Reloads the configuration file.
     operator: Option<Operator>,
     strictness: Strictness,
     manager: Arc<ServiceManager>,
-    /// For the list of the caches that no daemon uses, which follows the start.
+    /// For listing unused caches after the start.
     unlisted: Option<Config>,
-    /// For the check of the fd store, which follows when every device is served.
+    /// For checking the fd store once every device is served.
     unchecked: Option<Config>,
     pub(super) end: Option<End>,
-    /// Why the daemon ends by itself.
+    /// Why the daemon ends without a signal.
     failure: Option<Error>,
     is_ready: bool,
-    /// The state that the service manager was told last.
+    /// The state last reported to the service manager.
     status: String,
 }
 
 impl Fleet {
-    /// Starts a keeper for each device of `config`, which sends what happens to `events`.
+    /// Starts a keeper for each device of `config`; the keepers send their events to `events`.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if a thread cannot be started.
@@ -111,17 +111,17 @@ impl Fleet {
         })
     }
 
-    /// What the control socket shows.
+    /// The state that the control socket shows.
     pub fn overview(&self) -> &Arc<Overview> {
         &self.overview
     }
 
-    /// Makes SIGHUP read the configuration file again.
+    /// Makes SIGHUP reload the configuration file.
     pub fn reload_with(&mut self, operator: Operator) {
         self.operator = Some(operator);
     }
 
-    /// Serves until the process is to end.
+    /// Serves until a signal or a failure ends the process.
     ///
     /// # Errors
     /// The first error of a device; the log has the others.
@@ -144,7 +144,7 @@ impl Fleet {
                     end.since += since_last;
                     self.disks.values_mut().for_each(|disk| disk.exclude_stopped_time(since_last));
                 }
-                // The next check sees what the image has completed by then.
+                // The next check will see which operations the image has completed.
                 None if since_last >= FREEZE_MIN => {}
                 None => self.check_while_serving(),
                 Some(end) => {
@@ -162,7 +162,7 @@ impl Fleet {
 
     fn on_signal(&mut self, signal: i32) {
         if signal == libc::SIGHUP {
-            // With a control socket, adding a disk to the file does not resume one that was stopped for inspection.
+            // With a control socket, SIGHUP only reloads: it must not resume a disk that was stopped for inspection.
             if !self.runtime.as_ref().is_some_and(RuntimeFile::is_owned) {
                 self.disks.values().for_each(|disk| disk.send(KeeperCommand::Resume));
             }
@@ -183,7 +183,7 @@ impl Fleet {
         }
     }
 
-    /// The daemon before this one has ended. What it has changed since this one started is done like a reload.
+    /// The previous daemon has ended. The changes that it made since this one started are applied like a reload.
     fn on_control_bound(&mut self) {
         if self.end.is_none()
             && self.runtime.as_mut().is_some_and(RuntimeFile::take_over)
@@ -203,7 +203,7 @@ impl Fleet {
 
     fn on_keeper_event(&mut self, index: usize, event: KeeperEvent) {
         let is_ending = self.end.is_some();
-        // One that was given up when it was detached needs nothing any more.
+        // A device that was given up during its detach may still send events.
         let Some(disk) = self.disks.get_mut(&index) else { return };
         match event {
             KeeperEvent::Failed(_) if is_ending || disk.is_ending() => {}
@@ -246,14 +246,14 @@ impl Fleet {
         }
     }
 
-    /// Ends the devices whose rings have stopped, and those of every device on the same image: one may wait for a page
-    /// that another is reading.
+    /// Ends each device whose rings, and the rings of every device on the same image, have stopped: one may wait for a
+    /// page that another is reading.
     fn finish_quiesced(&mut self) {
         for index in self.disks.keys().copied().collect::<Vec<_>>() {
             let disk = &self.disks[&index];
             let key = disk.image_key();
             let mut group = self.disks.values().filter(|other| other.image_key() == key);
-            // A device that is detached completes what the others wait for (`WorkerPort::close`).
+            // A device that is being detached completes the operations that the others wait for (`WorkerPort::close`).
             let may_end = match self.end {
                 None if disk.is_ending() => !disk.keeps_data(),
                 _ => group.all(Disk::has_quiesced),
@@ -300,8 +300,8 @@ impl Fleet {
         self.finish_quiesced();
     }
 
-    /// After an orderly stop the next daemon serves what the configuration says, but only if every image has what its
-    /// cache held: a disk that was attached is known by the runtime file alone.
+    /// Removes the runtime file after a clean stop, so that the next daemon serves what the configuration says. Keeps
+    /// it unless every cache was written to its image: only the runtime file names a disk that was attached.
     fn end_runtime(&self) {
         let is_orderly = matches!(self.end, Some(End { ending: Ending::WriteBack, .. }));
         if let Some(runtime) = self.runtime.as_ref().filter(|_| is_orderly) {

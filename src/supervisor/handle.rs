@@ -1,4 +1,4 @@
-//! A view of a device that is served, for the main thread, which must not wait for it.
+//! A handle to a served device for the main thread, which must not wait for it.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -14,7 +14,7 @@ use crate::store::file::IoLock;
 use crate::sys::process::name_of;
 use crate::sys::socket::stop_listening;
 
-/// The way to a device in its process.
+/// The link to a device in its process.
 #[derive(Clone, Debug)]
 pub(super) struct DeviceLink {
     pub device: u32,
@@ -35,7 +35,7 @@ pub(super) struct DeviceHandle {
 }
 
 impl DeviceHandle {
-    /// The view of a device.
+    /// The handle of a device.
     ///
     /// # Errors
     /// Errors of dup(2).
@@ -56,12 +56,12 @@ impl DeviceHandle {
         })
     }
 
-    /// What devices with one image and one process have in common, and others not.
+    /// Equal for two devices if and only if they share one image and one process.
     pub fn image_key(&self) -> (IoLock, u32) {
         (self.process.io_lock(), self.image_of)
     }
 
-    /// The way to the device.
+    /// The link to the device.
     pub fn link(&self) -> DeviceLink {
         DeviceLink { device: self.device, process: Arc::clone(&self.process) }
     }
@@ -71,12 +71,12 @@ impl DeviceHandle {
         self.process.pid()
     }
 
-    /// What the device does.
+    /// The device's published state.
     pub fn state(&self) -> DiskState {
         self.page.read()
     }
 
-    /// For how long the process has not said what it does.
+    /// The time since the process last updated its statistics page.
     pub fn silent_for(&self) -> Duration {
         self.page.silent_for().unwrap_or_default()
     }
@@ -97,7 +97,7 @@ impl DeviceHandle {
         self.process.command(&ToDisk::Abandon { device: self.device, waits_for_untracked });
     }
 
-    /// Closes the connection and the socket, whatever the device's threads do.
+    /// Closes the connection and the socket without waiting for the device's threads.
     pub fn force_close(&self) {
         self.process.command(&ToDisk::ForceClose { device: self.device });
         // An inherited socket stays: the next daemon inherits it too.
@@ -107,7 +107,7 @@ impl DeviceHandle {
         }
     }
 
-    /// Kills the process, if it is one; returns whether.
+    /// Kills the process; returns `false` if the device runs in a thread.
     pub fn kill(&self) -> bool {
         self.process.kill();
         self.process.is_killable()

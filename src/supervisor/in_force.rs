@@ -1,4 +1,4 @@
-//! The configuration of a device as it is in force: what the operator has changed since the start is in it.
+//! The current configuration of a device, with the changes that the operator has made since the start.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -9,7 +9,7 @@ use crate::config::DeviceConfig;
 pub(super) struct InForce(Arc<Mutex<Arc<DeviceConfig>>>);
 
 impl InForce {
-    /// The configuration of a device that starts.
+    /// The configuration at the start of a device.
     pub fn new(config: &DeviceConfig) -> Self {
         Self(Arc::new(Mutex::new(Arc::new(config.clone()))))
     }
@@ -18,12 +18,12 @@ impl InForce {
         self.0.lock().expect("no thread panics with the configuration locked")
     }
 
-    /// The configuration at present.
+    /// The current configuration.
     pub fn get(&self) -> Arc<DeviceConfig> {
         Arc::clone(&self.lock())
     }
 
-    /// Puts another one in force. It differs in keys that may change while the device is served.
+    /// Replaces the configuration. => It differs only in keys that may change while the device is served.
     pub fn set(&self, config: Arc<DeviceConfig>) {
         *self.lock() = config;
     }

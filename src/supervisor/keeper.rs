@@ -1,6 +1,6 @@
-//! The thread of one device in the supervisor, `disk NAME`. It opens the device's image, cache and socket, starts its
-//! disk process, starts that again when it dies, and cleans up at the end. Each of these steps may wait for the image,
-//! which may not answer; so no thread waits for this one without a deadline.
+//! The supervisor's thread for one device, `disk NAME`. It opens the device's image, cache and socket, starts its disk
+//! process, restarts that process when it dies, and cleans up at the end. Each of these steps may block on an image
+//! that does not answer, so no thread waits for this one without a deadline.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -32,12 +32,12 @@ use crate::store::file::IoLock;
 /// Pauses between attempts to open a device that could not be served.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// How often to check that the cache's file is still there.
+/// How often to check that the cache's file still exists.
 const FILE_CHECK_PERIOD: Duration = Duration::from_millis(250);
 /// How often to check whether the image has grown.
 const SIZE_CHECK_PERIOD: Duration = Duration::from_secs(2);
 
-/// Steps, in words.
+// Names of steps, for messages.
 const OPENING: &str = "opening the image";
 pub(super) const PREPARING: &str = "preparing the cache";
 
@@ -48,9 +48,9 @@ pub(super) enum KeeperCommand {
     Serve,
     /// Grow the image to this size; without one, serve it at its present size. The reply: the size.
     Grow(Option<u64>, Sender<std::result::Result<u64, String>>),
-    /// Retry what failed: the operator says that the image works again.
+    /// Retry failed I/O, or a failed start: the operator has resumed the device.
     Resume,
-    /// Complete the guest's requests, and accept no others. Then wait for `Finish`.
+    /// Complete the guest's requests and accept no new ones. Then wait for `Finish`.
     Quiesce(Ending),
     /// End the device.
     Finish,
@@ -58,29 +58,28 @@ pub(super) enum KeeperCommand {
     Process(IoLock, ProcessEvent),
 }
 
-/// What happens to a device, for the main thread.
+/// Events of a device, for the main thread.
 #[derive(Debug)]
 pub(super) enum KeeperEvent {
-    /// It is open, and waits for [`KeeperCommand::Serve`].
+    /// It is open and waits for [`KeeperCommand::Serve`].
     Open,
-    /// It is served.
     Served(DeviceHandle),
     /// It cannot be served; another attempt follows.
     Failed(Error),
-    /// Its process died, and another one is started after this pause.
+    /// Its process died; another one is started after this pause.
     Died(String, Duration),
     /// Its process died too often: it is not served until the operator resumes it.
     RestartsExhausted(Error),
-    /// Its rings have stopped, and it waits for [`KeeperCommand::Finish`].
+    /// Its rings have stopped; it waits for [`KeeperCommand::Finish`].
     Quiesced,
-    /// It has ended. Nothing of it is left in this process, unless it was abandoned.
+    /// It has ended. Unless it was abandoned, this process has released everything of it.
     Ended(Result<()>),
 }
 
-/// What a keeper is doing, and since when.
+/// The step in which a keeper is, and since when.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KeeperStep {
-    /// In words, for messages.
+    /// For messages.
     pub what: &'static str,
     pub since: Instant,
 }
@@ -94,7 +93,7 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the thread of device number `index`, which sends what happens to `events`.
+    /// Starts the thread of device number `index`, which sends its events to `events`.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if the thread cannot be started.
@@ -106,7 +105,7 @@ impl Keeper {
         events: &Sender<SupervisorEvent>,
     ) -> Result<Self> {
         let no_page =
-            |e| Error::io(ErrorKind::System, format!("{}: cannot create its page of statistics", config.name), e);
+            |e| Error::io(ErrorKind::System, format!("{}: cannot create its statistics page", config.name), e);
         let (page, page_file) = StatsPage::create(config.workers.into()).map_err(no_page)?;
         let page = Arc::new(page);
         let (commands, receiver) = channel();
@@ -131,22 +130,22 @@ impl Keeper {
         Ok(Self { commands, step, page })
     }
 
-    /// Sends a command. A keeper that has ended needs none.
+    /// Sends a command. A keeper that has ended does not receive it, and need not.
     pub fn send(&self, command: KeeperCommand) {
         let _ = self.commands.send(command);
     }
 
-    /// Sends commands to it.
+    /// A sender of commands to it.
     pub fn commands(&self) -> Sender<KeeperCommand> {
         self.commands.clone()
     }
 
-    /// The device's page of statistics.
+    /// The device's statistics page.
     pub fn page(&self) -> &Arc<StatsPage> {
         &self.page
     }
 
-    /// What the keeper is doing.
+    /// The keeper's current step.
     pub fn step(&self) -> KeeperStep {
         *lock(&self.step)
     }
@@ -160,7 +159,8 @@ fn lock(step: &Mutex<KeeperStep>) -> MutexGuard<'_, KeeperStep> {
 struct KeeperThread {
     index: usize,
     config: DeviceConfig,
-    /// The configuration with what the operator has changed since. What `config` has of it, too, does not change.
+    /// The current configuration, with the operator's changes. The keys that this thread reads from `config` never
+    /// change.
     in_force: InForce,
     context: Arc<Context>,
     /// Sends to `commands`; processes get copies.
@@ -169,10 +169,10 @@ struct KeeperThread {
     events: Sender<SupervisorEvent>,
     step: Arc<Mutex<KeeperStep>>,
     restarts: Restarts,
-    /// The device's page of statistics. Its counters go on when a process takes the place of another.
+    /// The device's statistics page. Its counters continue when one process replaces another.
     page: Arc<StatsPage>,
     page_file: File,
-    /// How the daemon ends, once it does.
+    /// How the daemon ends, once it is ending.
     ending: Cell<Option<Ending>>,
 }
 
@@ -183,9 +183,9 @@ struct Opened {
     slot: Arc<ImageSlot>,
 }
 
-/// Why a device is not served any more.
+/// Why a device is no longer served.
 enum ServiceEnd {
-    /// The daemon ends, and the device has ended with this.
+    /// The device has ended, with this result, because it was detached or the daemon ends.
     Ended(Result<()>),
     /// It could not be served.
     Failed(Error),
@@ -202,7 +202,7 @@ impl KeeperThread {
         *lock(&self.step) = KeeperStep { what, since: Instant::now() };
     }
 
-    /// The main thread may have ended the process's wait for this device.
+    /// Sends an event. It fails if the main thread no longer waits for this device, and no one needs it then.
     fn report(&self, event: KeeperEvent) {
         let _ = self.events.send(SupervisorEvent::Keeper(self.index, event));
     }
@@ -224,8 +224,8 @@ impl KeeperThread {
         self.report(KeeperEvent::Ended(ended));
     }
 
-    /// Opens the device, in as many attempts as it takes, and waits for the command to serve it. `None`: the daemon
-    /// ends before that.
+    /// Tries to open the device until that succeeds, then waits for the command to serve it. `None`: the daemon ends
+    /// first.
     fn open_when_possible(&self) -> Option<Opened> {
         let mut pause = RETRY_MIN;
         loop {
@@ -237,7 +237,7 @@ impl KeeperThread {
                 }
                 Err(error) => error,
             };
-            // A killed daemon releases the image when its I/O is over, which no pause predicts.
+            // A killed daemon releases the image when its I/O completes, at an unpredictable time: do not back off.
             pause = if error.kind() == ErrorKind::Locked { RETRY_MIN } else { pause };
             self.report(KeeperEvent::Failed(error));
             self.begin("waiting to open the image again");
@@ -245,7 +245,7 @@ impl KeeperThread {
         }
     }
 
-    /// Waits before another attempt; returns how long to wait before the one after it. `None`: the daemon ends.
+    /// Waits before another attempt; returns the pause before the attempt after that one. `None`: the daemon ends.
     fn pause(&self, pause: Duration) -> Option<Duration> {
         let until = Instant::now() + pause;
         loop {
@@ -279,7 +279,7 @@ impl KeeperThread {
         Ok(Opened { socket, slot })
     }
 
-    /// Whether the device is to be served; else the daemon ends.
+    /// Waits for the command to serve the device; `false`: the daemon ends.
     fn wait_for_serve(&self) -> bool {
         loop {
             match self.commands.recv() {
@@ -294,7 +294,7 @@ impl KeeperThread {
         }
     }
 
-    /// Serves the device until the daemon ends, with as many processes as it takes.
+    /// Serves the device until it ends, and replaces processes that die.
     fn keep_served(&mut self, opened: Opened) -> Result<()> {
         let mut pause = RETRY_MIN;
         loop {
@@ -336,7 +336,7 @@ impl KeeperThread {
         }
     }
 
-    /// Whether the operator resumes the device; else the daemon ends.
+    /// Waits until the operator resumes the device; `false`: the daemon ends.
     fn wait_for_resume(&mut self) -> bool {
         loop {
             match self.commands.recv() {
@@ -354,7 +354,7 @@ impl KeeperThread {
         }
     }
 
-    /// The end of a device without a process. What its cache holds stays for the next daemon.
+    /// Ends a device that has no process. The contents of its cache stay for the next daemon.
     fn not_served(&self, opened: Opened, why: &str) -> Result<()> {
         let Opened { socket, slot } = opened;
         drop(socket);
@@ -367,7 +367,7 @@ impl KeeperThread {
         Err(Error::new(ErrorKind::Image, format!("{context}; {hint}")))
     }
 
-    /// Serves the device with one process, until that has ended.
+    /// Serves the device with one process, until that process has ended.
     fn serve(&self, opened: &Opened) -> Result<ServiceEnd> {
         self.begin("starting a process");
         let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
@@ -378,7 +378,7 @@ impl KeeperThread {
         let files = [opened.socket.listener.as_fd(), self.page_file.as_fd(), broker.as_fd()];
         let device = self.number();
         let own = self.own.clone();
-        // A keeper that has ended does not wait for event.
+        // It fails if the keeper has ended, which needs no events.
         let sink = EventSink(Box::new(move |io_lock, event| drop(own.send(KeeperCommand::Process(io_lock, event)))));
         let served = self.in_force.get();
         let settings = DeviceSettings::from(&*served);
@@ -411,11 +411,11 @@ struct ProcessSession<'a> {
     process: Arc<Process>,
     page: Arc<StatsPage>,
     slot: &'a ImageSlot,
-    /// The configuration that the process was told.
+    /// The configuration that was sent to the process.
     served: Arc<DeviceConfig>,
-    /// The size of the image that the process was told for this device; `None` before it is served.
+    /// The size of the image that was sent to the process for this device; `None` before it is served.
     image_bytes: Option<u64>,
-    /// When the size of the image was checked.
+    /// When the size of the image was last checked.
     size_checked: Instant,
     /// For the main thread, once it is served.
     handle: Option<DeviceHandle>,
@@ -428,7 +428,7 @@ struct ProcessSession<'a> {
 }
 
 impl ProcessSession<'_> {
-    /// Passes commands to the process, and event to the main thread, until the process has ended.
+    /// Forwards commands to the process, and events to the main thread, until the process has ended.
     fn run(&mut self) -> ServiceEnd {
         loop {
             match self.worker.commands.recv_timeout(FILE_CHECK_PERIOD) {
@@ -441,10 +441,10 @@ impl ProcessSession<'_> {
                         return end;
                     }
                 }
-                // A process that has ended before.
+                // From an earlier process.
                 Ok(KeeperCommand::Process(..)) => {}
                 Ok(KeeperCommand::Grow(size_bytes, reply)) => {
-                    // A client that has hung up needs no reply.
+                    // It fails if the client has disconnected.
                     let _ = reply.send(self.slot.grow(size_bytes));
                     self.send_growth();
                 }
@@ -457,18 +457,18 @@ impl ProcessSession<'_> {
         }
     }
 
-    /// Sends the process what the operator has changed while it started. A later change sends itself.
+    /// Sends the process the changes that the operator made while it started. Later changes are sent as they are made.
     fn send_changes(&self) {
         let in_force = self.worker.in_force.get();
         if !Arc::ptr_eq(&in_force, &self.served) {
             let settings = Box::new(DeviceSettings::from(&*in_force));
             let request = DeviceRequest::Configure { settings };
-            // Nobody waits for the reply to request 0.
+            // No thread waits for the reply to request 0.
             self.process.command(&ToDisk::Request { device: self.device, id: 0, request });
         }
     }
 
-    /// Follows an image that has grown.
+    /// Checks whether the image has grown, and follows it.
     fn check_size(&mut self) {
         if self.size_checked.elapsed() >= SIZE_CHECK_PERIOD {
             self.size_checked = Instant::now();
@@ -477,7 +477,7 @@ impl ProcessSession<'_> {
         self.send_growth();
     }
 
-    /// Tells the process that the image has grown, if it has.
+    /// Reports the image's new size to the process, if it has grown.
     fn send_growth(&mut self) {
         let (Some(told), Some(size_bytes)) = (self.image_bytes, self.slot.image_bytes()) else { return };
         if size_bytes > told {
@@ -486,7 +486,7 @@ impl ProcessSession<'_> {
                 info!("{}: its image now has {size_bytes} bytes", self.worker.config.name);
             }
             let request = DeviceRequest::Grow { size_bytes };
-            // Nobody waits for the reply to request 0.
+            // No thread waits for the reply to request 0.
             self.process.command(&ToDisk::Request { device: self.device, id: 0, request });
         }
     }
@@ -503,7 +503,7 @@ impl ProcessSession<'_> {
             Ending::WriteBack => "writing dirty pages to the image",
             Ending::HandOver => "leaving the cache to the next daemon",
         });
-        // The file may have been removed a moment ago.
+        // The file may have been removed since the last check.
         self.slot.check_cache_file(true);
         if ending == Ending::WriteBack {
             warm_list::save(&self.served, &self.process, self.device);
@@ -516,7 +516,7 @@ impl ProcessSession<'_> {
             ProcessEvent::Served => {
                 self.worker.begin("serving");
                 self.send_changes();
-                // It may have grown since the process, which other devices may share, was told its size.
+                // The image may have grown since its size was sent to the process, which other devices may share.
                 self.image_bytes = Some(0);
                 self.send_growth();
                 warm_list::warm(&self.served, &self.process, self.device);
@@ -532,7 +532,7 @@ impl ProcessSession<'_> {
             ProcessEvent::Ended(result) => {
                 self.worker.begin("releasing the image");
                 if self.process.remove_device(self.device) {
-                    // Others use the process on.
+                    // Other devices still use the process.
                     return Some(ServiceEnd::Ended(result));
                 }
                 self.ended = Some(result);
@@ -542,7 +542,7 @@ impl ProcessSession<'_> {
         None
     }
 
-    /// Why the device is not served any more, now that its process has ended.
+    /// Why the device is no longer served, now that its process has ended.
     fn service_end(&mut self, exit: Exit) -> ServiceEnd {
         let name = &self.worker.config.name;
         if let Some(error) = self.failure.take() {

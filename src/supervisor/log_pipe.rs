@@ -1,8 +1,8 @@
 //! The log of a disk process: a pipe whose lines become lines of the daemon's log.
 //!
-//! Neither end waits for the other. A disk process whose pipe is full drops lines and says so afterwards
-//! (`logging/queue.rs`), and the supervisor's queue does the same. One process cannot fill the queue for the others:
-//! its lines are counted.
+//! Neither end waits for the other. A disk process whose pipe is full drops lines and logs that afterwards
+//! (`logging/queue.rs`), and the supervisor's queue does the same. The rate of lines per process is limited, so one
+//! process cannot fill the queue for the others.
 
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,7 +16,7 @@ use crate::units::counted;
 
 /// Longest line in bytes; the rest of a longer one becomes another line.
 const LINE_BYTES_MAX: usize = 8 << 10;
-/// Most lines of a process in a second. Its own limit of lines that repeat is far below this.
+/// Most lines of a process per second, far above its own limit on repeated lines.
 const LINES_MAX: u32 = 500;
 
 /// See the module.
@@ -24,20 +24,20 @@ const LINES_MAX: u32 = 500;
 pub(super) struct LogPipe {
     name: String,
     pipe: ChildStderr,
-    /// The beginning of a line.
+    /// The beginning of an incomplete line.
     part: Vec<u8>,
-    /// When the present second began, and its lines.
+    /// When the present second began, and the number of its lines.
     second: (Instant, u32),
     dropped: u64,
 }
 
 impl LogPipe {
-    /// The pipe of the process of device `name`.
+    /// The log pipe of the process of device `name`.
     pub fn new(name: &str, pipe: ChildStderr) -> Self {
         Self { name: name.to_owned(), pipe, part: Vec::new(), second: (Instant::now(), 0), dropped: 0 }
     }
 
-    /// Reads what is in the pipe, which is readable, and forwards its lines; returns whether more may come.
+    /// Reads from the pipe, which is readable, and forwards its lines; returns whether more may come.
     pub fn forward(&mut self) -> bool {
         let mut bytes = [0; LINE_BYTES_MAX];
         let len = match self.pipe.read(&mut bytes) {
@@ -72,7 +72,7 @@ impl LogPipe {
             let dropped = std::mem::take(&mut self.dropped);
             if dropped > 0 {
                 let lines = counted(dropped, "line");
-                warn!("{}: dropped {lines} of its process's log: they came too fast", self.name);
+                warn!("{}: dropped {lines} of its process's log: too many per second", self.name);
             }
             self.second = (Instant::now(), 0);
         }

@@ -1,14 +1,14 @@
-//! The supervisor: opens all devices in parallel, starts a disk process for each image, waits for signals, and ends in
-//! order. First it stops all rings; then the disk processes either flush everything to the images (SIGTERM, SIGINT), or
-//! leave the caches for the next daemon (SIGUSR1).
+//! The supervisor: opens all devices in parallel, starts a disk process for each image, waits for signals, and shuts
+//! down cleanly. A shutdown first stops all rings. Then the disk processes either flush everything to the images
+//! (SIGTERM, SIGINT) or leave the caches for the next daemon (SIGUSR1).
 //!
-//! It does what takes a path: configuration, sockets, the opening and locking of images, memory, the recovery of
-//! caches. It never touches guest memory, a front-end's messages, or an image that is served: what is hostile there
-//! ends at the disk process (`crate::disk_process`), which this starts again.
+//! The supervisor does everything that needs a path: configuration, sockets, opening and locking images, memory,
+//! recovery of caches. It never touches guest memory, a front-end's messages, or an image that is served: a hostile
+//! guest or front-end reaches only its disk process (`crate::disk_process`), and the supervisor restarts that process.
 //!
-//! Each device has a thread of its own (`keeper.rs`) that may wait for its image, and each disk process one that reads
-//! its messages and its log (`process.rs`). The main thread (`fleet.rs`) waits for none of them: an image that does not
-//! answer holds up its own device only.
+//! Each device has its own thread (`keeper.rs`), which may block on the image. Each disk process has a thread that
+//! reads its messages and its log (`process.rs`). The main thread (`fleet.rs`) waits for none of them, so an image that
+//! does not answer holds up only its own device.
 
 mod attach;
 mod configure;
@@ -56,36 +56,37 @@ use keeper::KeeperEvent;
 use operator::Operator;
 use runtime::RuntimeFile;
 
-/// Signals without a meaning here that would end the process: a write beyond RLIMIT_FSIZE and one to a closed pipe fail
-/// instead, and the others must not cost a guest its disk if they are sent by mistake.
+/// Signals that genblk does not use and whose default action ends the process. With SIGXFSZ and SIGPIPE ignored, a
+/// write beyond RLIMIT_FSIZE or to a closed pipe fails instead. The others, sent by mistake, must not cost a guest its
+/// disk.
 const IGNORED: [i32; 7] =
     [libc::SIGXFSZ, libc::SIGPIPE, libc::SIGUSR2, libc::SIGALRM, libc::SIGVTALRM, libc::SIGPROF, libc::SIGIO];
 
 /// What happens if a device cannot be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strictness {
-    /// The others are served, and it is tried again, as long as one is served.
+    /// Serve the others and retry this one, as long as at least one is served.
     ServeTheOthers,
-    /// None is served.
+    /// Serve none.
     AllOrNone,
 }
 
-/// What the main thread waits for.
+/// An event for the main thread.
 #[derive(Debug)]
 enum SupervisorEvent {
     /// A signal, by number.
     Signal(i32),
-    /// Something has happened to the device with this number.
+    /// An event of the device with this number.
     Keeper(usize, KeeperEvent),
-    /// This daemon holds the control socket, which another one held at the start.
+    /// This daemon now holds the control socket, which another daemon held at the start.
     ControlBound,
     /// The operator attaches or detaches a device.
     Change(FleetChange),
 }
 
-/// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP makes it read the configuration file
-/// again. Without a control socket, SIGHUP also resumes write-back that was stopped after an error, and tries again to
-/// serve devices that could not be served.
+/// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP reloads the configuration file.
+/// Without a control socket, SIGHUP also resumes write-back that stopped after an error, and retries devices that could
+/// not be served.
 ///
 /// # Errors
 /// [`ErrorKind::Image`], [`ErrorKind::Locked`], [`ErrorKind::Memory`], [`ErrorKind::Ledger`] and [`ErrorKind::Socket`]
@@ -102,7 +103,7 @@ pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<
     }
     for device in config.devices.iter().filter(|device| device.sandbox == Sandbox::Off) {
         warn!(
-            "{}: sandbox = \"off\": a hole in genblk's memory safety gives a guest all that the daemon may do; for \
+            "{}: sandbox = \"off\": a memory-safety bug in genblk gives a guest all privileges of the daemon; for \
              debugging only",
             device.name
         );

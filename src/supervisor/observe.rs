@@ -1,5 +1,5 @@
-//! What has happened to the devices since the main thread looked last, as events. A device is compared with what it was
-//! then; so a change that is undone between two checks, a quarter of a second at most, makes no event.
+//! Makes events of the changes of devices. Each check of the main thread compares every device with its state at the
+//! previous check, so a change that is undone between two checks (at most a quarter of a second) makes no event.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,20 +12,20 @@ use crate::control::wire::DeviceState;
 use crate::disk_stats::DiskState;
 use crate::units::PAGE_BYTES;
 
-/// From this age of its oldest operation on, an image does not answer.
+/// An image whose oldest operation is at least this old counts as stalled.
 const STALLED: Duration = Duration::from_secs(5);
-/// Longest text of an event, in characters: a disk process, which faces a guest, may have written it.
+/// Longest text of an event, in characters. A disk process, which a guest may control, may have written the text.
 const TEXT_MAX: usize = 500;
 
-/// What events are made of.
+/// The state of a device from which events are made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Observed {
     state: DeviceState,
     why: Option<String>,
-    /// The process that serves it; the last one, while there is none.
+    /// The process that serves it, or else the last one that did.
     pid: Option<u32>,
     front_end: Option<(u32, u32)>,
-    /// What its image does not complete.
+    /// The operation that its image does not complete.
     stalled: Option<String>,
     image: String,
     resident_bytes: u64,
@@ -36,7 +36,7 @@ impl Observed {
     fn of(entry: &OverviewEntry) -> Self {
         let state = entry.page.read();
         let progress = &entry.progress;
-        // A process that has just begun has not said yet what it does.
+        // A process that has just started has not yet written its statistics.
         let is_written = entry.page.silent_for().is_some();
         let is_serving = progress.state == DeviceState::Serving;
         let DiskState { front_end, oldest, cache, .. } = state;
@@ -54,16 +54,16 @@ impl Observed {
     }
 }
 
-/// The devices as they were at the last look.
+/// The devices as of the last check.
 #[derive(Debug, Default)]
 pub(super) struct Observer {
     devices: BTreeMap<String, Observed>,
-    /// The daemon has told what it began with.
+    /// The devices present at the start are recorded.
     has_begun: bool,
 }
 
 impl Observer {
-    /// Adds an event for each difference from the last look.
+    /// Adds an event for each difference from the last check.
     pub fn look(&mut self, entries: &[OverviewEntry], log: &EventLog) {
         let now = entries.iter().map(|entry| (entry.config.name.clone(), Observed::of(entry))).collect();
         self.compare(now, log);
@@ -92,7 +92,7 @@ impl Observer {
     }
 }
 
-/// Adds the events of a device that was as `before`.
+/// Adds the events of a device that changed from `before` to `now`.
 fn compare(before: &Observed, now: &mut Observed, add: impl Fn(&'static str, Value)) {
     let restarted = before.pid.zip(now.pid).filter(|(old, new)| old != new);
     if let Some((old, new)) = restarted {

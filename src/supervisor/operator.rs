@@ -1,5 +1,5 @@
-//! What the operator does with devices through the control socket. Each change runs on a thread of its own, `change`,
-//! which may wait for a disk process and so for an image: the main thread and other connections do not wait for it.
+//! Changes that the operator makes through the control socket. Each runs on a separate thread, `change`, which may wait
+//! for a disk process and therefore for an image; the main thread and other connections do not wait for it.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -30,9 +30,9 @@ use crate::units::PAGE_BYTES;
 
 /// How often a long change reports its progress.
 const PROGRESS: Duration = Duration::from_secs(1);
-/// How often the client of a freeze is looked at.
+/// How often to check whether the client of a freeze has disconnected.
 const FREEZE_WATCH: Duration = Duration::from_millis(50);
-/// How often a device that is being detached is looked at, and the pause before its last flush is repeated.
+/// How often a device that is being detached is checked, and the pause between its last flushes.
 const DETACH_WATCH: Duration = Duration::from_millis(100);
 const DETACH_RETRY: Duration = Duration::from_secs(1);
 
@@ -40,16 +40,16 @@ const DETACH_RETRY: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub(super) struct Operator {
     pub(super) overview: Arc<Overview>,
-    /// To the main thread.
+    /// Events for the main thread.
     pub(super) events: Sender<SupervisorEvent>,
     /// The configuration file.
     pub(super) source: Option<PathBuf>,
-    /// Held by a reload.
+    /// Locked during a reload.
     pub(super) reload: Arc<Mutex<()>>,
 }
 
 impl Operator {
-    /// What is shown and changed of these devices. `source`: the configuration file.
+    /// An operator of these devices. `source`: the configuration file.
     pub(super) fn new(overview: &Arc<Overview>, events: &Sender<SupervisorEvent>, source: Option<&Path>) -> Self {
         let (source, reload) = (source.map(Into::into), Arc::default());
         Self { overview: Arc::clone(overview), events: events.clone(), source, reload }
@@ -154,7 +154,7 @@ impl Operator {
         }
     }
 
-    /// Makes an image grow, and its guest see it.
+    /// Makes an image grow, and reports the new size to its guest.
     fn resize(&self, device: &str, bytes: Option<u64>, client: &ChangeClient) -> Result<u64, Refusal> {
         let entry = self.overview.entry(device)?;
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "resize")?;
@@ -187,7 +187,7 @@ impl Operator {
         let (waiter, ended) = channel();
         if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester, waiter))? {
             info!("{device}: the operator discards the dirty data that its image does not accept");
-            // The client of the detach itself has the same result.
+            // The client that began the detach gets the same result.
             return ended.recv().unwrap_or_else(|_| Err(daemon_ends())).map(drop);
         }
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "detach")?;
@@ -215,7 +215,8 @@ impl Operator {
         }
     }
 
-    /// Writes what a device that is being detached would lose if it ended. No other process writes to it any more.
+    /// Writes the dirty pages that a device that is being detached would lose if it ended. No guest writes to it any
+    /// more.
     fn write_kept_data(&self, device: &str, client: &ChangeClient) {
         let Ok(entry) = self.overview.entry(device) else { return };
         if entry.progress.keeps_data
@@ -227,13 +228,13 @@ impl Operator {
                 "{device}: detach is waiting: writes to the image fail ({fault}), and its cache is volatile; retrying; \
                  \"genblk detach --force --discard {device}\" drops the dirty data"
             );
-            // It fails only for a keeper that has ended.
+            // It fails only if the keeper has ended.
             let _ = entry.commands.send(KeeperCommand::Resume);
             thread::sleep(DETACH_RETRY);
         }
     }
 
-    /// Asks the main thread, and waits for its reply.
+    /// Sends a request to the main thread and waits for its reply.
     pub(super) fn ask_main_thread(&self, change: impl FnOnce(Requester) -> FleetChange) -> Result<bool, Refusal> {
         let (requester, reply) = channel();
         self.events.send(SupervisorEvent::Change(change(requester))).map_err(|_| daemon_ends())?;
@@ -251,7 +252,7 @@ impl Operator {
         let entry = self.overview.entry(device)?;
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "freeze")?;
         let link = link_of(&entry)?;
-        // One that ends completes its requests, and its image does not stay as it is.
+        // A device that is ending still completes requests and writes to its image.
         if entry.progress.state != DeviceState::Serving {
             return Err(Refusal::refused(device, "it is not served at the moment"));
         }
@@ -274,7 +275,7 @@ impl Operator {
         Ok((Freezing { frozen: true, frozen_us, lease: Some(number) }, freeze))
     }
 
-    /// Waits until a freeze has ended, and ends it when the client hangs up.
+    /// Waits until a freeze has ended; ends it if the client disconnects.
     fn await_thaw(&self, device: &str, (frozen, freeze): (Freezing, FreezeLease), client: &ChangeClient) -> Freezing {
         client.send_progress(&frozen);
         loop {
@@ -288,7 +289,7 @@ impl Operator {
                 return ended;
             }
             if has_hung_up {
-                info!("{device}: the client of the freeze has hung up");
+                info!("{device}: the client of the freeze has disconnected");
                 self.thaw(&entry, Some(freeze.number), client);
                 return ended;
             }
@@ -297,7 +298,7 @@ impl Operator {
 }
 
 impl Operator {
-    /// Ends the freeze with the number `lease`, or whichever there is.
+    /// Ends the freeze with the number `lease`; `None`: any freeze.
     fn thaw(&self, entry: &OverviewEntry, lease: Option<u64>, client: &ChangeClient) -> Thawed {
         let thawed = thaw(entry, lease, client);
         if thawed.frozen_us > 0 {
@@ -311,7 +312,7 @@ fn daemon_ends() -> Refusal {
     Refusal::refused("the daemon", "it is shutting down")
 }
 
-/// Ends the freeze with the number `lease`, or whichever there is.
+/// Ends the freeze with the number `lease`; `None`: any freeze.
 fn thaw(entry: &OverviewEntry, lease: Option<u64>, client: &ChangeClient) -> Thawed {
     let device = &entry.config.name;
     let lasting = entry.freeze();
@@ -329,7 +330,7 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The way to a device that is served.
+/// The link to a served device.
 fn link_of(entry: &OverviewEntry) -> Result<DeviceLink, Refusal> {
     entry.link.clone().ok_or_else(|| {
         let why = entry.progress.why.clone().unwrap_or_else(|| "it is not served at the moment".to_owned());
@@ -337,7 +338,8 @@ fn link_of(entry: &OverviewEntry) -> Result<DeviceLink, Refusal> {
     })
 }
 
-/// Asks the process of a device, and waits for its reply. A client that takes more than one gets the progress.
+/// Sends a request to the process of a device and waits for its reply. Meanwhile, a client that accepts more than one
+/// reply gets the progress.
 pub(super) fn ask(
     entry: &OverviewEntry,
     request: DeviceRequest,
@@ -371,13 +373,13 @@ pub(super) fn ask(
     }
 }
 
-/// The error of a configuration with these problems.
+/// The error for a configuration with these problems.
 pub(super) fn invalid(problems: &[Problem]) -> Refusal {
     let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
     Refusal::new("Invalid", json!({ "problems": problems }))
 }
 
-/// The error of a device that cannot be detached because its image fails.
+/// The error for a device that cannot be detached because writes to its image fail.
 fn not_written(entry: &OverviewEntry, refusal: Refusal) -> Refusal {
     if refusal.error != "ImageFault" {
         return refusal;

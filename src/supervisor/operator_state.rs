@@ -1,4 +1,4 @@
-//! What the operator does with a device at the moment.
+//! The operator's changes of a device that are in progress.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
@@ -9,25 +9,25 @@ use super::handle::DeviceLink;
 use crate::control::change::Refusal;
 use crate::store::file::IoLock;
 
-/// What the operator does with a device.
+/// See the module.
 #[derive(Debug, Default)]
 pub(super) struct OperatorState(Mutex<ChangeState>);
 
 #[derive(Debug, Default)]
 pub(super) struct ChangeState {
-    /// The change that is under way.
+    /// The change in progress.
     change: Option<&'static str>,
     pub freeze: Option<FreezeLease>,
-    /// Keys that the last reload found changed, and that take effect only after detach and attach.
+    /// Keys that the last reload found changed and that take effect only after detach and attach.
     pub pending: Vec<&'static str>,
 }
 
-/// A freeze that was begun.
+/// A freeze that has begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FreezeLease {
-    /// Of the process that has frozen the device. Another one writes what its cache holds.
+    /// The process that has frozen the device. If another process replaces it, that one writes to the image.
     pub process: IoLock,
-    /// Of this freeze alone: the host's clock at its begin, in microseconds.
+    /// Identifies this freeze: the host's clock at its start, in microseconds.
     pub number: u64,
     pub since: Instant,
     pub until: Instant,
@@ -38,7 +38,7 @@ impl OperatorState {
         self.0.lock().expect("no thread panics with the state locked")
     }
 
-    /// The freeze that lasts, unless the process has lost it.
+    /// The freeze in progress, unless it was lost with its process.
     pub fn freeze(&self, link: Option<&DeviceLink>) -> Option<FreezeLease> {
         let lasts = |freeze: &FreezeLease| {
             freeze.until > Instant::now() && link.is_some_and(|link| link.process.io_lock() == freeze.process)
@@ -47,11 +47,11 @@ impl OperatorState {
     }
 }
 
-/// A change that is under way. Dropping it ends it.
+/// A change in progress. Dropping it ends it.
 pub(super) struct UnderWay(Arc<OperatorState>);
 
 impl UnderWay {
-    /// Begins a change, unless there is another one.
+    /// Begins a change, unless another one is in progress.
     pub fn begin(state: &Arc<OperatorState>, device: &str, what: &'static str) -> Result<Self, Refusal> {
         let mut changes = state.lock();
         if let Some(other) = changes.change {

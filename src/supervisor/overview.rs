@@ -1,5 +1,5 @@
-//! What the control socket shows of the devices. The main thread writes how far each is; what it does comes from its
-//! page of statistics, so that a client never waits for a disk process.
+//! The state of the devices for the control socket. The main thread records the progress of each; everything else comes
+//! from the device's statistics page, so a client never waits for a disk process.
 
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -28,12 +28,12 @@ pub(super) struct Overview {
     since_us: u64,
     entries: Mutex<Vec<OverviewEntry>>,
     observer: Mutex<Observer>,
-    /// What has happened.
+    /// The log of events.
     pub events: EventLog,
 }
 
 impl Overview {
-    /// The devices of a daemon that starts.
+    /// The overview of a daemon that starts.
     pub fn new(entries: impl Iterator<Item = OverviewEntry>) -> Arc<Self> {
         let since_us = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
         let since_us = u64::try_from(since_us).unwrap_or(u64::MAX);
@@ -49,7 +49,7 @@ impl Overview {
         Arc::new(overview)
     }
 
-    /// Records how far the devices are.
+    /// Records the progress of the devices.
     pub fn update(&self, entries: impl Iterator<Item = OverviewEntry>) {
         let entries: Vec<_> = entries.collect();
         self.lock().clone_from(&entries);
@@ -72,18 +72,18 @@ impl Overview {
         })
     }
 
-    /// What serves.
+    /// The daemon's description.
     pub fn describe(&self) -> Description {
         let (version, events) = (env!("CARGO_PKG_VERSION").to_owned(), self.events.counts());
         Description { version, pid: process::id(), since_us: self.since_us, events }
     }
 
-    /// All devices.
+    /// The status of all devices.
     pub fn devices(&self) -> Vec<DeviceStatus> {
         self.lock().clone().iter().map(device).collect()
     }
 
-    /// The configuration in force of the devices for which `wanted` holds, as a document.
+    /// The current configuration of the devices for which `wanted` holds, as a document.
     pub fn configuration(&self, wanted: &dyn Fn(&str) -> bool) -> String {
         let entries = self.lock().clone();
         let tables = entries.iter().filter(|entry| wanted(&entry.config.name)).map(|entry| device_table(&entry.config));

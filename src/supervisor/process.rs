@@ -1,5 +1,5 @@
-//! A disk process, as the supervisor sees it: it starts it, sends it commands, and receives its events. A thread for
-//! each process reads its messages and its log.
+//! The supervisor's side of a disk process: starts the process, sends it commands, and receives its events. Each
+//! process has a thread here that reads its messages and its log.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -29,14 +29,14 @@ use crate::sys::signal;
 /// Name of the hidden command of a disk process.
 pub(super) const COMMAND: &str = "disk-process";
 
-/// Variables of the environment that say something about the supervisor alone.
+/// Environment variables that concern only the supervisor and are not passed on.
 const OWN_VARIABLES: [&str; 6] =
     ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"];
 
-/// Where the disk's side runs.
+/// Where disks are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hosting {
-    /// In a process for each image.
+    /// In one process per image.
     Processes,
     /// In threads of this process.
     Threads,
@@ -45,16 +45,16 @@ pub enum Hosting {
 /// How a disk process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Exit {
-    /// `None` for one that was a thread, and where it is not known yet.
+    /// `None` for one that was a thread, or if it is not known yet.
     status: Option<ExitStatus>,
-    /// It said that it has released its image and its cache.
+    /// It reported that it has released its image and its cache.
     is_released: bool,
-    /// Everything is on the image, and the cache's file is to be removed.
+    /// Everything is written to the image, and the cache's file can be removed.
     pub is_cache_removed: bool,
 }
 
 impl Exit {
-    /// Whether it ended because it was told to.
+    /// Whether it ended on command.
     pub fn is_in_order(&self) -> bool {
         self.is_released
     }
@@ -79,7 +79,7 @@ impl fmt::Display for Exit {
     }
 }
 
-/// What happens to a device in its process, for the device's keeper.
+/// Events of a device in its process, for the device's keeper.
 #[derive(Debug)]
 pub(super) enum ProcessEvent {
     Served,
@@ -90,7 +90,7 @@ pub(super) enum ProcessEvent {
     Exited(Exit),
 }
 
-/// Where the events of a device go.
+/// Receives the events of a device.
 pub(super) struct EventSink(pub Box<dyn Fn(IoLock, ProcessEvent) + Send>);
 
 impl EventSink {
@@ -108,7 +108,7 @@ impl fmt::Debug for EventSink {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Process {
-    /// Its first device, for messages.
+    /// The name of its first device, for messages.
     name: String,
     io_lock: IoLock,
     channel: Channel<ToDisk, FromDisk>,
@@ -121,19 +121,19 @@ pub(super) struct Process {
 /// The disk process of a group, if it has one.
 pub(super) type SharedProcess = Arc<Mutex<Weak<Process>>>;
 
-/// Where the events and the replies of the process go.
+/// Receivers of the events and replies of the process.
 #[derive(Debug, Default)]
 struct Subscribers {
     by_device: BTreeMap<u32, Subscriber>,
     /// Its images, by the number of the device for which each was opened.
     images: BTreeMap<u32, ImageFate>,
     exit: Option<Exit>,
-    /// Where the replies to requests go, by number of the request.
+    /// Receivers of the replies to requests, by number of the request.
     requesters: BTreeMap<u64, Sender<DeviceReply>>,
     last_request: u64,
 }
 
-/// Where the events of a device go.
+/// The receiver of a device's events.
 #[derive(Debug)]
 struct Subscriber {
     /// Number of the device for which its image was opened.
@@ -141,12 +141,12 @@ struct Subscriber {
     sink: EventSink,
 }
 
-/// What became of an image in the process.
+/// The state of an image in the process.
 #[derive(Debug, Default)]
 struct ImageFate {
     /// Why it cannot be served.
     failure: Option<ErrorText>,
-    /// It was released.
+    /// Once it was released.
     exit: Option<Exit>,
 }
 
@@ -191,7 +191,7 @@ impl Process {
         self.send(open, &files)
     }
 
-    /// What the kernel's I/O of this process holds.
+    /// Held by all of this process's I/O in the kernel.
     pub fn io_lock(&self) -> IoLock {
         self.io_lock
     }
@@ -207,7 +207,7 @@ impl Process {
         subscribers.images.get(&image_of).and_then(|image| image.exit).or(subscribers.exit)
     }
 
-    /// Process ID, if it is a process of its own that runs.
+    /// Its process ID; `None` if it is a thread, or has ended.
     pub fn pid(&self) -> Option<u32> {
         self.child().as_ref().map(Child::id)
     }
@@ -225,7 +225,7 @@ impl Process {
         self.child.lock().expect("no thread panics with the child locked")
     }
 
-    /// Makes the process serve a device on the image that was opened for `image_of`. Its event go to `keeper`.
+    /// Makes the process serve a device on the image that was opened for `image_of`. `keeper` gets its events.
     ///
     /// # Errors
     /// Errors of sendmsg(2).
@@ -247,7 +247,7 @@ impl Process {
                 keeper.send(self.io_lock, ProcessEvent::Failed(failure.into()));
             }
             if let Some(exit) = exit {
-                // The others got this event before.
+                // The other devices have already had this event.
                 keeper.send(self.io_lock, ProcessEvent::Exited(exit));
                 return Ok(());
             }
@@ -255,7 +255,7 @@ impl Process {
         }
         let serve = ToDisk::Serve { device, image_of, settings: Box::new(settings) };
         match self.send(&serve, &files) {
-            // It has died, which its thread will see.
+            // It has died; its thread will report that.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             sent => sent,
         }
@@ -269,14 +269,15 @@ impl Process {
         self.channel.send(message, files)
     }
 
-    /// Sends a message that a process which has ended needs no more.
+    /// Sends a message that may be lost if the process has ended.
     pub fn command(&self, message: &ToDisk) {
         if let Err(e) = self.send(message, &[]) {
             debug!("{}: cannot send a command to its disk process, which has ended or is stopped: {e}", self.name);
         }
     }
 
-    /// A device has ended. Returns whether its image has others; if not, its keeper waits for the release of the image.
+    /// Removes a device that has ended. Returns whether its image has others; if not, its keeper waits until the image
+    /// is released.
     pub fn remove_device(&self, device: u32) -> bool {
         let mut subscribers = self.subscribers();
         let image_of = subscribers.by_device.get(&device).map(|subscriber| subscriber.image_of);
@@ -289,8 +290,8 @@ impl Process {
         others
     }
 
-    /// Sends what the operator asks of a device. Does not wait; the reply comes to the receiver, unless the process
-    /// ends before.
+    /// Sends a device a request of the operator. Does not wait: the receiver gets the reply, unless the process ends
+    /// first.
     ///
     /// # Errors
     /// As [`Process::send`].
@@ -311,15 +312,15 @@ impl Process {
         Ok(receiver)
     }
 
-    /// Kills it, if it is a process. It may not end at once: a thread of it may hang in the kernel.
+    /// Kills it, if it is a process. It may take long to end: one of its threads may hang in the kernel.
     pub fn kill(&self) {
         if let Some(child) = &mut *self.child() {
-            // It fails only for one that has ended.
+            // It fails only if the process has ended.
             let _ = child.kill();
         }
     }
 
-    /// Body of the process's thread: reads messages and log lines until it has ended.
+    /// Body of the process's thread: reads messages and log lines until the process has ended.
     fn read_until_end(&self, mut log: Option<LogPipe>) {
         let mut is_open = true;
         while is_open || log.is_some() {
@@ -346,7 +347,7 @@ impl Process {
         }
     }
 
-    /// Tells the devices of an image that the process does not use it any more.
+    /// Reports to the devices of an image that the process no longer uses it.
     fn note_release(&self, image_of: u32, exit: Exit) {
         let mut subscribers = self.subscribers();
         let devices = subscribers.by_device.extract_if(.., |_, subscriber| subscriber.image_of == image_of);
@@ -386,13 +387,13 @@ impl Process {
             }
             FromDisk::Reply { id, reply } => {
                 if let Some(requester) = self.subscribers().requesters.remove(&id) {
-                    // The requester may not wait for the reply.
+                    // It fails if the requester does not wait for the reply.
                     let _ = requester.send(reply);
                 }
                 return true;
             }
             FromDisk::Released { image_of, is_cache_removed } => {
-                // The image and the cache are free already: nobody waits until the process has freed its memory.
+                // The image and the cache are released already, so do not wait until the process has freed its memory.
                 self.note_release(image_of, Exit { status: None, is_released: true, is_cache_removed });
                 return true;
             }
@@ -403,10 +404,10 @@ impl Process {
         true
     }
 
-    /// Waits for the process and frees its number.
+    /// Reaps the process.
     fn reap(&self) -> Option<ExitStatus> {
         let pid = self.child().as_ref().map(Child::id)?;
-        // Without the lock: another thread must be able to kill it meanwhile.
+        // Wait without the lock: another thread must be able to kill the process meanwhile.
         if let Err(e) = wait_without_reaping(pid) {
             warn!("{}: cannot wait for its process {pid}: {e}", self.name);
         }
@@ -416,13 +417,13 @@ impl Process {
 
 /// Starts a disk process with its end of the channel as standard input, and its log in a pipe.
 fn spawn_child(name: &str, channel: OwnedFd) -> io::Result<(Option<Child>, Option<ChildStderr>)> {
-    // The file that runs, also when a package has replaced it.
+    // The running executable, even if an upgrade has replaced its file.
     let mut command = Command::new("/proc/self/exe");
     command.arg0(env::args_os().next().unwrap_or_else(|| "genblk".into())).args([COMMAND, name]);
     for variable in OWN_VARIABLES {
         command.env_remove(variable);
     }
-    // Not in the terminal's group: a terminal's signals are for the supervisor.
+    // Not in the terminal's process group: a terminal's signals are for the supervisor.
     command.stdin(channel).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
     let mut child = command.spawn()?;
     let log = child.stderr.take();

@@ -7,7 +7,7 @@ pub(super) const FIRST: Duration = Duration::from_secs(5);
 /// Longest time between two lines.
 const PAUSE_MAX: Duration = Duration::from_secs(600);
 
-/// The lines about one wait: at 5, 10, 20, 40 s and so on, at least every ten minutes.
+/// The schedule of log lines about one wait: at 5, 10, 20, 40 s and so on, at least every ten minutes.
 #[derive(Debug)]
 pub(super) struct Reminder {
     next: Duration,

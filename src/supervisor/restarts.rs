@@ -1,13 +1,13 @@
-//! How often, and how soon, a disk process that dies is started again.
+//! How often, and how soon, a disk process that dies is restarted.
 //!
-//! The first time it is started at once. A front-end that makes its process die again and again, for example by a
-//! memory file that it cuts short, gets ever longer pauses, and then none: it must not keep a processor busy, nor fill
-//! the log.
+//! After the first death it is restarted immediately. If a front-end makes its process die repeatedly, for example by
+//! truncating its memory file, the pauses grow, and at last the process is not restarted: such a front-end must neither
+//! keep a processor busy nor fill the log.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// The span in which deaths are counted.
+/// Time window in which deaths are counted.
 const WINDOW: Duration = Duration::from_secs(60);
 /// Pause before the second start in a window; each further one is twice as long.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -22,12 +22,12 @@ pub(super) struct Restarts {
 }
 
 impl Restarts {
-    /// No death so far.
+    /// A record without deaths.
     pub fn new(burst: u32) -> Self {
         Self { burst, deaths: VecDeque::new() }
     }
 
-    /// The process has died; returns the pause before the next start. `None`: it has died too often.
+    /// Records a death; returns the pause before the next start. `None`: it has died too often.
     pub fn after_death(&mut self, now: Instant) -> Option<Duration> {
         while self.deaths.front().is_some_and(|&death| now.duration_since(death) >= WINDOW) {
             self.deaths.pop_front();
@@ -43,7 +43,7 @@ impl Restarts {
         })
     }
 
-    /// The operator has resumed the device.
+    /// Forgets all deaths: the operator has resumed the device.
     pub fn forget(&mut self) {
         self.deaths.clear();
     }

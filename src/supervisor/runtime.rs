@@ -1,11 +1,12 @@
-//! The file in which the daemon keeps what the operator has changed since its start. It is written whole and renamed
-//! before a change is answered, so that the next daemon after a crash serves what was answered. An orderly stop
-//! removes it at its end, once every image has what its cache held: until then the next daemon needs the file to find
-//! the disks that were attached.
+//! The runtime file: the changes that the operator has made since the daemon started. The file is rewritten and renamed
+//! before the reply to a change is sent, so the next daemon after a crash serves everything that was confirmed. A clean
+//! stop removes the file at its end, once every cache was written to its image: until then the next daemon needs the
+//! file to find the disks that were attached.
 //!
-//! The daemon that holds the control socket owns the file, and no other one writes or removes it. A daemon that is
-//! started while another one hands over reads the file at once, because guests wait for its disks, and takes it over
-//! with the control socket: it reads the file again then, and what the other one has answered meanwhile follows.
+//! The daemon that holds the control socket owns the file, and no other one writes or removes it. A daemon that starts
+//! while another one hands over reads the file immediately, because guests wait for its disks. It takes the file over
+//! together with the control socket. Then it reads the file again and applies the changes that the other daemon has
+//! confirmed meanwhile.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -23,7 +24,8 @@ fn boot_name() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
-/// Reads a file that decides what is served: what only this user or root can have written, under its own name.
+/// Reads a file that decides which disks are served. Rejects symbolic links, and files that anyone but this user or
+/// root may have written.
 fn read_trusted(path: &Path) -> io::Result<String> {
     // O_NONBLOCK: a FIFO must not hold up the start.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -44,8 +46,8 @@ fn read_trusted(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// Creates a file for its owner alone. What has the name, such as the file of a daemon that was killed while it wrote,
-/// or a link that somebody has put there, is removed and never written to.
+/// Creates a file that only its owner can access. Anything that already has the name, such as the file of a daemon that
+/// was killed while writing, or a planted link, is removed and never written to.
 fn create_anew(path: &Path) -> io::Result<File> {
     if let Err(e) = fs::remove_file(path)
         && e.kind() != io::ErrorKind::NotFound
@@ -61,12 +63,12 @@ fn create_anew(path: &Path) -> io::Result<File> {
 pub(super) struct RuntimeFile {
     path: PathBuf,
     pub changes: RuntimeConfig,
-    /// This daemon holds the control socket.
+    /// Whether this daemon holds the control socket.
     is_owned: bool,
 }
 
 impl RuntimeFile {
-    /// The file of the daemon with this control socket: beside the socket.
+    /// The file of the daemon with this control socket, in the socket's directory.
     fn beside(control: &Path) -> PathBuf {
         match control.file_name().and_then(|name| name.to_str()) {
             Some("control.sock") | None => control.with_file_name("runtime.toml"),
@@ -74,14 +76,15 @@ impl RuntimeFile {
         }
     }
 
-    /// Reads what an earlier daemon with the same control socket left. `is_owned`: this daemon holds that socket.
+    /// Reads the file that an earlier daemon with the same control socket left. `is_owned`: this daemon holds that
+    /// socket.
     pub fn open(control: &Path, is_owned: bool) -> Self {
         let mut runtime = Self { path: Self::beside(control), changes: RuntimeConfig::default(), is_owned };
         runtime.changes = runtime.read().unwrap_or_default();
         runtime
     }
 
-    /// The content of the file. The owner sets a file aside that cannot be read.
+    /// The content of the file. If it cannot be read, the owner renames it.
     fn read(&self) -> Option<RuntimeConfig> {
         let shown = self.path.display();
         let found = match read_trusted(&self.path) {
@@ -92,8 +95,8 @@ impl RuntimeFile {
         found.unwrap_or_else(|why| {
             let aside = self.path.with_extension("toml.bad");
             let kept = match self.is_owned.then(|| fs::rename(&self.path, &aside)) {
-                None => "another daemon owns it".to_owned(),
-                Some(Ok(())) => format!("it is now {}", aside.display()),
+                None => "another daemon owns the file".to_owned(),
+                Some(Ok(())) => format!("renamed to {}", aside.display()),
                 Some(Err(e)) => e.to_string(),
             };
             error!("cannot read {shown}, the record of changes at run time: {why}; {kept}");
@@ -106,14 +109,14 @@ impl RuntimeFile {
         self.is_owned
     }
 
-    /// This daemon holds the control socket from now on. Returns whether the daemon before it has changed something
-    /// since this one started, which is to be done now.
+    /// Takes the file over: this daemon holds the control socket from now on. Returns whether the previous daemon has
+    /// made changes since this one started; the caller applies them.
     pub fn take_over(&mut self) -> bool {
         self.is_owned = true;
         match self.read() {
             Some(found) => std::mem::replace(&mut self.changes, found) != self.changes,
             None => {
-                // An orderly stop has removed it, but this daemon serves what it said.
+                // The previous daemon's clean stop has removed the file, but this daemon serves what it contained.
                 if self.changes != RuntimeConfig::default()
                     && let Err(e) = self.save()
                 {
@@ -145,7 +148,7 @@ impl RuntimeFile {
     /// Writes the changes.
     ///
     /// # Errors
-    /// Those of the file system. The file is as it was then.
+    /// Errors of the file system. The file is unchanged then.
     pub fn save(&self) -> io::Result<()> {
         if !self.is_owned {
             return Err(io::Error::other("another daemon holds the control socket"));
@@ -158,7 +161,7 @@ impl RuntimeFile {
         written.and_then(|()| fs::rename(&aside, &self.path)).inspect_err(|_| drop(fs::remove_file(&aside)))
     }
 
-    /// The file stays after a stop that lacks something.
+    /// Keeps the file after a stop that was not clean.
     pub fn keep(&self) {
         if self.is_owned && self.changes != RuntimeConfig::default() {
             let path = self.path.display();
@@ -166,7 +169,7 @@ impl RuntimeFile {
         }
     }
 
-    /// Removes the file: the next daemon starts as its configuration says.
+    /// Removes the file, so that the next daemon starts from its configuration alone.
     pub fn remove(&self) {
         if self.is_owned
             && let Err(e) = fs::remove_file(&self.path)

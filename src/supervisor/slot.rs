@@ -1,7 +1,7 @@
-//! An image that is open, its cache, and the disk process that uses both: what outlives that process.
+//! An open image, its cache, and the disk process that uses both. The slot outlives that process.
 //!
 //! The slot keeps the image's lock and the cache. When its process dies, it starts another one with the same cache.
-//! Each method may wait for the image, so the main thread calls none.
+//! Each method may wait for the image, so the main thread calls none of them.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -26,24 +26,24 @@ use crate::units::PAGE_BYTES;
 /// How often to check whether the kernel has completed the I/O of a process that died.
 const FENCE_POLL: Duration = Duration::from_millis(2);
 
-/// How long a disk process that has ended in order may take to close the descriptor of a block device.
+/// How long a disk process that has ended cleanly may take to close the descriptor of a block device.
 const REST_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long the name of a cache file must lead elsewhere until the file counts as lost.
+/// How long the path of a cache file must not lead to it before the file counts as lost.
 const MISSED_MIN: Duration = Duration::from_millis(500);
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct ImageSlot {
-    /// Number of the device for which the image was opened, which stands for it.
+    /// Number of the device for which the image was opened; identifies the image.
     image_of: u32,
-    /// The device for which the image was opened.
+    /// Settings of the device for which the image was opened.
     settings: DeviceSettings,
     /// The user that its process runs as; `None`: the daemon's own.
     user: Option<User>,
-    /// The process of the group, if the image is in one.
+    /// The process of the image's group, if it is in one.
     group: Option<SharedProcess>,
-    /// Other devices may follow in the process.
+    /// The process may get further devices.
     is_shared: bool,
     hosting: Hosting,
     state: Mutex<SlotState>,
@@ -56,28 +56,28 @@ struct SlotState {
     process: Option<Arc<Process>>,
     /// `None` once its files are removed.
     cache: Option<KeptArena>,
-    /// The cache was made by this daemon, and no process has used it.
+    /// This daemon created the cache, and no process has used it.
     is_unused: bool,
     file: FileWatch,
     image: Arc<dyn NamedImage>,
 }
 
-/// What is known of the file by which the cache outlives the daemon.
+/// The state of the file by which the cache outlives the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FileWatch {
-    /// Its name leads to it, or there is no such file.
+    /// Its path leads to it, or the cache has no file.
     Reachable,
-    /// A check at this moment found that its name does not lead to it.
+    /// A check at this time found that its path does not lead to it.
     Missed(Instant),
-    /// The cache does not outlive the daemon any more, and the operator was told.
+    /// The cache no longer outlives the daemon, and that was logged.
     Lost,
 }
 
 impl ImageSlot {
-    /// The slot of an image that is open; opens its cache.
+    /// The slot of an open image; opens its cache.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`] and [`ErrorKind::Ledger`] for the cache. The guest's data is as it was then.
+    /// [`ErrorKind::Memory`] and [`ErrorKind::Ledger`] for the cache. The guest's data is unchanged then.
     pub fn new(
         image_of: u32,
         config: &DeviceConfig,
@@ -110,7 +110,7 @@ impl ImageSlot {
         self.state.lock().expect("no thread panics with a slot locked")
     }
 
-    /// Number of the device for which the image was opened, which stands for it.
+    /// Number of the device for which the image was opened; identifies the image.
     pub fn image_of(&self) -> u32 {
         self.image_of
     }
@@ -148,7 +148,7 @@ impl ImageSlot {
         Ok(process)
     }
 
-    /// Hands the image and the cache to a process: to the present one of the group, unless that ends, or to a new one.
+    /// Hands the image and the cache to a process: to the group's present one, unless it is ending, or to a new one.
     fn hand_to(
         &self,
         state: &SlotState,
@@ -174,14 +174,14 @@ impl ImageSlot {
             None => Process::start(&self.settings.name, self.hosting, io_lock)?,
         };
         match process.open(self.image_of, &open, &file, &cache.descriptors()) {
-            // It has ended, of which the keeper gets an event.
+            // It has ended; the keeper gets an event about that.
             Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(failed(e)),
             _ => Ok(process),
         }
     }
 
-    /// Checks that the next daemon would find the cache. If its file was removed, the cache is from now on one that
-    /// does not outlive the daemon. `is_final`: no other check follows. Waits for nothing.
+    /// Checks that the next daemon would find the cache. If its file was removed, the cache is volatile from now on.
+    /// `is_final`: no other check follows. Never waits.
     pub fn check_cache_file(&self, is_final: bool) {
         let Ok(mut state) = self.state.try_lock() else { return };
         let state = &mut *state;
@@ -192,7 +192,7 @@ impl ImageSlot {
             }
             return;
         }
-        // Not at the first check: a rename of a directory, or a mount, may be under way.
+        // A single failed check is not enough: a rename of a directory, or a mount, may be in progress.
         match state.file {
             _ if is_final => {}
             FileWatch::Missed(since) if since.elapsed() >= MISSED_MIN => {}
@@ -212,8 +212,8 @@ impl ImageSlot {
         }
     }
 
-    /// Up to which size the image is served; `None` if another device waits for the image at the moment. Waits for
-    /// nothing.
+    /// The size up to which the image is served; `None` if another thread holds the slot, perhaps waiting for the
+    /// image. Never waits.
     pub fn image_bytes(&self) -> Option<u64> {
         Some(self.state.try_lock().ok()?.image.limits().size_bytes.get())
     }
@@ -221,12 +221,12 @@ impl ImageSlot {
     /// Makes the image grow; see [`NamedImage::grow`].
     ///
     /// # Errors
-    /// Why it cannot.
+    /// The reason in words.
     pub fn grow(&self, size_bytes: Option<u64>) -> std::result::Result<u64, String> {
         self.lock().image.grow(size_bytes)
     }
 
-    /// Follows an image that somebody else has made grow. Waits for nothing.
+    /// Follows an image that another program has made grow. Never waits.
     pub fn follow_growth(&self) {
         let Ok(state) = self.state.try_lock() else { return };
         let served = state.image.limits().size_bytes.get();
@@ -237,10 +237,10 @@ impl ImageSlot {
         }
     }
 
-    /// Whether the cache holds data that is nowhere else, after its process has ended.
+    /// Whether the cache still holds data not written to the image, after its process has ended.
     pub fn holds_unwritten(&self) -> bool {
         let state = self.lock();
-        // What cannot be read may hold anything.
+        // A cache that cannot be read may hold such data.
         state.cache.as_ref().is_some_and(|cache| cache.holds_unwritten().unwrap_or(true))
     }
 }
@@ -279,26 +279,25 @@ pub(super) fn open_image(config: &DeviceConfig, manager: &Arc<ServiceManager>) -
 fn user_called(name: &str) -> Result<User> {
     match privileges::user_called(name) {
         Ok(Some(user)) => Ok(user),
-        Ok(None) => Err(Error::new(ErrorKind::System, format!("there is no user {name} (user)"))),
-        Err(e) => Err(Error::io(ErrorKind::System, format!("cannot look up user {name} (user)"), e)),
+        Ok(None) => Err(Error::new(ErrorKind::System, format!("no such user: {name} (key user)"))),
+        Err(e) => Err(Error::io(ErrorKind::System, format!("cannot look up user {name} (key user)"), e)),
     }
 }
 
-/// The configured number of frames, and the largest one that there can be while the cache is used.
+/// The configured number of frames, and the maximum to which the cache can grow.
 fn frames_of(config: &DeviceConfig) -> [usize; 2] {
     let frames = |bytes: u64| usize::try_from(bytes / PAGE_BYTES).unwrap_or(usize::MAX);
     [frames(config.cache.size_bytes), frames(config.cache.room_bytes())]
 }
 
 impl Drop for ImageSlot {
-    /// Removes the cache that holds nothing, and records for the next daemon what the image was like when a cache that
-    /// stays was left.
+    /// Removes an empty cache. If the cache stays, records in it the state of the image, for the next daemon.
     fn drop(&mut self) {
         let state = self.state.get_mut().expect("no thread panics with a slot locked");
         let name = &self.settings.name;
         let Some(mut cache) = state.cache.take() else { return };
         if state.is_unused {
-            // The record comes first: a cache file that is removed must not be missed by the next daemon.
+            // Mark the image clean first: the next daemon would otherwise report the removed cache file as missing.
             match state.image.end_tenure() {
                 Ok(_) => cache.remove(),
                 Err(e) => warn!("{name}: cannot mark the image clean ({e}); its cache is kept"),
@@ -308,8 +307,8 @@ impl Drop for ImageSlot {
         let exit = state.process.take().and_then(|process| Some((process.io_lock(), process.exit_of(self.image_of)?)));
         match exit {
             Some((_, Exit { is_cache_removed: true, .. })) => cache.remove(),
-            // A device's counters are found by a path, which only this process may use. The image rests once the
-            // kernel has released the descriptor of the process.
+            // The counters of a block device are read through a path, which only this process may use. The image no
+            // longer changes once the kernel has released the process's descriptor.
             Some((io_lock, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {
                 let until = Instant::now() + REST_PATIENCE;
                 while state.image.is_io_locked(io_lock) && Instant::now() < until {

@@ -20,7 +20,7 @@ pub(super) struct ListenSocket {
 }
 
 impl ListenSocket {
-    /// The socket that the configuration of a device names.
+    /// Opens the socket that the configuration of a device names.
     ///
     /// # Errors
     /// [`ErrorKind::Socket`] when the path cannot be bound, or when the descriptor is not a listening socket.
@@ -41,10 +41,10 @@ impl ListenSocket {
 pub(super) struct InheritedSockets(HashMap<RawFd, std::result::Result<UnixListener, String>>);
 
 impl InheritedSockets {
-    /// Takes the sockets that `config` names.
+    /// Takes the inherited sockets that `config` names.
     ///
-    /// => Call this before the process receives descriptors through a socket: a received one could have the number of
-    ///    an inherited one that was closed.
+    /// => Call this before the process receives descriptors through a socket: if an inherited one was closed, a
+    ///    received one could get its number.
     pub fn take(config: &Config) -> Self {
         let descriptors = config.devices.iter().filter_map(|device| match device.socket {
             Socket::Fd(fd) => Some(fd),

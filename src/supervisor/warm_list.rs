@@ -1,7 +1,8 @@
-//! The list of pages that were in memory at an orderly stop: page numbers, no data. The next start reads them in.
+//! The list of pages that were in memory at a clean stop: page numbers, no data. The next start reads them in.
 //!
-//! It is a hint. If the image has changed meanwhile, or is another one, other pages are read in than the guest will ask
-//! for, and no byte is wrong. Its name and its first line have the image's path, so that another image does not get it.
+//! The list is a hint. If the image has changed meanwhile, or is another one, the wrong pages are read in, but the
+//! guest still reads correct data. The list's name and first line contain the image's path, so that it is not used for
+//! another image.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -21,11 +22,11 @@ use crate::units::{PAGE_BYTES, counted};
 
 /// The first words of a list.
 const MAGIC: &str = "genblk warm list 1";
-/// How long an orderly stop waits for the list in all.
+/// How long a clean stop waits for the list in total.
 const SAVE_PATIENCE: Duration = Duration::from_secs(2);
-/// Longest list: a cache of 1 TiB whose pages lie apart.
+/// Longest list: that of a cache of 1 TiB in which no two pages are adjacent.
 const BYTES_MAX: u64 = 1 << 32;
-/// Extents of a request, and its time. Between two of them the device may end.
+/// Limits of one request: extents, and time. The device may end between two requests.
 const EXTENTS_PER_REQUEST: usize = 512;
 const REQUEST_MS: u32 = 1000;
 
@@ -40,7 +41,7 @@ fn path_of(config: &DeviceConfig) -> Option<PathBuf> {
     (!config.cache.warm_dir.is_empty()).then(|| directory.join(format!("genblk-warm-{hash:016x}")))
 }
 
-/// Pages as extents: the first one and how many.
+/// Pages as extents: the first page, and the number of pages.
 fn extents_of(mut pages: Vec<u64>) -> Vec<(u64, u64)> {
     pages.sort_unstable();
     pages.dedup();
@@ -71,7 +72,7 @@ fn parse(text: &str, image: &Path) -> Option<Vec<(u64, u64)>> {
     lines.map(extent).collect()
 }
 
-/// Lists what is in memory, at an orderly stop. The device's rings have stopped.
+/// Saves the list of the pages in memory, at a clean stop. => The device's rings have stopped.
 pub(super) fn save(config: &DeviceConfig, process: &Process, device: u32) {
     let Some(path) = path_of(config) else { return };
     let (until, mut pages, mut from) = (Instant::now() + SAVE_PATIENCE, Vec::new(), Some(0));
@@ -79,7 +80,7 @@ pub(super) fn save(config: &DeviceConfig, process: &Process, device: u32) {
         let left = until.saturating_duration_since(Instant::now());
         let reply = process.request(device, DeviceRequest::Resident { from: slot });
         let Ok(Ok(DeviceReply::Resident { pages: more, next })) = reply.map(|reply| reply.recv_timeout(left)) else {
-            warn!("{}: cannot list what is in memory: it takes too long", config.name);
+            warn!("{}: cannot list the cached pages: timed out", config.name);
             return;
         };
         pages.extend(more);
@@ -88,7 +89,7 @@ pub(super) fn save(config: &DeviceConfig, process: &Process, device: u32) {
     let (name, count) = (&config.name, pages.len() as u64);
     match write(&path, &text_of(&config.image, &extents_of(pages))) {
         Ok(()) => info!("{name}: {} listed in {} for the next start", counted(count, "cached page"), path.display()),
-        Err(e) => warn!("{name}: cannot list what is in memory in {}: {e}", path.display()),
+        Err(e) => warn!("{name}: cannot list the cached pages in {}: {e}", path.display()),
     }
 }
 
@@ -106,14 +107,14 @@ fn read(path: &Path) -> io::Result<String> {
     let metadata = file.metadata()?;
     let is_ours = metadata.uid() == 0 || metadata.uid() == effective_uid();
     if !metadata.is_file() || !is_ours || metadata.mode() & 0o022 != 0 {
-        return Err(io::Error::other("others may have written it"));
+        return Err(io::Error::other("other users may have written it"));
     }
     let mut text = String::new();
     file.take(BYTES_MAX).read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// Reads in what the last orderly stop has listed, on a thread of its own, which ends with the process.
+/// Reads in the pages that the last clean stop listed, on a separate thread, which ends with the process.
 pub(super) fn warm(config: &DeviceConfig, process: &Arc<Process>, device: u32) {
     let Some(path) = path_of(config) else { return };
     let text = match read(&path) {
@@ -122,7 +123,7 @@ pub(super) fn warm(config: &DeviceConfig, process: &Arc<Process>, device: u32) {
         Err(e) => return warn!("{}: {} is not used: {e}", config.name, path.display()),
     };
     let Some(extents) = parse(&text, &config.image) else {
-        return warn!("{}: {} is not used: it is no list of this image", config.name, path.display());
+        return warn!("{}: {} is not used: it is not a list for this image", config.name, path.display());
     };
     let (name, process) = (config.name.clone(), Arc::clone(process));
     let begun = Instant::now();
@@ -139,7 +140,7 @@ pub(super) fn warm(config: &DeviceConfig, process: &Arc<Process>, device: u32) {
     }
 }
 
-/// Returns whether the cache was full before the end; `None` if the device ended.
+/// Returns whether the cache filled up before the end of the list; `None` if the device ended.
 fn warm_all(extents: &[(u64, u64)], process: &Process, device: u32) -> Option<bool> {
     for part in extents.chunks(EXTENTS_PER_REQUEST) {
         let mut left = part.to_vec();

@@ -1,4 +1,4 @@
-//! What the operator changes about a device: it is attached, or detached while others are served.
+//! Attaching and detaching a device while others are served.
 
 use super::{DevicePhase, Disk, Recorded, Requester};
 use crate::disk_protocol::Ending;
@@ -10,14 +10,14 @@ use crate::store::file::IoLock;
 pub(in crate::supervisor) struct Detaching {
     /// Where to send the result.
     pub requester: Requester,
-    /// Operators who gave up dirty pages meanwhile, and wait for its end.
+    /// Requesters of `detach --discard` that arrived meanwhile and wait for its end.
     pub discarders: Vec<Requester>,
     pub record: Recorded,
-    /// Dirty pages of a cache that ends with the process may be lost.
+    /// Dirty pages of a volatile cache may be discarded.
     discards: bool,
 }
 
-/// What the devices that stay use: the end of another one must not harm them.
+/// The processes and groups of the devices that stay: the end of another device must not harm them.
 #[derive(Debug)]
 pub(in crate::supervisor) struct RemainingDevices {
     processes: Vec<IoLock>,
@@ -25,7 +25,7 @@ pub(in crate::supervisor) struct RemainingDevices {
 }
 
 impl RemainingDevices {
-    /// Those of these devices that stay.
+    /// The processes and groups of those of `disks` that are not ending.
     pub fn of<'a>(disks: impl Iterator<Item = &'a Disk>) -> Self {
         let staying: Vec<&Disk> = disks.filter(|disk| !disk.is_ending()).collect();
         let groups = staying.iter().map(|disk| disk.config().group.clone()).filter(|group| !group.is_empty());
@@ -40,35 +40,34 @@ impl RemainingDevices {
 }
 
 impl Disk {
-    /// Whether it is detached, or ends with the process.
+    /// Whether it is ending: it is being detached, or the daemon is shutting down.
     pub fn is_ending(&self) -> bool {
         self.end.is_some()
     }
 
-    /// Whether the operator waits for it to be served.
+    /// Whether an attach waits for it to be served.
     pub fn is_attaching(&self) -> bool {
         self.attaching.is_some()
     }
 
-    /// The operator waits for it to be served.
+    /// Records the attach that waits for it to be served.
     pub fn set_attaching(&mut self, requester: Requester, record: Recorded) {
         self.attaching = Some((requester, record));
     }
 
-    /// Takes the operator who waits for it to be served.
+    /// Takes the attach that waits for it to be served.
     pub fn take_attaching(&mut self) -> Option<(Requester, Recorded)> {
         self.attaching.take()
     }
 
-    /// The operator detaches it, and waits for its end. `discards`: dirty pages of a cache that ends with its process
-    /// may be lost.
+    /// Begins to detach it; `requester` gets the result. `discards`: dirty pages of a volatile cache may be discarded.
     pub fn begin_detach(&mut self, requester: Requester, record: Recorded, discards: bool) {
         self.detaching = Some(Detaching { requester, discarders: Vec::new(), record, discards });
         self.begin_end(Ending::WriteBack);
     }
 
-    /// The operator gives up what its image does not take, and waits for its end too. Returns whether it is being
-    /// detached.
+    /// Lets the detach in progress discard dirty pages that the image does not accept; `requester` gets the result of
+    /// the detach too. Returns whether it is being detached.
     pub fn discard(&mut self, requester: Requester) -> bool {
         let Some(detaching) = &mut self.detaching else { return false };
         detaching.discards = true;
@@ -76,25 +75,25 @@ impl Disk {
         true
     }
 
-    /// Its end: the detach, if there is one, and the error with which it ended.
+    /// The detach, if there is one, and the error with which it ended.
     pub fn into_end(self) -> (Option<Detaching>, Option<Error>) {
         (self.detaching, self.error)
     }
 
-    /// Whether it is being detached, its rings have stopped, and its end would lose dirty pages: its cache ends with
-    /// its process. The operator's thread flushes it then, as often as it takes.
+    /// Whether it is being detached, its rings have stopped, and its end would lose dirty pages because its cache is
+    /// volatile. The thread of the change then flushes it until a flush succeeds.
     pub fn keeps_data(&self) -> bool {
         let (Some(Detaching { discards: false, .. }), Some(quiesced), Some(handle)) =
             (&self.detaching, self.quiesced, &self.handle)
         else {
             return false;
         };
-        // What the process has published before its rings stopped says nothing of the last requests.
+        // Statistics published before its rings stopped do not cover the last requests.
         let is_stale = handle.silent_for() >= quiesced.elapsed();
         self.phase == DevicePhase::Quiesced && (is_stale || self.state().has_unkept_data)
     }
 
-    /// Logs what takes long.
+    /// Logs waits that take long.
     pub fn check(&mut self, remaining: &RemainingDevices) {
         let Some((ending, since)) = self.end else { return self.check_while_serving() };
         if self.has_ended() {
@@ -102,7 +101,7 @@ impl Disk {
         }
         let discards = self.detaching.as_ref().is_none_or(|detaching| detaching.discards);
         let advice = if remaining.share_process_of(self) {
-            // Without its workers, a process that is shared would keep what they have begun from others.
+            // Abandoning it would stop workers of a shared process, and other devices wait for what these have begun.
             None
         } else if !discards && self.state().has_unkept_data {
             None

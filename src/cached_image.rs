@@ -148,7 +148,8 @@ impl CachedImage {
 
     /// The image has grown to `size_bytes` bytes, and may be used up to its new end. Waits for no operation.
     ///
-    /// # Errors Why the cache cannot use the new size; nothing has changed then.
+    /// # Errors
+    /// Why the cache cannot use the new size; nothing has changed then.
     pub fn grow(&self, size_bytes: u64) -> Result<(), String> {
         let mut cache = self.lock();
         let before = self.limits().size_bytes.get();

@@ -146,16 +146,18 @@ impl ArenaFile {
 
     /// Opens and locks an existing file.
     ///
-    /// # Errors [`ErrorKind::Ledger`] when the file does not have the name of an arena. Such a file must stay
-    /// unchanged: a disk image that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`]
-    /// when another process holds its lock. Otherwise like [`ArenaFile::create_for`].
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when the file does not have the name of an arena. Such a file must stay unchanged: a disk
+    /// image that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`] when another process
+    /// holds its lock. Otherwise like [`ArenaFile::create_for`].
     pub fn open_existing(path: &Path, whose: AllowedOwner) -> Result<Self> {
         Self::open_within(path, whose, LOOK_PATIENCE)
     }
 
     /// Like [`ArenaFile::open_existing`], but waits at most `patience` for another process to release its lock.
     ///
-    /// # Errors As [`ArenaFile::open_existing`].
+    /// # Errors
+    /// As [`ArenaFile::open_existing`].
     pub fn open_within(path: &Path, whose: AllowedOwner, patience: Duration) -> Result<Self> {
         let shown = path.display();
         fs::symlink_metadata(path).map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e))?;
@@ -238,7 +240,8 @@ impl ArenaFile {
     /// [`TenureState::Clean`] if all data is on the image. If the image's own record could not be changed, the next
     /// daemon looks there.
     ///
-    /// # Errors [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be recorded.
+    /// # Errors
+    /// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be recorded.
     pub fn note_ended(&self, tenure: TenureId, state: TenureState) -> Result<()> {
         match &self.location {
             Location::Path(path) => {
@@ -274,8 +277,9 @@ impl ArenaFile {
 
     /// Checks that no other user could have put a file into a directory.
     ///
-    /// # Errors [`ErrorKind::Ledger`] when another user could have done so; [`ErrorKind::Memory`] when the directory
-    /// cannot be opened.
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when another user could have done so; [`ErrorKind::Memory`] when the directory cannot be
+    /// opened.
     pub fn check_dir(directory: &Path, whose: AllowedOwner) -> Result<()> {
         TrustedDir::open(directory, whose).map(drop)
     }
@@ -288,6 +292,9 @@ impl ArenaFile {
     }
 
     /// Examines a file without its lock: a daemon may use it at the same time.
+    ///
+    /// # Errors
+    /// As [`ArenaFile::open_existing`].
     pub fn look_at(path: &Path, whose: AllowedOwner) -> Result<Seen> {
         let (directory, name) = split(path)?;
         let dir = TrustedDir::open(directory, whose)?;
@@ -349,6 +356,9 @@ impl ArenaFile {
     }
 
     /// The contents of the file; `None`: it holds nothing.
+    ///
+    /// # Errors
+    /// As for [`Survey`]: [`ErrorKind::Ledger`] for a file that is damaged or forged.
     pub fn survey(&self) -> Result<Option<Survey>> {
         Survey::of(&self.file, Path::new(&self.to_string()))
     }
@@ -441,7 +451,8 @@ impl ArenaFile {
 
     /// Seals a file in the fd store against shrinking, which would raise SIGBUS in every process that maps it.
     ///
-    /// # Errors [`ErrorKind::Memory`] for errors of fcntl(2).
+    /// # Errors
+    /// [`ErrorKind::Memory`] for errors of fcntl(2).
     pub(super) fn seal(&self) -> Result<()> {
         let sealed = if self.is_in_fdstore() { memfd::forbid_shrinking(&self.file) } else { Ok(()) };
         sealed.map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {self}"), e))

@@ -70,7 +70,8 @@ pub struct ReceivedArena {
 impl ReceivedArena {
     /// Maps an arena that another process of the daemon passes on.
     ///
-    /// # Errors [`ErrorKind::System`] when descriptors are missing; otherwise as [`Arena::attach`].
+    /// # Errors
+    /// [`ErrorKind::System`] when descriptors are missing; otherwise as [`Arena::attach`].
     pub fn new(parts: &ArenaParts, files: impl IntoIterator<Item = File>) -> Result<Self> {
         note_boot_id(parts.boot);
         let mut files = files.into_iter();

@@ -313,8 +313,9 @@ impl Header {
 
     /// Reads a header. `None`: the daemon died before it finished the header, so the arena holds nothing.
     ///
-    /// # Errors [`ErrorKind::Ledger`] when the bytes are not a header, or have a layout that this genblk does not
-    /// support; `file` names the file in the message.
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when the bytes are not a header, or have a layout that this genblk does not support;
+    /// `file` names the file in the message.
     pub(super) fn decode(bytes: &[u8; HEADER_BYTES], file: &impl Display) -> Result<Option<Self>> {
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
         let error = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{file}: {why}")));

@@ -217,7 +217,8 @@ unsafe fn map(at: *mut u8, bytes: usize, protection: i32, flags: i32, fd: RawFd)
 
 /// munmap(2); does nothing for an empty range.
 ///
-/// # Safety Nothing uses the range.
+/// # Safety
+/// Nothing uses the range.
 unsafe fn unmap(at: *mut u8, bytes: usize) {
     if bytes > 0 {
         // SAFETY: the caller guarantees that the range is valid. The call fails only for an invalid range.
@@ -229,8 +230,9 @@ unsafe fn unmap(at: *mut u8, bytes: usize) {
 /// for these parts of it. Without that the kernel allocates at the first touch, and raises SIGBUS if there is no memory
 /// left.
 ///
-/// # Errors Errors of fallocate(2) and fstatfs(2), and an error with the available memory of the host or a control
-/// group, if that is less than the parts need.
+/// # Errors
+/// Errors of fallocate(2) and fstatfs(2), and an error with the available memory of the host or a control group, if
+/// that is less than the parts need.
 pub(super) fn allocate(file: &File, bytes: usize, parts: &[Range<usize>]) -> io::Result<()> {
     // Devices start in parallel: memory that one has checked must still be available when it allocates.
     static ALLOCATING: Mutex<()> = Mutex::new(());
@@ -250,7 +252,8 @@ pub(super) fn allocate(file: &File, bytes: usize, parts: &[Range<usize>]) -> io:
 
 /// Allocates the memory for parts of a file in shared memory that is long enough.
 ///
-/// # Errors Errors of fallocate(2) and fstatfs(2).
+/// # Errors
+/// Errors of fallocate(2) and fstatfs(2).
 pub(super) fn allocate_parts(file: &File, parts: &[Range<usize>]) -> io::Result<()> {
     let file_system = FileSystem::of(file)?;
     for part in parts.iter().filter(|part| !part.is_empty()) {
@@ -263,7 +266,8 @@ pub(super) fn allocate_parts(file: &File, parts: &[Range<usize>]) -> io::Result<
 
 /// Frees the memory of a part of a file in shared memory. Neither the part nor anything behind its start is in use.
 ///
-/// # Errors Errors of fallocate(2) and fstatfs(2).
+/// # Errors
+/// Errors of fallocate(2) and fstatfs(2).
 pub(super) fn free_part(file: &File, part: Range<usize>) -> io::Result<()> {
     let file_system = FileSystem::of(file)?;
     let (first, end) = (whole_blocks(&file_system, part.start)?, whole_blocks(&file_system, part.end)?);

@@ -134,8 +134,9 @@ enum Persistence {
 impl Arena {
     /// `frames` frames of zeroed memory that is freed with the daemon.
     ///
-    /// # Errors [`ErrorKind::Memory`] when the host has less memory available. All memory is reserved now, so that no
-    /// request of a guest fails for lack of memory later.
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the host has less memory available. All memory is reserved now, so that no request of
+    /// a guest fails for lack of memory later.
     pub fn anonymous(frames: usize) -> Result<Self> {
         Self::anonymous_with_room(frames, frames)
     }
@@ -374,7 +375,8 @@ impl Arena {
     /// => The daemon may be killed at any point. Contents past the end of the image are removed, and so are the sectors
     ///    past the old end within the last page: the ledger may mark them as valid, but they were never read.
     ///
-    /// # Errors The completed writes past the end of the new image; in that case nothing has changed.
+    /// # Errors
+    /// The completed writes past the end of the new image; in that case nothing has changed.
     pub fn move_to(&self, old: &ImageFacts, new: &ImageFacts) -> std::result::Result<(), Overhang> {
         let (old_sectors, sectors) = (old.size_bytes / SECTOR_BYTES, new.size_bytes / SECTOR_BYTES);
         let beyond = |record: &FrameRecord| record.dirty.without(sectors_within(sectors, record.page));
@@ -568,7 +570,8 @@ fn bytes_of(frames: usize, offset: usize) -> Result<usize> {
 
 /// Checks that the host has `bytes` bytes of memory available.
 ///
-/// # Errors [`ErrorKind::Memory`] with the amount that is available.
+/// # Errors
+/// [`ErrorKind::Memory`] with the amount that is available.
 pub fn check_memory(bytes: u64) -> Result<()> {
     let context = || format!("cannot allocate caches of {bytes} bytes");
     mapping::check_available(bytes).map_err(|e| Error::io(ErrorKind::Memory, context(), e))

@@ -89,8 +89,9 @@ impl Arena {
     ///
     /// => The host is known to have it ([`super::check_memory`]).
     ///
-    /// # Errors [`ErrorKind::Memory`] when the arena has no room for them, or the host no memory; in that case nothing
-    /// has changed.
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the arena has no room for them, or the host no memory; in that case nothing has
+    /// changed.
     pub fn reserve(&self, frames: usize) -> Result<()> {
         let mut reserved = self.reservation.lock();
         if frames <= *reserved {
@@ -157,6 +158,9 @@ impl Arena {
     }
 
     /// Frees memory that an earlier user of the arena left beyond the frames that the header counts.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the kernel does not free it.
     pub fn free_uncounted(&self) -> Result<()> {
         let reserved = self.reservation.lock();
         let ([_, counted], [_, all]) = (self.parts(*reserved), self.parts(self.frames));

@@ -42,8 +42,9 @@ pub struct Survey {
 impl Survey {
     /// Reads an open file; `None`: it has no header, so it holds nothing.
     ///
-    /// # Errors [`ErrorKind::Ledger`] when it is not a cache file of a layout that this version supports, or
-    /// contradicts itself; [`ErrorKind::Memory`] when it cannot be read. `shown` names it in messages.
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when it is not a cache file of a layout that this version supports, or contradicts itself;
+    /// [`ErrorKind::Memory`] when it cannot be read. `shown` names it in messages.
     pub(super) fn of(file: &File, shown: &Path) -> Result<Option<Self>> {
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
         let metadata = file.metadata().map_err(failed)?;
@@ -132,8 +133,9 @@ impl Survey {
 
 /// The header of a file; `None` if it has none.
 ///
-/// # Errors [`ErrorKind::Ledger`] when it is not a cache file of a layout that this version supports;
-/// [`ErrorKind::Memory`] when it cannot be read. `shown` names it in messages.
+/// # Errors
+/// [`ErrorKind::Ledger`] when it is not a cache file of a layout that this version supports; [`ErrorKind::Memory`] when
+/// it cannot be read. `shown` names it in messages.
 pub(super) fn header_of(file: &File, shown: &Path) -> Result<Option<Header>> {
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
     if file.metadata().map_err(failed)?.len() < HEADER_BYTES as u64 {

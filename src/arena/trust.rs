@@ -40,8 +40,9 @@ pub(super) struct TrustedDir {
 impl TrustedDir {
     /// Opens and checks a directory.
     ///
-    /// # Errors [`ErrorKind::Ledger`] when another user could have created a file in it; [`ErrorKind::Memory`] when it
-    /// cannot be opened.
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when another user could have created a file in it; [`ErrorKind::Memory`] when it cannot be
+    /// opened.
     pub(super) fn open(path: &Path, whose: AllowedOwner) -> Result<Self> {
         let shown = path.display();
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e);

@@ -214,6 +214,8 @@ impl PageCache {
     }
 
     /// The end of a turn: starts the work that is due, and retries stalled requests.
+    ///
+    /// => Call it after the turn's completions and requests, before [`PageCache::take_ops`].
     pub fn pump(&mut self, now: Tick) {
         self.advance_clock(now);
         self.end_hold();

@@ -199,6 +199,8 @@ impl PageCache {
     }
 
     /// Hands out the operations that the owner has not started yet, in the order of their submission.
+    ///
+    /// => The frames of an operation stay held until [`PageCache::complete`] gets its tag.
     pub fn take_ops(&mut self, mut start: impl FnMut(StoreOpRef<'_>)) {
         for tag in self.store_ops.queued.drain(..) {
             let op = self.store_ops.slots[tag as usize].as_ref().expect("a queued operation is in flight");

@@ -73,7 +73,8 @@ impl MemoryKeeper {
 impl CachedImage {
     /// Allocates the memory of a cache of `frames` frames, before [`CachedImage::follow_size`].
     ///
-    /// # Errors Like [`Arena::reserve`]: the cache cannot become that large.
+    /// # Errors
+    /// Like [`Arena::reserve`]: the cache cannot become that large.
     pub fn reserve(&self, frames: usize) -> Result<()> {
         let mut state = self.memory.lock().expect("no thread panics with the state locked");
         if frames == state.frames {

@@ -259,8 +259,9 @@ impl Workers {
     /// Makes all completed writes durable, and does not change the image from then on until [`Workers::thaw`], at most
     /// for `time`, counted from now.
     ///
-    /// # Errors The store's fault; [`Fault::TimedOut`] if the time was over before that, or a ring could not stop
-    /// otherwise; [`Fault::Invalid`] if it is already frozen; [`Fault::Gone`] after [`Workers::close_freezes`].
+    /// # Errors
+    /// The store's fault; [`Fault::TimedOut`] if the time was over before that, or a ring could not stop otherwise;
+    /// [`Fault::Invalid`] if it is already frozen; [`Fault::Gone`] after [`Workers::close_freezes`].
     pub fn freeze(&self, time: Duration, held: HeldRequests) -> Result<(), Fault> {
         let replied = {
             let ends = self.freezes_closed.lock().expect("no thread panics with the freezes locked");

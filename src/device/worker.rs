@@ -117,6 +117,9 @@ pub struct Worker {
 
 impl Worker {
     /// Worker number `index`, before its first turn, and the control plane's end of the commands to it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] if a descriptor or the store's queue cannot be created.
     pub fn new(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Self, WorkerControl)> {
         let counters = device.counters.of_worker(index.into());
         let port = image.port(&device.name, counters.clone())?;

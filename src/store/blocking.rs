@@ -1,5 +1,5 @@
-//! Every operation as blocking system calls, with fallbacks for hosts that lack the best one. The thread engine runs
-//! all operations here, the io_uring engine those that a ring cannot do.
+//! Executes every operation with blocking system calls, with fallbacks for hosts that lack the best one. The thread
+//! engine runs all operations here, the io_uring engine those that a ring cannot do.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -10,13 +10,13 @@ use crate::sys;
 use crate::sys::file::{Direction, FallocateMode};
 use crate::units::{ExtentKind, Fault, OpKind, Unmap};
 
-/// Length of one write of zeros, where the host has no better way.
+/// Length of one write of zeros, if the host has no better way.
 const CHUNK_BYTES: usize = 128 * 1024;
 /// A map has at most this many runs and reports the rest of its range as data: its size stays bounded on an image with
 /// very many holes.
 const EXTENTS_MAX: usize = if cfg!(test) { 64 } else { 64 * 1024 };
 
-/// What an error number means to the layers above. The only mapping from errno to [`Fault`].
+/// The fault for an error number. This is the only mapping from errno to [`Fault`].
 pub(super) fn fault_of(errno: i32) -> Fault {
     match errno {
         libc::ENOSPC | libc::EDQUOT | libc::EFBIG => Fault::NoSpace,
@@ -35,7 +35,7 @@ pub(super) fn failure(tag: u64, errno: i32) -> Event {
     Event::Failed { tag, fault: fault_of(errno), errno }
 }
 
-/// How much of a transfer is complete.
+/// The progress of a transfer.
 #[derive(Debug, Default)]
 pub(super) struct TransferProgress {
     /// The first segment with memory that has not been transferred.
@@ -45,7 +45,7 @@ pub(super) struct TransferProgress {
 }
 
 impl TransferProgress {
-    /// Where the rest of the transfer starts on the image, in bytes.
+    /// The position on the image at which the rest of the transfer starts, in bytes.
     pub(super) fn offset(&self, request: &IoRequest) -> u64 {
         request.offset + self.done
     }
@@ -55,14 +55,14 @@ impl TransferProgress {
         &request.segments[self.first..]
     }
 
-    /// Records that a system call moved `moved` bytes; returns whether the transfer is complete. `block` is what
-    /// transfers are aligned to, in bytes.
+    /// Records that a system call moved `moved` bytes; returns whether the transfer is complete. `block` is the
+    /// alignment of transfers, in bytes.
     ///
     /// => The rest starts on a block boundary, because direct I/O could not continue elsewhere. Bytes behind the last
     ///    boundary are transferred again, to the same place.
     ///
     /// # Errors
-    /// EIO if not even one block moved (the image has been truncated), so that no transfer is retried without end.
+    /// EIO if not even one block moved (the image has been truncated), so that no transfer is retried forever.
     pub(super) fn advance(&mut self, request: &mut IoRequest, moved: u64, block: u64) -> io::Result<bool> {
         let mut count = moved.min(request.len - self.done);
         if self.done + count == request.len {
@@ -148,9 +148,10 @@ fn sync(image: &OpenImage) -> io::Result<()> {
 pub(super) fn zero_modes(image: &OpenImage, unmap: Unmap) -> &'static [FallocateMode] {
     match (unmap, image.is_device()) {
         (Unmap::Allowed, _) => &[FallocateMode::PunchHole, FallocateMode::ZeroRange],
-        // The kernel writes zeros itself if a device has no command for it.
+        // If a device has no command for it, the kernel writes the zeros.
         (Unmap::Forbidden, true) => &[FallocateMode::ZeroRange],
-        // tmpfs and others can punch holes but not zero a range; freeing the space is cheaper than writing it all.
+        // Some file systems (such as tmpfs) can punch holes but not zero a range; freeing the space costs less than
+        // writing it all.
         (Unmap::Forbidden, false) => &[FallocateMode::ZeroRange, FallocateMode::PunchHole],
     }
 }
@@ -174,14 +175,14 @@ pub(super) fn zero(image: &OpenImage, offset: u64, len: u64, unmap: Unmap) -> io
     write_zeros(image, offset, len)
 }
 
-/// Memory aligned for every direct I/O that an image may demand.
+/// Memory that is aligned for every direct I/O that an image may require.
 #[repr(C, align(4096))]
 struct Chunk([u8; CHUNK_BYTES]);
 
 /// Writes zeros over a range at sector granularity.
 ///
-/// => A block that the range covers in part is read, changed and written back. No other operation on such a block may
-///    be in flight. The cache ensures it: a range operation locks its pages, and a page is at least one block.
+/// => A partly covered block is read, changed and written back. No other operation on such a block may be in flight.
+///    The cache ensures it: a range operation locks its pages, and a page is at least one block.
 fn write_zeros(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
     if len == 0 {
         return Ok(());
@@ -219,16 +220,16 @@ fn discard(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
     }
     match image.whole_blocks(offset, len) {
         Some((first, last)) => sys::block::discard(&image.file, first, last - first),
-        // Less than a block: a discard may keep the data.
+        // Less than a block: a discard may leave the data unchanged.
         None => Ok(()),
     }
 }
 
-/// The runs of data and holes from `offset` on, which cover the range. The last one is not cut at its end: the kernel
-/// finds the end of a run by a walk over the extents, which takes long on a fragmented file and must not be repeated
-/// for each range of one run.
+/// The runs of data and holes from `offset` that cover the range. The last one is not truncated to the range: the
+/// kernel finds the end of a run by a walk over the extents, which takes long on a fragmented file and must not be
+/// repeated for each range of one run.
 ///
-/// => A hole reads as zeros. Data may read as zeros, too.
+/// => A hole reads as zeros. Data may read as zeros too.
 fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
     let (mut at, end, image_end) = (offset, offset + len, image.limits.size_bytes.get());
     if image.is_device() {
@@ -261,12 +262,12 @@ fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
     Ok(extents)
 }
 
-/// The first byte of data from `at` on, or the end of the image; an error if the file ends before `needed`.
+/// The first byte of data at or after `at`, or the end of the image; an error if the file ends before `needed`.
 fn next_data(image: &OpenImage, at: u64, needed: u64) -> io::Result<u64> {
     let image_end = image.limits.size_bytes.get();
     match sys::file::seek_data(&image.file, at) {
         Ok(data) => Ok(data.clamp(at, image_end)),
-        // ENXIO: no data before the end of the file. That is a hole only as far as the file still reaches.
+        // ENXIO: no data before the end of the file. That is a hole only up to the present end of the file.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
             let file_end = image.file.metadata()?.len();
             let shrunk = file_end < needed;
@@ -276,7 +277,7 @@ fn next_data(image: &OpenImage, at: u64, needed: u64) -> io::Result<u64> {
     }
 }
 
-/// Appends a run, unless it is empty; merges it with a last run of the same kind.
+/// Appends a run unless it is empty; merges it with a preceding run of the same kind.
 fn push(extents: &mut Vec<Extent>, len: u64, kind: ExtentKind) {
     match extents.last_mut() {
         _ if len == 0 => {}
@@ -342,7 +343,7 @@ mod tests {
         }
     }
 
-    /// An image of `pages` pages, of which every second one is data.
+    /// An image of `pages` pages, every second of which is data.
     fn fragmented(name: &str, pages: u64) -> (std::path::PathBuf, OpenImage) {
         let path = std::path::PathBuf::from(format!("/dev/shm/genblk-map-{}-{name}", std::process::id()));
         let file = std::fs::File::create(&path).unwrap();

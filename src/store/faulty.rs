@@ -1,5 +1,5 @@
-//! An image that fails on demand: a wrapper around any other, for tests and for drills (what does the daemon do when
-//! the disk is slow, full, broken?). Not for production.
+//! An image that fails on demand: a wrapper around any other image, for tests and for drills (how does the daemon react
+//! to a slow, full or broken disk?). Not for production.
 //!
 //! [`Faults`] is the handle: clones share their state, and any thread may use it while the image is in use. It injects
 //! faults by class of operation, and counts the operations, so that a test can assert that a FLUSH caused a Sync.
@@ -37,13 +37,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::tenure::token::ChangeToken;
 use crate::units::{Fault, OpClass, SectorSpan};
 
-/// Faults to inject into the operations of one class, and the class's counters.
+/// The faults to inject into the operations of one class, and the class's counters.
 #[derive(Clone, Debug, Default)]
 struct FaultPlan {
-    /// Operations that still succeed before one fails, and how that one fails.
+    /// Number of operations that still succeed before one fails, and its fault.
     nth: Option<(u64, Fault)>,
     always: Option<Fault>,
-    /// Failures per million operations, and how they fail.
+    /// Failures per million operations, and their fault.
     random: Option<(u32, Fault)>,
     delay: Duration,
     /// Operations accepted, failed ones included.
@@ -80,7 +80,7 @@ impl Faults {
         self.lock().plans[class as usize].always = Some(fault);
     }
 
-    /// Fails operations of a class at random, `per_million` of a million on average; `seed` restarts the random
+    /// Fails operations of a class at random, `per_million` out of a million on average; `seed` restarts the random
     /// sequence, which all classes share.
     pub fn fail_randomly(&self, class: OpClass, per_million: u32, seed: u64, fault: Fault) {
         let mut script = self.lock();
@@ -119,7 +119,7 @@ impl Faults {
         self.0.lock().expect("no thread panics while it holds the faults")
     }
 
-    /// Counts an operation and decides its outcome: its delay, and the fault that it fails with, if any.
+    /// Counts an operation and decides its outcome: its delay, and its fault, if any.
     fn decide(&self, request: &IoRequest) -> (Duration, Option<Fault>) {
         let mut guard = self.lock();
         let script = &mut *guard;
@@ -178,7 +178,7 @@ pub struct FaultyImage {
 }
 
 impl FaultyImage {
-    /// Wraps `inner`; as long as no fault is set, the image behaves as `inner` does.
+    /// Wraps `inner`; as long as no fault is set, the image behaves like `inner`.
     pub fn new(inner: Arc<dyn Backing>) -> (Arc<Self>, Faults) {
         let faults = Faults::default();
         (Arc::new(Self { inner, faults: faults.clone() }), faults)
@@ -253,7 +253,7 @@ struct FaultyQueue {
     poll: Epoll,
     /// Expires when the first delayed operation is due.
     timer: TimerFd,
-    /// Readable while events of failed operations wait.
+    /// Readable while events of failed operations are waiting.
     wake: WakeFd,
     faults: Faults,
     delayed: Vec<Delayed>,
@@ -270,8 +270,8 @@ impl FaultyQueue {
             Some(fault) => Event::Failed { tag, fault, errno: errno_for(fault) },
             None => match self.inner.submit(request) {
                 Ok(()) => return,
-                // A bug of the inner queue, as this one accepts no more than it does. The operation still needs an
-                // event.
+                // A bug of the inner queue: this queue accepts no more operations than the inner one. The operation
+                // still needs an event.
                 Err(_) => Event::Failed { tag, fault: Fault::Invalid, errno: 0 },
             },
         };

@@ -28,7 +28,8 @@ use crate::tenure::record::{CachePlace, Record, TenureState};
 use crate::tenure::token::ChangeToken;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorSpan, Unmap};
 
-/// The identity and the change token of the image at `path`, which is not opened: an untrusted file may have named it.
+/// The identity and the change token of the image at `path`. The image is not opened, because the path may come from an
+/// untrusted file.
 ///
 /// # Errors
 /// Errors of open(2) and stat(2).
@@ -36,10 +37,10 @@ pub fn look_at(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
     image::look_at(path)
 }
 
-/// What the image at `path` is, found as a daemon would that opens it, without locking it. Blocks.
+/// Examines the image at `path` like a daemon that opens it, without locking it. Blocks.
 ///
 /// # Errors
-/// The errors of [`FileImage::open`]. [`ErrorKind::Locked`] for a block device that is in use by another than a daemon.
+/// The errors of [`FileImage::open`]. [`ErrorKind::Locked`] for a block device that is in use, but not by a daemon.
 pub fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     image::inspect(path, read_only)
 }
@@ -59,7 +60,7 @@ pub struct FileImage {
     engine: IoEngine,
     /// Logs once that threads replace io_uring.
     fallback_warning: Once,
-    /// The record of the tenure that was begun.
+    /// The record of the current tenure.
     tenure: Mutex<Option<Record>>,
 }
 
@@ -74,7 +75,7 @@ impl FileImage {
         Self::open_labelled(format!("image {}", path.display()), path, options)
     }
 
-    /// As [`FileImage::open`], for the device of this name: log lines about the image begin with it.
+    /// Like [`FileImage::open`], for the device of this name: log lines about the image begin with it.
     ///
     /// # Errors
     /// As [`FileImage::open`].
@@ -92,7 +93,7 @@ impl FileImage {
         }))
     }
 
-    /// An image that another process of the daemon has opened and handed out.
+    /// An image that another process of the daemon has opened and passed on.
     ///
     /// # Errors
     /// [`ErrorKind::System`] for a record of a tenure that this genblk cannot read.
@@ -108,21 +109,22 @@ impl FileImage {
         }))
     }
 
-    /// What the image is, whatever its name: equal for two names of one image.
+    /// The identity of the image, which does not depend on its name: equal for two names of one image.
     pub fn identity(&self) -> ImageId {
         self.image.identity()
     }
 
-    /// The format other than raw that the image looked like when it was opened.
+    /// The format other than raw that the image appeared to have when it was opened.
     pub fn found_format(&self) -> Option<Format> {
         self.image.format().found().map(|found| found.format)
     }
 
-    /// Refuses an image that looks like another format than raw, unless `known_raw` says that it is raw anyway,
-    /// or it is on record that the guest has made it look so. Logs why an image that looks so is served.
+    /// Rejects an image that appears to have a format other than raw, unless `known_raw` gives a reason to treat it as
+    /// raw, or the guest is recorded as the writer of that format's header. If such an image is served, logs the
+    /// reason.
     ///
     /// # Errors
-    /// [`ErrorKind::Image`] with the format, the command that converts it, and how to serve it as it is.
+    /// [`ErrorKind::Image`] with the format, the command that converts it, and how to serve it unchanged.
     pub fn check_format(&self, known_raw: Option<KnownRaw>) -> Result<()> {
         let format = self.image.format();
         let Some(found) = format.found() else { return Ok(()) };
@@ -131,8 +133,8 @@ impl FileImage {
             Some(KnownRaw::Configured) => "the configuration says so",
             _ if format.is_guest_written() => "its guest has written that",
             Some(KnownRaw::KeptCache) => "it was served before, and its cache was kept",
-            // Nothing can be recorded at a device, a guest's disk that is encrypted as a whole is common, and a LUKS
-            // container that the host made loses nothing as long as the guest does not format it.
+            // A device cannot carry a record, and guests' disks that are encrypted as a whole are common. A LUKS
+            // container that the host created loses nothing as long as the guest does not format it.
             None if self.image.is_device() && found.format == Format::Luks => {
                 log::warn!(
                     "{label} begins with a LUKS header; served as raw, because it is a block device: if its guest has \
@@ -151,7 +153,7 @@ impl FileImage {
         self.image.is_direct()
     }
 
-    /// Makes every system call move at most `bytes` from now on, as short transfers do.
+    /// Limits every system call to `bytes` from now on, so that transfers are short.
     #[cfg(test)]
     pub(super) fn refuse_submissions(&self, count: u64) {
         self.image.refuse_submissions(count);
@@ -184,7 +186,7 @@ impl FileImage {
         blocking::zero(&self.image, offset, len, Unmap::Forbidden)
     }
 
-    /// The image once more, for writing through the host's page cache: the same file, whatever its path leads to now.
+    /// Opens the image again, for writing through the host's page cache: the same file, whatever its path leads to now.
     ///
     /// # Errors
     /// Errors of open(2).
@@ -192,7 +194,7 @@ impl FileImage {
         File::options().write(true).open(format!("/proc/self/fd/{}", self.image.file.as_raw_fd()))
     }
 
-    /// Reads a page; what lies past the end of the image is zeros. Blocks.
+    /// Reads a page; the part past the end of the image is zeros. Blocks.
     ///
     /// # Errors
     /// The error of pread(2).
@@ -204,7 +206,7 @@ impl FileImage {
         Ok(bytes)
     }
 
-    /// What the image says of its last tenure.
+    /// The state of the last tenure that the image records.
     ///
     /// # Errors
     /// Errors of fgetxattr(2).
@@ -212,7 +214,7 @@ impl FileImage {
         if self.image.is_device() { Ok(LastTenure::NoRecords) } else { history::last_tenure(&self.image.file) }
     }
 
-    /// Begins a tenure: writes its record to the image. `false` if the image cannot carry one.
+    /// Starts a tenure: writes its record to the image. `false` if the image cannot carry one.
     ///
     /// # Errors
     /// Errors of fsetxattr(2) and fsync(2).
@@ -239,12 +241,12 @@ impl FileImage {
         self.tenure.lock().expect("no thread panics with the record locked")
     }
 
-    /// What the host told about the last change of the image when it was opened, before this daemon changed anything.
+    /// The change token of the image when it was opened, before this daemon changed anything.
     pub fn found_token(&self) -> ChangeToken {
         self.image.found_token()
     }
 
-    /// A name that a block device keeps when it is attached again; empty if none is known, and for a regular file.
+    /// A name that a block device keeps when it is attached again; empty for a regular file, or if none is known.
     pub fn alias(&self) -> String {
         self.image.alias()
     }
@@ -254,7 +256,7 @@ impl FileImage {
         self.image.is_device()
     }
 
-    /// Where the image was opened.
+    /// The path at which the image was opened.
     pub fn path(&self) -> &Path {
         self.image.path()
     }
@@ -345,7 +347,7 @@ impl NamedImage for FileImage {
     }
 }
 
-/// The image that was opened and checked, not what its path leads to now.
+/// Writes to the file that was opened and checked, not to the one at its path now.
 struct BufferedWriter<'a> {
     file: File,
     image: &'a OpenImage,
@@ -354,7 +356,7 @@ struct BufferedWriter<'a> {
 impl BlockWriter for BufferedWriter<'_> {
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.image.record_guest_formats();
-        // 0 for a block device, which fails a write past its end.
+        // 0 for a block device, which itself fails a write past its end.
         let file_bytes = self.file.metadata()?.len();
         if file_bytes != 0 && offset + bytes.len() as u64 > file_bytes {
             return Err(io::Error::other("it has shrunk"));
@@ -393,7 +395,7 @@ impl Backing for FileImage {
     }
 
     fn idle_token(&self) -> Option<ChangeToken> {
-        // What sysfs tells of a device takes many system calls.
+        // Reading a device's attributes in sysfs takes many system calls.
         if self.image.is_device() { None } else { self.change_token() }
     }
 
@@ -421,7 +423,7 @@ impl Backing for FileImage {
         if self.engine != IoEngine::Threads {
             match UringQueue::new(Arc::clone(&self.image)) {
                 Ok(queue) => return Ok(Box::new(queue)),
-                // Whatever the reason: a disk that is served by threads is better than none.
+                // Whatever the reason: a disk that is served by threads is better than no disk.
                 Err(error) if self.engine == IoEngine::Auto => self.fallback_warning.call_once(|| {
                     let (label, hint) = (self.image.label(), uring_hint(&error));
                     log::warn!("{label}: io_uring is not available ({error}{hint}); using threads");
@@ -436,7 +438,7 @@ impl Backing for FileImage {
     }
 }
 
-/// What to look at when io_uring could not be set up, to follow the error.
+/// A hint at why io_uring could not be set up, to follow the error.
 fn uring_hint(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::ENOMEM) => {

@@ -1,9 +1,9 @@
 //! Formats that are not raw, recognised by their magic numbers.
 //!
-//! genblk shows a guest the bytes of its image, whatever they mean: it never interprets a format. Served so, a qcow2 or
-//! gzip file is a disk of garbage, and the guest's first mkfs destroys what the file holds. So such an image is refused
-//! unless the configuration says that it is raw. A guest may write such a magic number into its own raw disk (a disk
-//! that is encrypted as a whole begins with a LUKS header); `image.rs` remembers that.
+//! genblk presents the bytes of an image to the guest unchanged: it never interprets a format. A qcow2 or gzip file
+//! served that way is a disk of garbage, and the guest's first mkfs destroys the contents of the file. So such an image
+//! is rejected unless the configuration declares it as raw. A guest may write such a magic number to its own raw disk
+//! (a disk that is encrypted as a whole begins with a LUKS header); `raw_record.rs` records that.
 //!
 //! Offsets and values are those of QEMU's drivers (block/*.c), of the specifications (VHDX: MS-VHDX; UDIF), and of
 //! file(1).
@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 
 use crate::units::SECTOR_BYTES;
 
-/// How many bytes from the start of an image are enough to recognise a format.
+/// Number of bytes at the start of an image that suffice to recognise a format.
 pub const HEAD_BYTES: usize = 4096;
-/// How many bytes at the end: a VHD footer, or a UDIF trailer.
+/// Number of bytes needed at the end: a VHD footer, or a UDIF trailer.
 pub const TAIL_BYTES: usize = 512;
 
 /// A format that is not raw.
@@ -48,7 +48,7 @@ const BOCHS: Format = Disk { name: "Bochs", driver: "bochs" };
 const DMG: Format = Disk { name: "Apple disk (DMG)", driver: "dmg" };
 const TAR: Format = Archive { name: "tar", unpack: "tar -xvf" };
 
-/// Formats that a fixed string at the start, or near it, identifies: offset, string, format.
+/// Formats that are identified by a fixed string at or near the start: offset, string, format.
 const MAGICS: &[(usize, &[u8], Format)] = &[
     (0, b"QFI\xfb\0\0\0\x01", QCOW1),
     (0, b"QFI\xfb", QCOW2),
@@ -83,17 +83,18 @@ const MAGICS: &[(usize, &[u8], Format)] = &[
     (257, b"ustar  \0", TAR),
 ];
 
-/// What an image was found to be, instead of raw.
+/// The format found in an image, if it is not raw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Found {
     /// Its format.
     pub format: Format,
-    /// Size of the disk that it holds, in bytes, if its header tells.
+    /// Size of the disk in it, in bytes, if its header contains that.
     pub virtual_bytes: Option<u64>,
 }
 
-/// The format of an image of `bytes` bytes with these first ones ([`HEAD_BYTES`] of them, or all) and these last ones
-/// ([`TAIL_BYTES`]); `None`: raw, as far as can be told. `read` returns eight-byte words elsewhere in the image.
+/// The format of an image of `bytes` bytes with these first bytes ([`HEAD_BYTES`] of them, or all) and these last bytes
+/// ([`TAIL_BYTES`]); `None`: no other format is recognised, so it counts as raw. `read` returns eight-byte words
+/// elsewhere in the image.
 pub fn detect(bytes: u64, head: &[u8], tail: &[u8], read: &dyn Fn(u64) -> Option<u64>) -> Option<Found> {
     let format = at_start(head).or_else(|| at_end(tail))?;
     let size = match format {
@@ -103,13 +104,14 @@ pub fn detect(bytes: u64, head: &[u8], tail: &[u8], read: &dyn Fn(u64) -> Option
     Some(Found { format, virtual_bytes: size.filter(|size| *size > 0) })
 }
 
-/// What a LUKS container of version 1 leaves of its `bytes` for data; version 2 tells it in a text that is not read.
+/// The number of its `bytes` that a LUKS container of version 1 has for data. Version 2 stores that in a text that is
+/// not parsed.
 fn luks_bytes(head: &[u8], bytes: u64) -> Option<u64> {
     let payload = (big(head, 6, 2)? == 1).then(|| big(head, 104, 4))??;
     bytes.checked_sub(payload * SECTOR_BYTES)
 }
 
-/// The format that the first bytes of an image show.
+/// The format according to the first bytes of an image.
 pub fn at_start(head: &[u8]) -> Option<Format> {
     let is_at = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
     if let Some((_, _, format)) = MAGICS.iter().find(|(at, magic, _)| is_at(*at, magic)) {
@@ -123,7 +125,7 @@ pub fn at_start(head: &[u8]) -> Option<Format> {
     is_vmdk_descriptor(head).then_some(VMDK)
 }
 
-/// The format that the last bytes of an image show: a fixed VHD has a footer and no header, a DMG a trailer.
+/// The format according to the last bytes of an image: a fixed VHD has a footer and no header, a DMG a trailer.
 pub fn at_end(tail: &[u8]) -> Option<Format> {
     if tail.len() < TAIL_BYTES {
         return None;
@@ -141,7 +143,7 @@ fn is_vhd_footer(bytes: &[u8]) -> bool {
     bytes.starts_with(b"conectix") && matches!(big(bytes, 60, 4), Some(2..=4))
 }
 
-/// Whether it is the text file that describes a VMDK: after comments and empty lines comes the version.
+/// Whether it is the text file that describes a VMDK: its first line after comments and empty lines is the version.
 fn is_vmdk_descriptor(head: &[u8]) -> bool {
     let lines = head.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
     let mut lines = lines.skip_while(|line| line.is_empty() || line.starts_with(b"#"));
@@ -159,7 +161,7 @@ fn little(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     Some(bytes.get(at..at + len)?.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
 }
 
-/// The size of the disk in an image, if its header tells.
+/// The size of the disk in an image, if its header contains that.
 fn virtual_bytes(format: Format, head: &[u8], tail: &[u8], read: &dyn Fn(u64) -> Option<u64>) -> Option<u64> {
     let sectors = |count: Option<u64>| count?.checked_mul(SECTOR_BYTES);
     match format {
@@ -170,7 +172,7 @@ fn virtual_bytes(format: Format, head: &[u8], tail: &[u8], read: &dyn Fn(u64) ->
         VMDK if head.starts_with(b"#") => sectors(vmdk_sectors(head)),
         VMDK => sectors(little(head, 16, 8)),
         VHDX => vhdx_bytes(read),
-        // The current size, in the footer or its copy at the start. An old footer of 511 bytes is one byte further on.
+        // The current size, in the footer or its copy at the start. An old footer of 511 bytes starts one byte later.
         VHD if head.starts_with(b"conectix") => big(head, 48, 8),
         VHD => big(tail, if tail.starts_with(b"conectix") { 48 } else { 49 }, 8),
         VDI => little(head, 0x170, 8),
@@ -197,9 +199,9 @@ fn vmdk_sectors(head: &[u8]) -> Option<u64> {
 /// The size in the metadata region of a VHDX, which the region table locates. All numbers are little-endian.
 fn vhdx_bytes(read: &dyn Fn(u64) -> Option<u64>) -> Option<u64> {
     const REGION_TABLE: u64 = 192 << 10;
-    /// Regions and metadata items are at most this many; a table has space for more.
+    /// Most regions and metadata items that a table can have; its memory has room for more.
     const ENTRIES_MAX: u64 = 64;
-    // The identifiers as two words each, as they lie in the file.
+    // The identifiers as two words each, as stored in the file.
     let metadata_region = (0x4b9a_4790_8b7c_a206, 0x6e88_0f05_5f57_feb8);
     let disk_size = (0x4876_cd1b_2fa5_4224, 0xb8f4_3bd8_be5d_11b2);
     let find = |table: u64, (low, high): (u64, u64)| {
@@ -211,7 +213,7 @@ fn vhdx_bytes(read: &dyn Fn(u64) -> Option<u64>) -> Option<u64> {
     read(region.checked_add(item)?)
 }
 
-/// The names of all formats, each at the place that its bit has in a ledger: append only.
+/// The names of all formats, each at the index of its bit in a ledger: append only.
 const NAMES: [&str; 25] = [
     "qcow2",
     "qcow (version 1)",
@@ -279,7 +281,7 @@ impl Format {
 }
 
 impl Found {
-    /// Why the image at `path` is refused, and each way out.
+    /// Why the image at `path` is rejected, and every remedy.
     pub fn refusal(&self, path: &Path) -> String {
         let shown = path.display();
         let what = match self.format {
@@ -413,7 +415,7 @@ mod tests {
         assert_eq!(found(&[0; 4096], &old), Some(("VHD", Some(10 << 30))));
         let dmg = file(512, &[(0, b"koly"), (10, &[2, 0]), (492, &(20u64 << 20).to_be_bytes())]);
         assert_eq!(found(&[0; 4096], &dmg), Some(("Apple disk (DMG)", Some(10 << 30))));
-        assert_eq!(found(&[0; 4096], &file(512, &[(0, b"conectix")])), None, "a word alone is no footer");
+        assert_eq!(found(&[0; 4096], &file(512, &[(0, b"conectix")])), None, "the cookie alone is not a footer");
         assert_eq!(found(&[0; 4096], &file(512, &[(0, b"koly")])), None);
     }
 

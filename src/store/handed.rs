@@ -1,5 +1,5 @@
-//! What one process of the daemon hands to another so that it can do the I/O of an image: a descriptor, and what was
-//! found out when the image was opened by its path.
+//! The data that one process of the daemon passes to another for the I/O of an image: a descriptor, and the properties
+//! that were determined when the image was opened by its path.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,23 +14,23 @@ use crate::image_id::ImageId;
 /// First of the bytes that fences lock: far behind those that QEMU locks.
 const IO_LOCK_BASE: u64 = 1 << 40;
 
-/// What was found out about an image when it was opened.
+/// The properties of an image that were determined when it was opened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ImageParts {
-    /// A regular file or a block device; the descriptor is its own.
+    /// A regular file or a block device; the descriptor is an open file description of its own.
     File(FileParts),
     /// An export of an NBD server; the descriptor leads to the connector.
     Nbd(NbdParts),
 }
 
-/// What was found out about a regular file or a block device.
+/// The properties of a regular file or a block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileParts {
     /// Its properties and capabilities.
     pub(super) limits: Limits,
     /// Its path, for messages only.
     pub(super) path: String,
-    /// What log lines about it begin with.
+    /// The prefix of log lines about it.
     pub(super) label: String,
     pub(super) identity: ImageId,
     pub(super) data_runs: Vec<Range<u64>>,
@@ -39,31 +39,31 @@ pub struct FileParts {
     pub(super) device_block: Option<u32>,
     /// The number of a block device; `None` for a regular file.
     pub(super) device_number: Option<u64>,
-    /// Whether the file system tells times at once.
+    /// Whether fstat(2) on its file system never waits.
     pub(super) tells_times_at_once: bool,
     /// Its first and last bytes, and the formats that the guest is known to have written.
     pub(super) known: Known,
     pub(super) engine: IoEngine,
-    /// The record of the tenure that was begun.
+    /// The record of the current tenure.
     pub(super) tenure: Option<Vec<u8>>,
 }
 
-/// What was found out about an export of an NBD server.
+/// The properties of an export of an NBD server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NbdParts {
     pub(super) limits: Limits,
     /// Its canonical URI, for messages only.
     pub(super) uri: String,
-    /// What log lines about it begin with.
+    /// The prefix of log lines about it.
     pub(super) label: String,
     pub(super) promised: Export,
     /// See [`super::options::NbdOptions::quarantine`].
     pub(super) quarantine_ms: u64,
-    /// For how long from now on the server may still execute requests of an earlier process.
+    /// How long from now on the server may still execute requests of an earlier process.
     pub(super) quarantined_ms: u64,
 }
 
-/// An export as its server describes it.
+/// An export, as described by its server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Export {
     pub size_bytes: u64,
@@ -76,7 +76,7 @@ pub(super) struct Export {
     pub block_max: u32,
     /// Replies have chunks.
     pub is_structured: bool,
-    /// The number of base:allocation, if the server has it.
+    /// The ID of the context base:allocation, if the server has it.
     pub allocation: Option<u32>,
 }
 

@@ -1,4 +1,4 @@
-//! What an image tells about its past: the record of its last tenure, its change token, and a name that a block device
+//! The recorded history of an image: the record of its last tenure, its change token, and a name that a block device
 //! keeps when it is attached again.
 
 use std::fs::{self, File};
@@ -12,17 +12,17 @@ use crate::tenure::token::ChangeToken;
 use crate::units::SECTOR_BYTES;
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
-/// What sysfs appends to the path of a loop device's file that was deleted.
+/// The suffix that sysfs appends to the path of a loop device's deleted file.
 const DELETED: &str = " (deleted)";
 
-/// What an image says of its last tenure.
+/// The record of an image's last tenure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LastTenure {
-    /// The file system has no attributes, or a block device is the image.
+    /// The image cannot carry a record: it is a block device, or its file system has no attributes.
     NoRecords,
     /// No tenure was ever recorded.
     None,
-    /// This record.
+    /// The record.
     Recorded(Record),
     /// The record cannot be read, for this reason.
     Unreadable(String),
@@ -56,8 +56,8 @@ pub(super) fn write_record(file: &File, record: &Record) -> io::Result<()> {
     file.sync_all()
 }
 
-/// The change token of an image of `size_bytes` bytes. `counts_sectors`: all that genblk writes to a device is counted
-/// as it was written, so that the device's counter can be compared.
+/// The change token of an image of `size_bytes` bytes. `counts_sectors`: the device counts exactly the sectors that
+/// genblk writes, so that its counter can be compared.
 ///
 /// # Errors
 /// Errors of fstat(2).
@@ -74,7 +74,7 @@ pub(super) fn change_token(
     Ok(ChangeToken { size_bytes, disk_sequence, sectors_written, ..backing_file.unwrap_or_default() })
 }
 
-/// The sequence number and the change token of a block device, from sysfs: without opening it.
+/// The sequence number and the change token of a block device, read from sysfs without opening the device.
 pub(super) fn look_at_device(device: u64) -> (u64, ChangeToken) {
     let number = |names: [&str; 2]| names.iter().find_map(|name| attribute(device, name)?.parse::<u64>().ok());
     let disk_sequence = number(["diskseq", "../diskseq"]).unwrap_or(0);
@@ -128,7 +128,7 @@ fn sectors_written(device: u64) -> Option<u64> {
     if counts == "0" {
         return None;
     }
-    // Documentation/block/stat.rst: the seventh number is of writes, the fourteenth of discards.
+    // Documentation/block/stat.rst: the seventh number counts sectors written, the fourteenth sectors discarded.
     let stat = attribute(device, "stat")?;
     let numbers: Vec<u64> = stat.split_whitespace().map_while(|number| number.parse().ok()).collect();
     Some(numbers.get(6)? + numbers.get(13).unwrap_or(&0))

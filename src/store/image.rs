@@ -1,8 +1,8 @@
 //! An open image: the file, locked, with its limits. All queues of an image share one.
 //!
-//! Opening determines every field of [`Limits`]. The image is opened for direct I/O (O_DIRECT) if its file system has
-//! it, because a page that the host caches as well takes memory twice. If it has not, a warning says so and I/O goes
-//! through the host's page cache.
+//! Opening determines every field of [`Limits`]. The image is opened for direct I/O (O_DIRECT) if its file system
+//! supports that, because a page that the host also caches takes memory twice. Otherwise a warning is logged, and I/O
+//! goes through the host's page cache.
 
 use std::fs::{File, Metadata};
 use std::ops::Range;
@@ -28,26 +28,26 @@ use crate::sys::file_system::FileSystem;
 use crate::tenure::token::ChangeToken;
 use crate::units::{ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES};
 
-/// Operations in flight per queue: enough to keep a fast disk busy from one worker, and few enough to bound what a
-/// flush may wait behind.
+/// Most operations in flight per queue: enough to keep a fast disk busy from one worker, and few enough to bound how
+/// long a flush waits.
 const DEPTH: u16 = 256;
 
 /// Images have fewer bytes than this (512 PiB): a page number has 48 bits (`cache/pages/page.rs`), and not every value
 /// is a page.
 const SIZE_LIMIT: u64 = PAGE_BYTES << 47;
 
-/// Most runs of data that are looked for when an image is opened ...
+/// Most runs of data that are searched for when an image is opened ...
 const RUNS_MAX: usize = 64;
-/// ... and how long.
+/// ... and the longest time for that.
 const RUNS_PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long to retry opening a device that is in use: a ring of a daemon that has just ended releases it in the
-/// background, and tools that scan devices hold them briefly.
+/// How long to retry opening a device that is in use: the kernel releases a ring of a daemon that has just ended in the
+/// background, and tools that scan devices open them briefly.
 const BUSY_PATIENCE: Duration = Duration::from_millis(500);
-/// How long to watch an image that another process has open for writing, and how often to look.
+/// How long to watch an image that another process has open for writing, and how often to check it.
 const COPY_PATIENCE: Duration = Duration::from_millis(300);
 const COPY_PAUSE: Duration = Duration::from_millis(20);
-/// The name of this program's processes: one that has just ended may still be closing the image.
+/// The name of this program's processes: a process that has just ended may still be closing the image.
 const OWN_NAME: &str = "genblk";
 /// Pause between two such attempts.
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
@@ -58,7 +58,7 @@ pub(super) struct OpenImage {
     pub(super) file: File,
     pub(super) limits: Limits,
     path: PathBuf,
-    /// The device, if the image was opened for one, and the image; log lines begin with it.
+    /// The device, if the image was opened for one, and the image; the prefix of log lines.
     label: String,
     identity: ImageId,
     /// See [`super::Backing::data_runs`].
@@ -72,26 +72,26 @@ pub(super) struct OpenImage {
     found_token: ChangeToken,
     /// See [`OpenImage::tells_times_at_once`].
     tells_times_at_once: bool,
-    /// Whether this process opened the image by its path, and may look at what the host says of it.
+    /// Whether this process opened the image by its path, and may read its attributes from the host.
     is_own: bool,
     reported: Reported,
     #[cfg(test)]
     hindrances: Hindrances,
 }
 
-/// What tests do to an image's operations.
+/// Restrictions that tests put on an image's operations.
 #[cfg(test)]
 #[derive(Debug, Default)]
 struct Hindrances {
     /// Most bytes that one system call moves; 0: no limit.
     transfer_max: std::sync::atomic::AtomicUsize,
-    /// How long a write of a thread takes at least, in milliseconds.
+    /// Minimum time of a write of a thread, in milliseconds.
     write_ms: AtomicU64,
-    /// So many submissions to io_uring fail.
+    /// This many submissions to io_uring fail.
     refused_submissions: AtomicU64,
 }
 
-/// What the log last reported about a file that others can change.
+/// The last reported state of a file that others can change.
 #[derive(Debug)]
 struct Reported {
     size_bytes: AtomicU64,
@@ -113,14 +113,14 @@ impl OpenImage {
         if may_have_writer {
             refuse_copy_under_way(&file, path, &label)?;
         }
-        // The size is that of now: an earlier daemon, or a copy, may have changed it until the lock was free.
+        // Read the size only now: an earlier daemon, or a copy, may have changed it until the lock was released.
         let metadata = file.metadata().map_err(unusable)?;
         let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
         let device_number = metadata.file_type().is_block_device().then(|| metadata.rdev());
-        // Before anything that may change the file's times.
+        // Before any step that may change the file's times.
         let found_token = history::change_token(&file, geometry.size_bytes, device_number, options.direct);
         let format = FormatRecord::of(&file, geometry.size_bytes).map_err(unusable)?;
-        // The size of a qcow2 or gzip file is any number of bytes, and not what is wrong with it.
+        // A qcow2 or gzip file can have any number of bytes: its format, not its size, is the error to report.
         check_size(path, geometry.size_bytes).map_err(|error| format.refusal(path).unwrap_or(error))?;
         let direct = if options.direct { try_direct(&file, &label, &geometry) } else { None };
         let alignment = direct.unwrap_or(Alignment::BUFFERED);
@@ -170,7 +170,7 @@ impl OpenImage {
         })
     }
 
-    /// An image that another process of the daemon has opened. `file` is an open file description of its own.
+    /// An image that another process of the daemon has opened. `file` is a separate open file description.
     pub(super) fn received(file: File, parts: FileParts) -> Self {
         let size_bytes = parts.limits.size_bytes.get();
         Self {
@@ -193,7 +193,7 @@ impl OpenImage {
         }
     }
 
-    /// What another process of the daemon needs to know of the image.
+    /// The properties of the image, for another process of the daemon.
     pub(super) fn parts(&self, known: Known, engine: IoEngine, tenure: Option<Vec<u8>>) -> FileParts {
         FileParts {
             limits: self.limits.clone(),
@@ -217,7 +217,7 @@ impl OpenImage {
         let writable = self.limits.writable;
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let file = File::options().read(true).write(writable).open(path)?;
-        // Before direct I/O, which reads whole blocks.
+        // Before direct I/O is enabled, which reads only whole blocks.
         let known = FormatRecord::of(&file, self.limits.size_bytes.get())?.into_known();
         if self.direct {
             sys::file::set_direct(&file, true)?;
@@ -264,17 +264,17 @@ impl OpenImage {
         Ok(wanted)
     }
 
-    /// Where the image was opened.
+    /// The path at which the image was opened.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What log lines about the image begin with.
+    /// The prefix of log lines about the image.
     pub(super) fn label(&self) -> &str {
         &self.label
     }
 
-    /// What distinguishes the image from every other, whatever path leads to it.
+    /// The identity of the image, which does not depend on its path.
     pub(super) fn identity(&self) -> ImageId {
         self.identity
     }
@@ -289,41 +289,42 @@ impl OpenImage {
         self.device_block.is_some()
     }
 
-    /// What the image was found to be, besides a raw disk.
+    /// The formats other than raw that were found in the image.
     pub(super) fn format(&self) -> &FormatRecord {
         &self.format
     }
 
-    /// Whether a write of these bytes may make the image look like another format than raw.
+    /// Whether a write of these bytes may make the image appear to have a format other than raw.
     pub(super) fn shows_format(&self, first: u64, end: u64) -> bool {
         first < HEAD_BYTES as u64 || end == self.limits.size_bytes.get()
     }
 
-    /// Whether a thread has to record formats at the image before it executes this write; no worker may wait for that.
+    /// Whether a thread has to record formats in the image before it executes this write; a worker must not wait for
+    /// that.
     pub(super) fn must_record_formats(&self, request: &IoRequest) -> bool {
         self.format.is_pending() && self.shows_format(request.offset, request.offset + request.len)
     }
 
-    /// Records at the image which formats' headers its guest is writing. May wait for the image.
+    /// Records in the image the formats whose headers its guest is writing. May wait for the image.
     pub(super) fn record_guest_formats(&self) {
         self.format.record_pending(&self.file, &self.label);
     }
 
-    /// What the host tells about the last change of the image.
+    /// The change token of the image.
     pub(super) fn change_token(&self) -> std::io::Result<ChangeToken> {
         if !self.is_own && self.is_device() {
-            // Sysfs tells it, at paths that only the process which opened the image may use.
+            // It is in sysfs, at paths that only the process that opened the image may use.
             return Err(std::io::ErrorKind::Unsupported.into());
         }
         history::change_token(&self.file, self.limits.size_bytes.get(), self.device_number, self.direct)
     }
 
-    /// What the host told about the last change of the image when it was opened.
+    /// The change token of the image when it was opened.
     pub(super) fn found_token(&self) -> ChangeToken {
         self.found_token
     }
 
-    /// Whether fstat(2) waits for nothing: the file system is a local one.
+    /// Whether fstat(2) never waits, because the file system is local.
     pub(super) fn tells_times_at_once(&self) -> bool {
         self.tells_times_at_once
     }
@@ -334,13 +335,13 @@ impl OpenImage {
     }
 
     /// Whether the file is still long enough for an operation that changes it; a write beyond its end would make it
-    /// grow again. Logs what has changed since the last check.
+    /// grow again. Logs changes since the last check.
     pub(super) fn still_covers(&self, request: &IoRequest) -> bool {
         if self.is_device() || matches!(request.op, OpKind::Read | OpKind::Map) {
             return true;
         }
-        // Workers call this, so it must not wait for a file server. If it fails, let the operation itself report what
-        // is wrong.
+        // Workers call this, so it must not wait for a file server. If it fails, the operation itself reports the
+        // error.
         let Some((now, links)) = sys::file::cached_size_and_links(&self.file) else { return true };
         let label = &self.label;
         let before = self.reported.size_bytes.swap(now, Ordering::Relaxed);
@@ -356,28 +357,28 @@ impl OpenImage {
         request.offset + request.len <= now
     }
 
-    /// (first, end) of the whole blocks of a range that fallocate and BLKDISCARD take: all of it on a regular file,
-    /// whole logical blocks on a device; `None` if the range has no whole block.
+    /// The whole blocks of a range that fallocate and BLKDISCARD accept, as (first, end): the whole range on a regular
+    /// file, whole logical blocks on a device; `None` if the range has no whole block.
     pub(super) fn whole_blocks(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
         let block = u64::from(self.device_block.unwrap_or(1));
         let (first, end) = (offset.next_multiple_of(block), (offset + len) / block * block);
         (first < end).then_some((first, end))
     }
 
-    /// The start of a transfer if a test limits what one system call moves; the rest must follow with a later call.
+    /// The first part of a transfer if a test limits what one system call moves; a later call moves the rest.
     #[cfg(test)]
     pub(super) fn limited_start(&self, segments: &[Segment]) -> Option<Segment> {
         let max = self.hindrances.transfer_max.load(Ordering::Relaxed);
         (max > 0).then(|| Segment { base: segments[0].base, len: segments[0].len.min(max) })
     }
 
-    /// No system call is limited outside tests.
+    /// Outside tests, no system call is limited.
     #[cfg(not(test))]
     pub(super) fn limited_start(&self, _segments: &[Segment]) -> Option<Segment> {
         None
     }
 
-    /// Makes a write of a thread slow, if a test asks for that.
+    /// Delays a write of a thread, if a test requires that.
     pub(super) fn delay_write(&self) {
         #[cfg(test)]
         thread::sleep(Duration::from_millis(self.hindrances.write_ms.load(Ordering::Relaxed)));
@@ -389,7 +390,7 @@ impl OpenImage {
         self.hindrances.write_ms.store(milliseconds, Ordering::Relaxed);
     }
 
-    /// Makes so many submissions to io_uring fail from now on.
+    /// Makes this many submissions to io_uring fail from now on.
     #[cfg(test)]
     pub(super) fn refuse_submissions(&self, count: u64) {
         self.hindrances.refused_submissions.store(count, Ordering::Relaxed);
@@ -402,7 +403,7 @@ impl OpenImage {
         self.hindrances.refused_submissions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refuse).is_ok()
     }
 
-    /// Makes every system call move at most `bytes` from now on, as short transfers do.
+    /// Limits every system call to `bytes` from now on, so that transfers are short.
     #[cfg(test)]
     pub(super) fn limit_transfers(&self, bytes: usize) {
         self.hindrances.transfer_max.store(bytes, Ordering::Relaxed);
@@ -416,7 +417,7 @@ impl Drop for OpenImage {
 }
 
 /// The first runs of data of a file; `None` if its file system cannot find holes. On a fragmented file the kernel walks
-/// over all extents of a run to find its end: here once, and not with the first requests of the guest.
+/// over all extents of a run to find its end: doing it here keeps that out of the first requests of the guest.
 fn first_data_runs(file: &File, size_bytes: u64) -> Option<Vec<Range<u64>>> {
     let deadline = Instant::now() + RUNS_PATIENCE;
     let (mut runs, mut at) = (Vec::new(), 0);
@@ -477,10 +478,10 @@ fn has_writer(path: &Path) -> bool {
     file.is_ok_and(|file| file.metadata().is_ok_and(|m| m.is_file()) && sys::file::is_open_for_writing(&file))
 }
 
-/// Fails if another process is writing the image: a copy may be under way, and half of an image must not be served. A
-/// process that merely has it open is logged.
+/// Fails if another process is writing the image: a copy may be in progress, and an incomplete image must not be
+/// served. A process that merely has it open is logged.
 ///
-/// => The image is locked, so that process keeps to no locks.
+/// => The image is locked, so that process ignores image locks.
 fn refuse_copy_under_way(file: &File, path: &Path, label: &str) -> Result<()> {
     let state = || file.metadata().ok().map(|m| (m.len(), m.blocks(), m.mtime(), m.mtime_nsec()));
     let before = state();
@@ -501,9 +502,9 @@ fn refuse_copy_under_way(file: &File, path: &Path, label: &str) -> Result<()> {
     Ok(())
 }
 
-/// Fails for a device that is set to read-only: it could be opened for writing, and no write would reach it.
+/// Fails for a device that is set to read-only: it could be opened for writing, but no write would reach it.
 fn refuse_read_only_device(path: &Path, file: &File) -> Result<()> {
-    // An error of the ioctl says nothing about writes.
+    // A failure of the ioctl does not mean that writes fail.
     if !sys::block::is_read_only(file).unwrap_or(false) {
         return Ok(());
     }
@@ -534,24 +535,25 @@ fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
     Err(Error::new(ErrorKind::Image, format!("image {} {problem}", path.display())))
 }
 
-/// What an image is, found without locking it.
+/// The properties of an image, determined without locking it.
 #[derive(Debug)]
 pub struct Inspection {
-    /// Whether another process has it open in a way that excludes this access.
+    /// Whether another process has the image open in a way that excludes this access.
     pub is_in_use: bool,
-    /// What distinguishes it from every other image.
+    /// The identity of the image.
     pub identity: ImageId,
-    /// What it looks like instead of raw, and the error with which it is refused if nothing shows that it is raw.
+    /// The format that the image appears to have instead of raw, and the error with which it is rejected if nothing
+    /// shows that it is raw.
     pub format_refusal: Option<(Format, Error)>,
 }
 
-/// Opens the image at `path` as a daemon would, and closes it again; see [`super::file::inspect`].
+/// Opens the image at `path` like a daemon, and closes it again; see [`super::file::inspect`].
 pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     let unusable = |error| Error::io(ErrorKind::Image, format!("cannot open image {}", path.display()), error);
     let access = if read_only { LockMode::ReadOnly } else { LockMode::ReadWrite };
     check_type(path, &std::fs::metadata(path).map_err(unusable)?)?;
     let (file, is_busy) = match open_file(path, access) {
-        // A block device that is in use: by a daemon if it has locks, else by a file system.
+        // A block device that is in use: by a daemon if it has locks, otherwise by a file system.
         Err(error) if error.kind() == ErrorKind::Locked => {
             let file = File::open(path).map_err(unusable)?;
             if !lock::is_in_use(&file, access) {
@@ -575,9 +577,9 @@ pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     })
 }
 
-/// What the image at `path` is, and when it was changed; see [`super::file::look_at`].
+/// The identity and the change token of the image at `path`; see [`super::file::look_at`].
 pub(super) fn look_at(path: &Path) -> std::io::Result<(ImageId, ChangeToken)> {
-    // O_PATH opens nothing: the file may be a FIFO, or a device whose driver acts at each open.
+    // O_PATH does not really open it: the file may be a FIFO, or a device whose driver reacts to each open.
     let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
     let metadata = file.metadata()?;
     if metadata.file_type().is_block_device() {

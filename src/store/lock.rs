@@ -1,11 +1,11 @@
-//! The image lock: the bytes that QEMU locks (block/file-posix.c), so that genblk and QEMU each refuse an image that
+//! The image lock: the bytes that QEMU locks (block/file-posix.c), so that genblk and QEMU each reject an image that
 //! the other has open.
 //!
-//! QEMU describes an opener by the permissions that it takes and by those that it does not share with others. It marks
-//! a permission `n` that it takes by a lock on byte 100 + n, and a permission `n` that it does not share by a lock on
-//! byte 200 + n. All locks are shared locks, so that a read-only descriptor can hold them; an opener finds a conflict
-//! by asking whether another one holds the opposite byte. The locks belong to the open file description: they end with
-//! it, and a second opener in the same process conflicts too.
+//! QEMU describes an opener by the permissions that it takes and by those that it does not share with others. A lock on
+//! byte 100 + n means that permission `n` is taken, a lock on byte 200 + n that it is not shared. All locks are shared
+//! locks, so that a read-only descriptor can hold them; an opener detects a conflict by testing whether another one
+//! holds the opposite byte. The locks belong to the open file description: they end with it, and a second opener in the
+//! same process conflicts too.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file::{is_byte_locked, lock_byte, unlock_byte};
 use crate::sys::process::{DEATH_PATIENCE, other_user_of};
 
-/// What an opener does with an image.
+/// The access of an opener to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LockMode {
     /// Reads it; any number of readers may share an image.
@@ -32,7 +32,7 @@ const UNSHARED_BASE: u64 = 200;
 
 /// How long to wait before checking for a conflict again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
-/// The same, when the openers of an image are looked for each time.
+/// The same, if each check also searches for the processes that have the image open.
 const DEATH_RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 // Permissions by bit number (BLK_PERM_* in QEMU's include/block/block-common.h).
@@ -40,19 +40,19 @@ const CONSISTENT_READ: u64 = 0;
 const WRITE: u64 = 1;
 const RESIZE: u64 = 3;
 
-/// No other opener may change the image, whether we have it open for writing or as one of many readers: a changed byte
-/// would make the cache wrong.
+/// No other opener may change the image, whether this one has it open for writing or as one of many readers: a changed
+/// byte would make the cache wrong.
 const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 
 /// Locks an image until [`release`], or until the last copy of its descriptor is closed. Waits for at most `patience`
-/// while another opener's locks conflict, and longer if no living process is seen to have the image open. Log lines
-/// begin with `label`.
+/// while another opener's locks conflict, and longer if no living process can be found that has the image open. Log
+/// lines begin with `label`.
 ///
 /// => A writer excludes every other opener except one that shares writes on purpose. Readers share with readers.
 ///
 /// # Errors
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
-/// system without locks is no error: a warning says so.
+/// system without locks is not an error: a warning is logged.
 pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, patience: Duration) -> Result<()> {
     let began = Instant::now();
     let mut is_reported = false;
@@ -62,11 +62,11 @@ pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, p
                 std::thread::sleep(RETRY_PAUSE);
             }
             Err(error) if error.kind() == ErrorKind::Locked => {
-                // The locks belong to descriptors, so the kernel does not say whose they are.
+                // The locks belong to open file descriptions, so the kernel does not report which process holds them.
                 let user = other_user_of(file).map(|(pid, name)| format!("; pid {pid} ({name}) has it open"));
                 if user.is_none() && !patience.is_zero() && began.elapsed() < DEATH_PATIENCE {
-                    // A killed daemon's, most likely, of which nothing is left but its I/O; or that of a process which
-                    // this user cannot see.
+                    // Most likely the lock of a killed daemon of which only I/O in flight remains; or that of a process
+                    // which is not visible to this user.
                     if !std::mem::replace(&mut is_reported, true) {
                         let max = DEATH_PATIENCE.as_secs();
                         log::info!("{label}: locked, but no visible process has it open; waiting up to {max} s");
@@ -90,11 +90,11 @@ fn try_acquire(file: &File, path: &Path, label: &str, access: LockMode) -> Resul
         LockMode::ReadOnly => &[CONSISTENT_READ],
         LockMode::ReadWrite => &[CONSISTENT_READ, WRITE],
     };
-    // After a conflict the locks taken so far must not keep the next opener out.
+    // After a conflict, the locks taken so far must not block the next opener.
     take_and_check(file, path, taken).inspect_err(|_| release(file, label))
 }
 
-/// Whether another opener's locks would refuse this access now. Takes no lock.
+/// Whether another opener's locks conflict with this access now. Takes no lock.
 pub(super) fn is_in_use(file: &File, access: LockMode) -> bool {
     let taken: &[u64] = match access {
         LockMode::ReadOnly => &[CONSISTENT_READ],
@@ -106,7 +106,8 @@ pub(super) fn is_in_use(file: &File, access: LockMode) -> bool {
     bytes.any(|byte| is_byte_locked(file, byte).unwrap_or(false))
 }
 
-/// Takes every lock first and checks for conflicts then: of two that open at once, at least one sees the other.
+/// Takes every lock first, and then checks for conflicts: of two openers at the same time, at least one finds the
+/// other.
 fn take_and_check(file: &File, path: &Path, taken: &[u64]) -> Result<()> {
     for &permission in taken {
         take(file, path, TAKEN_BASE + permission)?;
@@ -127,7 +128,7 @@ fn take_and_check(file: &File, path: &Path, taken: &[u64]) -> Result<()> {
 
 /// Releases the lock before the file is closed.
 ///
-/// => Closing alone would release it late: a forked child process holds a copy of the descriptor until its exec(), and
+/// => A close alone would release it late: a forked child process has a copy of the descriptor until its exec(), and
 ///    the kernel releases a ring's registered file in the background.
 pub(super) fn release(file: &File, label: &str) {
     for byte in (0..=RESIZE).flat_map(|permission| [TAKEN_BASE + permission, UNSHARED_BASE + permission]) {
@@ -139,7 +140,7 @@ pub(super) fn release(file: &File, label: &str) {
 
 /// Locks another open file description of an image that this process has locked, in the same way.
 ///
-/// => Without a check: the locks of the first one keep all others out.
+/// => It needs no check: the locks of the first one exclude all others.
 pub(super) fn share(file: &File, access: LockMode) {
     let taken: &[u64] = match access {
         LockMode::ReadOnly => &[CONSISTENT_READ],
@@ -147,7 +148,7 @@ pub(super) fn share(file: &File, access: LockMode) {
     };
     let unshared = UNSHARED.map(|permission| UNSHARED_BASE + permission);
     for byte in taken.iter().map(|permission| TAKEN_BASE + permission).chain(unshared) {
-        // It fails only where the file system has no locks, of which the log has a warning.
+        // Fails only on a file system without locks, which the log has reported.
         let _ = lock_byte(file, byte);
     }
 }
@@ -163,7 +164,7 @@ fn take(file: &File, path: &Path, byte: u64) -> Result<()> {
     }
 }
 
-/// Fails if another opener holds `byte`; `conflict` says what that byte means.
+/// Fails if another opener holds `byte`; `conflict` describes what that means.
 fn check(file: &File, path: &Path, byte: u64, conflict: &str) -> Result<()> {
     match is_byte_locked(file, byte) {
         Ok(false) => Ok(()),

@@ -18,10 +18,10 @@
 //! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
 //! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use).
 //! `restricted_ring` makes the rings. `image`, `probe`, `history`, `lock` and `raw_record` open an image. [`nbd`] has
-//! the images at NBD servers. [`named`] is what recovery asks of an image, and [`open()`] opens one in any store. A
-//! file of this module imports only files further down: open; nbd; file; uring, threads; restricted_ring; pool;
-//! pool_queue; blocking; image; raw_record; named; handed; format, probe, history, lock. [`faulty`] wraps any image and
-//! makes its operations fail.
+//! the images on NBD servers. [`named`] is the interface of an image for recovery, and [`open()`] opens an image in any
+//! store. A file of this module imports only files further down: open; nbd; file; uring, threads; restricted_ring;
+//! pool; pool_queue; blocking; image; raw_record; named; handed; format, probe, history, lock. [`faulty`] wraps any
+//! image and makes its operations fail.
 
 mod blocking;
 pub mod faulty;
@@ -64,28 +64,29 @@ use crate::units::{
     ExtentKind, Fault, ImageHoles, LiveSize, OpKind, PAGE_BYTES, SECTOR_BYTES, SectorSpan, Urgency, counted, low_u32,
 };
 
-/// How long a queue waits for its operations when it is dropped without [`StoreQueue::drain`]: as long as Linux gives a
-/// SCSI disk for a command.
+/// How long a queue waits for its operations when it is dropped without [`StoreQueue::drain`]: Linux's timeout of a
+/// SCSI disk's command.
 pub const DRAIN_MAX: Duration = Duration::from_secs(30);
 
 /// One operation. It owns the memory of its segments until its event is reaped.
 #[derive(Debug)]
 pub struct IoRequest {
-    /// The caller's name for the operation; its event carries it.
+    /// The caller's ID of the operation, which its event carries.
     pub tag: u64,
-    /// What to do.
+    /// The kind of the operation.
     pub op: OpKind,
     /// First byte of the range on the image; 0 for `Sync`.
     pub offset: u64,
     /// Length of the range in bytes; 0 for `Sync`.
     pub len: u64,
-    /// Whether a request waits for it. A store that cannot start all operations at once starts those first.
+    /// Whether a request waits for the operation. A store that cannot start all operations immediately starts these
+    /// first.
     pub urgency: Urgency,
     /// Memory, in order; empty except for `Read` and `Write`.
     pub segments: Vec<Segment>,
 }
 
-/// A run of the image of one kind.
+/// A run of bytes of the image that are of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// Length in bytes.
@@ -94,7 +95,7 @@ pub struct Extent {
     pub kind: ExtentKind,
 }
 
-/// What a queue reports about an operation.
+/// The outcome of an operation, as reported by a queue.
 #[derive(Debug)]
 pub enum Event {
     /// The operation is complete.
@@ -102,8 +103,8 @@ pub enum Event {
         /// From the request.
         tag: u64,
     },
-    /// A `Map` is complete; the extents cover its range, in order. The last one may reach beyond the range, as far as
-    /// the store knows it, and not beyond the image.
+    /// A `Map` is complete; the extents cover its range, in order. The last one may extend beyond the range, as far as
+    /// the store knows it, but not beyond the image.
     Mapped {
         /// From the request.
         tag: u64,
@@ -114,7 +115,7 @@ pub enum Event {
     Failed {
         /// From the request.
         tag: u64,
-        /// Why.
+        /// The cause.
         fault: Fault,
         /// The system's error number, for the log; 0 if there is none.
         errno: i32,
@@ -141,7 +142,7 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// What an image can do; fixed while it is open, but for its size.
+/// The properties and capabilities of an image; fixed while it is open, except for its size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Size of the image in bytes: a multiple of 512. It grows while the image is open.
@@ -168,7 +169,7 @@ pub struct Limits {
     pub optimal_io_bytes: u32,
     /// `Write`, `Zero`, `Discard` and `Allocate` are allowed.
     pub writable: bool,
-    /// `Zero` works (else it fails with `Unsupported`).
+    /// `Zero` works (otherwise it fails with `Unsupported`).
     pub can_zero: bool,
     /// `Discard` works.
     pub can_discard: bool,
@@ -177,17 +178,17 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// What offsets, lengths and segments of the cache's transfers are multiples of, in bytes: `block_bytes`, or
+    /// The alignment of the offsets, lengths and segments of the cache's transfers, in bytes: `block_bytes`, or
     /// `memory_align` if that is larger. The cache places each sector at the same offset in a frame as in its page, so
     /// a transfer is aligned in memory only if it is aligned on the image.
     pub fn transfer_block_bytes(&self) -> u32 {
         self.block_bytes.max(self.memory_align)
     }
 
-    /// Checks that a cache can keep to these limits, however small its pages and however large its operations.
+    /// Checks that a cache can observe these limits, given the sizes of its pages and operations.
     ///
     /// # Errors
-    /// Which limit is the obstacle.
+    /// The limit that it cannot observe.
     pub fn check(&self) -> Result<(), String> {
         let page = low_u32(PAGE_BYTES);
         let size = self.size_bytes.get();
@@ -254,15 +255,15 @@ impl Limits {
 
 /// One worker's queue of operations on an open image. Every worker has its own; all share the file.
 pub trait StoreQueue: Send {
-    /// What the image can do.
+    /// The properties and capabilities of the image.
     fn limits(&self) -> &Limits;
     /// A level-triggered file descriptor, readable while events wait. The worker polls it and never reads from it.
     fn wake_fd(&self) -> RawFd;
-    /// Names the memory (addresses) that most transfers will use; it stays mapped while operations are in flight. A
-    /// store may prepare for it, for example keep it pinned.
+    /// Announces the memory (addresses) that most transfers will use; it stays mapped while operations are in flight. A
+    /// store may prepare it, for example by pinning it.
     fn hint_memory(&mut self, _memory: Range<usize>) {}
-    /// Only the part of that memory before address `end` is used from now on. When this returns, the store keeps
-    /// nothing of the rest, whose bytes may be replaced.
+    /// Only the part of that memory before address `end` is used from now on. When this returns, the store has released
+    /// the rest, whose pages may be replaced.
     fn limit_memory(&mut self, _end: usize) {}
     /// Queues a request; it starts at the next [`StoreQueue::kick`] at the latest.
     ///
@@ -271,9 +272,10 @@ pub trait StoreQueue: Send {
     fn submit(&mut self, request: IoRequest) -> Result<(), Refused>;
     /// Starts the queued requests. Called once per turn, before the worker sleeps.
     fn kick(&mut self);
-    /// Clears the wake fd and appends the waiting events; there may be none.
+    /// Clears the wake fd and appends the pending events, if any.
     fn reap(&mut self, events: &mut Vec<Event>);
-    /// If the system did not accept what was queued: when to call [`StoreQueue::kick`] again, although nothing happens.
+    /// If the system did not accept the queued operations: the time after which to call [`StoreQueue::kick`] again,
+    /// even without an event.
     fn retry_after(&self) -> Option<Duration> {
         None
     }
@@ -283,10 +285,10 @@ pub trait StoreQueue: Send {
     fn may_have_events(&mut self) -> bool {
         self.in_flight() > 0
     }
-    /// Operations submitted whose events have not been reaped.
+    /// Number of submitted operations whose events have not been reaped.
     fn in_flight(&self) -> usize;
-    /// Waits until no operation is in flight, for at most `patience`, and drops the events; returns whether none is.
-    /// Afterwards dropping the queue does not wait: what is in flight is left to the kernel.
+    /// Waits until no operation is in flight, for at most `patience`, and drops the events; returns whether that
+    /// succeeded. Afterwards dropping the queue does not wait: operations in flight are left to the kernel.
     ///
     /// => After `false` the memory of all segments stays mapped until the process ends.
     fn drain(&mut self, patience: Duration) -> bool;
@@ -318,27 +320,27 @@ impl fmt::Debug for dyn StoreQueue {
 
 /// An image that is opened and locked once, with one [`StoreQueue`] per worker.
 pub trait Backing: Send + Sync + fmt::Debug {
-    /// What the image can do; the same for each of its queues.
+    /// The properties and capabilities of the image; the same for each of its queues.
     fn limits(&self) -> &Limits;
 
-    /// Whether its queues talk to a server over sockets.
+    /// Whether its queues communicate with a server over sockets.
     fn is_remote(&self) -> bool {
         false
     }
 
-    /// Whether a write of these sectors may make the image look like another format than raw.
+    /// Whether a write of these sectors may make the image appear to have a format other than raw.
     fn shows_format(&self, _span: SectorSpan) -> bool {
         false
     }
 
-    /// The guest is writing `bytes` from sector `first` on, which may make the image look like another format than raw:
-    /// the next start must not refuse it. Returns the formats that are not on record at the image
-    /// ([`format::Format::bit`]); they will be before the write is executed, if that is possible.
+    /// The guest is writing `bytes` to the sectors from `first`, which may make the image appear to have a format other
+    /// than raw: the next start must not reject the image for that. Returns the formats that the image does not yet
+    /// record ([`format::Format::bit`]); it will record them before the write is executed, if possible.
     fn note_guest_write(&self, _first: u64, _bytes: &[u8]) -> u64 {
         0
     }
 
-    /// The formats other than raw that are on record at the image ([`format::Format::bit`]).
+    /// The formats other than raw that the image records as written by its guest ([`format::Format::bit`]).
     fn recorded_formats(&self) -> u64 {
         0
     }
@@ -348,13 +350,13 @@ pub trait Backing: Send + Sync + fmt::Debug {
         Vec::new()
     }
 
-    /// A queue for one more worker.
+    /// Creates a queue for another worker.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::System`] if an io_uring, a thread or a descriptor cannot be created.
     fn attach(&self) -> crate::error::Result<Box<dyn StoreQueue>>;
 
-    /// What the host tells about the last change of the image; `None` if it tells nothing.
+    /// The change token of the image; `None` if the host reports nothing.
     fn change_token(&self) -> Option<ChangeToken> {
         None
     }
@@ -364,13 +366,12 @@ pub trait Backing: Send + Sync + fmt::Debug {
         false
     }
 
-    /// As [`Backing::change_token`], where that is cheap enough to be asked after each change; else `None`.
+    /// Like [`Backing::change_token`], if that is cheap enough to be called after each change; otherwise `None`.
     fn idle_token(&self) -> Option<ChangeToken> {
         None
     }
 
-    /// Ends the tenure that was begun, if any: records at the image that everything is on it. Returns whether there was
-    /// one.
+    /// Ends the current tenure, if any: records in the image that all data is on it. Returns whether there was one.
     ///
     /// # Errors
     /// Errors of fsetxattr(2) and fsync(2).
@@ -378,7 +379,8 @@ pub trait Backing: Send + Sync + fmt::Debug {
         Ok(false)
     }
 
-    /// Records at the image that the cache no longer outlives the daemon, if a tenure was begun; returns whether.
+    /// Records in the image that the cache no longer outlives the daemon, if there is a current tenure; returns whether
+    /// there is.
     ///
     /// # Errors
     /// As [`Backing::end_tenure`].

@@ -1,8 +1,8 @@
-//! An image that a configuration names: what the start of a daemon and the operator's commands ask of it, whatever
-//! store it is in.
+//! An image that a configuration names: its interface for the start of a daemon and for the operator's commands,
+//! whatever its store.
 //!
-//! A [`Backing`] is enough to serve an image. To find the cache that an earlier daemon left, the start must also know
-//! which image it is and what it tells about its past, and read and write it without a worker.
+//! A [`Backing`] is enough to serve an image. To find the cache that an earlier daemon left, the start also needs the
+//! identity and the recorded history of the image, and must read and write it without a worker.
 
 use std::fmt;
 use std::fs::File;
@@ -19,40 +19,40 @@ use crate::tenure::record::Record;
 use crate::tenure::token::ChangeToken;
 use crate::units::{PAGE_SIZE, PageNo};
 
-/// How it is known, before an image is opened, that it is raw.
+/// The reason to treat an image as raw, known before it is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KnownRaw {
-    /// The operator says so.
+    /// The configuration declares it as raw.
     Configured,
     /// An earlier daemon has served it, and left its cache.
     KeptCache,
 }
 
-/// A page of an image, aligned for every direct I/O that an image may demand.
+/// A page of an image, aligned for every direct I/O that an image may require.
 #[derive(Clone, Debug)]
 #[repr(C, align(4096))]
 pub struct PageBytes(pub [u8; PAGE_SIZE]);
 
-/// Where the bytes of an image are.
+/// The location of an image's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageKind {
     /// In a regular file.
     File,
     /// On a block device.
     Device,
-    /// At a server.
+    /// On a server.
     Remote,
 }
 
-/// See the module. Every method but those with another comment may wait for the image.
+/// See the documentation of the module. Every method may wait for the image, unless its comment says otherwise.
 pub trait NamedImage: Backing {
-    /// The name by which it was opened: a path or a URI. Does not wait.
+    /// The path or URI by which it was opened. Does not wait.
     fn path(&self) -> &Path;
 
-    /// The same name for all names of the image, as far as they can be told apart from others.
+    /// A name that is the same for all names of the image, as far as they can be recognised as equal.
     fn canonical_path(&self) -> PathBuf;
 
-    /// What the image is, whatever its name. Does not wait.
+    /// The identity of the image, which does not depend on its name. Does not wait.
     fn identity(&self) -> ImageId;
 
     /// A name that a block device keeps when it is attached again; empty if none is known. Does not wait.
@@ -60,33 +60,34 @@ pub trait NamedImage: Backing {
         String::new()
     }
 
-    /// Where its bytes are. Does not wait.
+    /// The location of its bytes. Does not wait.
     fn kind(&self) -> ImageKind;
 
-    /// How it is read and written, for the log. Does not wait.
+    /// The mode in which it is read and written, for the log. Does not wait.
     fn io_mode(&self) -> String;
 
-    /// The format other than raw that the image looked like when it was opened. Does not wait.
+    /// The format other than raw that the image appeared to have when it was opened. Does not wait.
     fn found_format(&self) -> Option<Format>;
 
-    /// Refuses an image that looks like another format than raw, unless `known_raw` says that it is raw anyway.
+    /// Rejects an image that appears to have a format other than raw, unless `known_raw` gives a reason to treat it as
+    /// raw.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Image`] with the format, and what the operator can do.
+    /// [`crate::error::ErrorKind::Image`] with the format, and the remedies.
     fn check_format(&self, known_raw: Option<KnownRaw>) -> Result<()>;
 
-    /// What the image says of its last tenure.
+    /// The record of the image's last tenure.
     ///
     /// # Errors
-    /// Those of the store.
+    /// Errors of the store.
     fn last_tenure(&self) -> io::Result<LastTenure> {
         Ok(LastTenure::NoRecords)
     }
 
-    /// Begins a tenure: writes its record to the image. `false` if the image cannot carry one.
+    /// Starts a tenure: writes its record to the image. `false` if the image cannot carry one.
     ///
     /// # Errors
-    /// Those of the store.
+    /// Errors of the store.
     fn begin_tenure(&self, _record: Record) -> io::Result<bool> {
         Ok(false)
     }
@@ -94,20 +95,19 @@ pub trait NamedImage: Backing {
     /// Writes a record of a tenure that has ended, if the image can carry one.
     ///
     /// # Errors
-    /// Those of the store.
+    /// Errors of the store.
     fn write_record(&self, _record: &Record) -> io::Result<()> {
         Ok(())
     }
 
-    /// What was known about the last change of the image when it was opened, before this daemon changed anything. Does
-    /// not wait.
+    /// The change token of the image when it was opened, before this daemon changed anything. Does not wait.
     fn found_token(&self) -> ChangeToken;
 
-    /// An earlier daemon has died while it was changing the image: what it had sent may still be executed. Does not
-    /// wait.
+    /// An earlier daemon died while it was changing the image: the requests that it had sent may still be executed.
+    /// Does not wait.
     fn quarantine_earlier_writes(&self) {}
 
-    /// Checks that so many workers can serve the image. Does not wait.
+    /// Checks that this many workers can serve the image. Does not wait.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::Config`] with the reason.
@@ -133,24 +133,24 @@ pub trait NamedImage: Backing {
         false
     }
 
-    /// Its present size in bytes, if that is cheap to find out: waits for no file server. `None`: it is not known.
+    /// Its present size in bytes, if that is cheap to determine: it must not wait for a file server. `None`: unknown.
     fn present_size(&self) -> Option<u64> {
         None
     }
 
-    /// Grows the image to `size_bytes` if it is smaller; without a size, takes its present one. Returns the size up to
+    /// Grows the image to `size_bytes` if it is smaller; without a size, applies its present one. Returns the size with
     /// which it is served from now on. May wait.
     ///
     /// # Errors
-    /// Why it cannot have that size; nothing has changed then.
+    /// Why it cannot have that size; in that case nothing has changed.
     fn grow(&self, _size_bytes: Option<u64>) -> std::result::Result<u64, String> {
         Err("an image of this kind changes its size only when the disk is detached and attached again".to_owned())
     }
 
-    /// Reads a page; what lies past the end of the image is zeros.
+    /// Reads a page; the part past the end of the image is zeros.
     ///
     /// # Errors
-    /// Those of the store.
+    /// Errors of the store.
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>>;
 
     /// Makes a range (in bytes) read as zeros and keeps its space.
@@ -158,13 +158,13 @@ pub trait NamedImage: Backing {
     /// => No other operation on the range is in flight.
     ///
     /// # Errors
-    /// Those of the store.
+    /// Errors of the store.
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
 
     /// Access for writing without a worker.
     ///
     /// # Errors
-    /// Those of the store.
+    /// Errors of the store.
     fn writer(&self) -> io::Result<Box<dyn BlockWriter + '_>>;
 }
 
@@ -173,13 +173,13 @@ pub trait BlockWriter {
     /// Writes whole sectors at byte `offset`.
     ///
     /// # Errors
-    /// Those of the store, and for a range past the end of the image.
+    /// Errors of the store, and an error for a range past the end of the image.
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()>;
 
-    /// Makes everything durable that was written.
+    /// Makes all writes durable.
     ///
     /// # Errors
-    /// Those of the store: what was written since the last success is in doubt.
+    /// Errors of the store: writes since the last success are then in doubt.
     fn sync(&mut self) -> io::Result<()>;
 }
 

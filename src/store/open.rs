@@ -1,4 +1,4 @@
-//! Opens an image by its name, in whatever store it is.
+//! Opens an image by its name, in any store.
 
 use std::fs::File;
 use std::path::Path;
@@ -13,13 +13,13 @@ use super::options::OpenOptions;
 use crate::error::Result;
 use crate::nbd_uri::NbdUri;
 
-/// Whether a name of an image is that of an export at a server, and not a path.
+/// Whether an image's name is that of an export on a server, as opposed to a path.
 pub fn is_remote(name: &Path) -> bool {
     NbdUri::is_meant_by(name)
 }
 
-/// Opens and locks the image of this name, for the device called `device`: log lines about it begin with that; without
-/// a device they begin with the image. Blocks: not for a worker's thread.
+/// Opens and locks the image of this name, for the device called `device`: log lines about it begin with the device, or
+/// without one with the image. Blocks: not for a worker's thread.
 ///
 /// # Errors
 /// As [`FileImage::open`] and [`NbdImage::open`].
@@ -33,7 +33,8 @@ pub fn open(device: Option<&str>, name: &Path, options: &OpenOptions) -> Result<
     })
 }
 
-/// An image that another process of the daemon has opened and handed out, and how it is read and written, for the log.
+/// An image that another process of the daemon has opened and passed on, and the mode in which it is read and written,
+/// for the log.
 ///
 /// # Errors
 /// [`crate::error::ErrorKind::System`] for a record of a tenure that this genblk cannot read.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// How operations reach the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IoEngine {
-    /// io_uring, or threads where the host does not allow it (a log line says so).
+    /// io_uring, or threads if the host does not allow it (which is logged).
     #[default]
     Auto,
     /// io_uring, or an error.
@@ -23,20 +23,20 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// How operations reach the kernel.
     pub engine: IoEngine,
-    /// Bypass the host's page cache if the file system can.
+    /// Bypass the host's page cache if the file system supports that.
     pub direct: bool,
     /// How long to wait for another opener's lock to be released.
     pub lock_patience: Duration,
-    /// Of an image at an NBD server.
+    /// Options of an image on an NBD server.
     pub nbd: NbdOptions,
 }
 
 /// How to treat an NBD server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NbdOptions {
-    /// A server without FLUSH has no volatile cache: what it has completed is durable.
+    /// A server without FLUSH has no volatile cache: its completed writes are durable.
     pub trusts_without_flush: bool,
-    /// How long to try to connect again; `None`: forever.
+    /// How long to try to reconnect; `None`: forever.
     pub give_up: Option<Duration>,
     /// How long a server may still execute requests of a connection that has broken.
     pub quarantine: Duration,

@@ -1,5 +1,5 @@
-//! Threads that run blocking operations and notify a wake fd: all of the thread engine, and the io_uring engine's
-//! helper for operations that a ring cannot do.
+//! Threads that run blocking operations and notify a wake fd. They are the whole thread engine, and the io_uring
+//! engine's helper for operations that a ring cannot do.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -13,7 +13,7 @@ use super::{DRAIN_MAX, Event, IoRequest, blocking};
 use crate::sandbox::{self, ThreadKind};
 use crate::units::counted;
 
-/// How many threads a pool has.
+/// The numbers of a pool's threads.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Threads {
     /// Most threads that run operations which change the image; they run reads as well.
@@ -38,7 +38,7 @@ struct PoolShared {
     state: Mutex<PoolState>,
     /// Operations are queued, or the pool closes.
     work: Condvar,
-    /// A thread found the queue empty.
+    /// A thread has found the queue empty.
     idle: Condvar,
 }
 
@@ -49,7 +49,7 @@ struct PoolState {
     events: Vec<Event>,
     /// Operations that threads run now.
     running: usize,
-    /// Threads that wait for work.
+    /// Threads that are waiting for work.
     idle: usize,
     closing: bool,
 }
@@ -81,7 +81,7 @@ impl Pool {
         self.drain_max = Duration::ZERO;
     }
 
-    /// Queues an operation. A busy thread may take it at once, a sleeping one after [`Pool::wake_threads`].
+    /// Queues an operation. A busy thread may take it immediately, a sleeping one after [`Pool::wake_threads`].
     pub(super) fn push(&self, request: IoRequest) {
         self.shared.lock().queue.push(request);
     }
@@ -94,7 +94,7 @@ impl Pool {
         }
     }
 
-    /// Moves the events of completed operations to `events`; returns how many.
+    /// Moves the events of completed operations to `events`; returns their number.
     pub(super) fn take_events(&self, events: &mut Vec<Event>) -> usize {
         let mut state = self.shared.lock();
         let count = state.events.len();
@@ -116,7 +116,7 @@ impl PoolShared {
             if let Some((lane, mut request)) = state.queue.pop() {
                 state.running += 1;
                 if state.idle > 0 && state.queue.is_ready() {
-                    // This thread may have taken another operation than the one that an idle thread was woken for.
+                    // This thread may have taken a different operation than the one for which an idle thread was woken.
                     self.work.notify_one();
                 }
                 drop(state);
@@ -126,7 +126,7 @@ impl PoolShared {
                 state.queue.completed(lane);
                 state.events.push(event);
                 // Notified under the lock: a worker that takes the event either clears this notification with it, or
-                // has cleared the wake fd just before, and finds it readable once more with no event.
+                // has cleared the wake fd just before, and finds it readable again without an event.
                 self.wake.notify();
             } else if state.closing && state.queue.len() == 0 {
                 break;
@@ -137,7 +137,7 @@ impl PoolShared {
                 state.idle -= 1;
             }
         }
-        // A thread that waits for its turn to change the image may end, too.
+        // A thread that waits for its turn to change the image must also be able to end.
         self.work.notify_all();
         self.idle.notify_all();
     }
@@ -158,7 +158,7 @@ impl Drop for Pool {
                     let (hanging, label) = (counted(state.running as u64, "operation"), self.shared.image.label());
                     log::error!("{label}: {hanging} did not complete in {} s; abandoning", self.drain_max.as_secs());
                 }
-                // No thread may start an operation whose memory the caller has freed meanwhile.
+                // No thread may start an operation after the caller has freed its memory.
                 state.queue.clear();
                 self.shared.work.notify_all();
                 return;

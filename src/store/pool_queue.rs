@@ -1,9 +1,9 @@
-//! The operations that wait for a thread of a pool: reads before writes, and neither takes all threads.
+//! The operations that wait for a thread of a pool: reads precede writes, and neither occupies all threads.
 //!
-//! With one first-in-first-out queue, a read of a guest would wait behind dozens of slow writes of the write-back.
-//! With strict priorities, a guest that reads all the time would stop the write-back, and with it every FLUSH. So there
-//! are lanes in order of urgency, an operation that was passed too often goes first, and only some of the threads run
-//! operations that change the image: the others are free for reads.
+//! With one first-in-first-out queue, a read of a guest would wait behind dozens of slow writes of the write-back. With
+//! strict priorities, a guest that reads all the time would stop the write-back, and with it every FLUSH. So there are
+//! lanes in order of urgency, an operation that was passed over too often runs first, and only some of the threads run
+//! operations that change the image: the others stay free for reads.
 
 use std::collections::VecDeque;
 
@@ -13,7 +13,7 @@ use crate::units::{OpKind, Urgency};
 /// The lanes, the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// Reads that a request may wait for, and the maps that come before them.
+    /// Reads that a request may wait for, and the maps that precede them.
     Reads,
     /// Syncs, zeros, discards and allocations: a request may wait for each of them.
     Changes,
@@ -24,7 +24,7 @@ pub(super) enum Lane {
 }
 
 const LANES: usize = 4;
-/// An operation goes first after this many more urgent ones have passed the head of its lane. A reader then takes at
+/// An operation runs first after this many more urgent ones have passed the head of its lane. A reader then gets at
 /// most 8 of 9 turns of a thread.
 const PASSED_MAX: u32 = 8;
 
@@ -39,26 +39,26 @@ impl Lane {
         }
     }
 
-    /// Whether its operations change the image: these may be slow, and do not take all threads.
+    /// Whether its operations change the image: these may be slow, and must not occupy all threads.
     pub(super) fn is_change(self) -> bool {
         matches!(self, Self::Changes | Self::WriteBack)
     }
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct PoolQueue {
     lanes: [VecDeque<IoRequest>; LANES],
-    /// By lane: how many operations of other lanes were taken while the head of this one waited.
+    /// By lane: number of operations of other lanes that were taken while the head of this one waited.
     passed: [u32; LANES],
-    /// Operations that change the image and that threads run now.
+    /// Number of operations that change the image and are being run.
     changes: usize,
     /// Most of them at a time.
     changes_max: usize,
 }
 
 impl PoolQueue {
-    /// At most `changes_max` operations at a time change the image.
+    /// A queue from which at most `changes_max` operations at a time change the image.
     pub(super) fn new(changes_max: usize) -> Self {
         Self { lanes: Default::default(), passed: [0; LANES], changes: 0, changes_max }
     }
@@ -67,7 +67,7 @@ impl PoolQueue {
         self.lanes[Lane::of(&request) as usize].push_back(request);
     }
 
-    /// The operation to run now, if one may run: call [`PoolQueue::completed`] with its lane when it has ended.
+    /// The operation to run now, if one may run. Call [`PoolQueue::completed`] with its lane when it has ended.
     pub(super) fn pop(&mut self) -> Option<(Lane, IoRequest)> {
         let lane = self.next_lane()?;
         let request = self.lanes[lane as usize].pop_front().expect("the next lane is not empty");
@@ -90,17 +90,17 @@ impl PoolQueue {
         self.next_lane().is_some()
     }
 
-    /// Operations that wait.
+    /// Number of waiting operations.
     pub(super) fn len(&self) -> usize {
         self.lanes.iter().map(VecDeque::len).sum()
     }
 
-    /// Drops the operations that wait.
+    /// Drops the waiting operations.
     pub(super) fn clear(&mut self) {
         self.lanes.iter_mut().for_each(VecDeque::clear);
     }
 
-    /// The lane whose head is to run: one that was passed too often, else the most urgent one.
+    /// The lane whose head runs next: one that was passed over too often, otherwise the most urgent one.
     fn next_lane(&self) -> Option<Lane> {
         let ready = || {
             [Lane::Reads, Lane::Changes, Lane::Readahead, Lane::WriteBack]

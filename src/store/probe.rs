@@ -1,5 +1,5 @@
-//! What a file or block device can do, found out when an image is opened: sizes, limits of a transfer, discard, direct
-//! I/O.
+//! The properties of a file or block device, determined when an image is opened: sizes, limits of a transfer, discard,
+//! direct I/O.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -13,15 +13,15 @@ use crate::units::PAGE_BYTES;
 
 /// Largest transfer: more than the longest readahead window.
 const IO_MAX_BYTES: u32 = 4 << 20;
-/// IOV_MAX of Linux: a transfer of [`IO_MAX_BYTES`] from scattered pages just fits.
+/// IOV_MAX of Linux: just enough for a transfer of [`IO_MAX_BYTES`] from scattered pages.
 const SEGMENTS_MAX: u16 = 1024;
-/// No real device has smaller limits than these; a lower value in sysfs is not believed.
+/// No real device has smaller limits than these; a lower value in sysfs is ignored.
 const IO_BYTES_MIN: u32 = 64 << 10;
 const SEGMENTS_MIN: u16 = 16;
 
 /// [`crate::units::SECTOR_BYTES`] in the type of block sizes.
 const SECTOR: u32 = 512;
-/// The largest block that direct I/O may demand: a page, the unit of caching.
+/// The largest block that direct I/O may require: a page, the unit of caching.
 const BLOCK_MAX: u32 = 4096;
 
 /// Sizes and transfer limits of an image, as the host reports them.
@@ -46,7 +46,7 @@ pub(super) struct BlockGeometry {
 }
 
 impl BlockGeometry {
-    /// Asks the kernel.
+    /// Queries the kernel.
     pub(super) fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
         let is_device = metadata.file_type().is_block_device();
         let (io_max_bytes, segments_max) = transfer_limits(if is_device { metadata.rdev() } else { metadata.dev() });
@@ -100,11 +100,11 @@ fn queue_attribute<T: FromStr>(device: u64, name: &str) -> Option<T> {
 
 /// Whether a range of the image can be discarded.
 ///
-/// => On a file system that it does not know, it changes the file's change time, but no other time: the next daemon
-///    compares times with those that this one has seen.
+/// => On an unknown file system, the test changes the file's change time, but no other time: the next daemon compares
+///    times with those that this one has recorded.
 pub(super) fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
     if geometry.device_block.is_some() {
-        // The second is 0 where the administrator has switched discards off.
+        // The second one is 0 if the administrator has disabled discards.
         return geometry.discard_granularity > 0 && geometry.discard_max_bytes > 0;
     }
     if FileSystem::of(file).is_ok_and(|file_system| file_system.punches_holes()) {
@@ -128,19 +128,18 @@ pub(super) fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
 /// Alignment of transfers in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Alignment {
-    /// Of offsets and lengths on the image.
+    /// Alignment of offsets and lengths on the image.
     pub(super) block: u32,
-    /// Of memory addresses and segment lengths.
+    /// Alignment of memory addresses and segment lengths.
     pub(super) memory: u32,
 }
 
 impl Alignment {
-    /// Through the host's page cache, which takes any memory. The block is a sector, the unit of requests.
+    /// For I/O through the host's page cache, which accepts any memory. The block is a sector, the unit of requests.
     pub(super) const BUFFERED: Self = Self { block: SECTOR, memory: 1 };
 }
 
-/// Switches direct I/O on; returns its alignment, or `None` after a warning, which begins with `label` and says
-/// why it is off.
+/// Enables direct I/O; returns its alignment, or `None` after a warning that begins with `label` and gives the reason.
 pub(super) fn try_direct(file: &File, label: &str, geometry: &BlockGeometry) -> Option<Alignment> {
     match enable_direct(file, geometry) {
         Ok(alignment) => Some(alignment),
@@ -154,13 +153,13 @@ pub(super) fn try_direct(file: &File, label: &str, geometry: &BlockGeometry) -> 
     }
 }
 
-/// Sets O_DIRECT and reads the first block with it. The error is the reason, for the log.
+/// Sets O_DIRECT and reads the first block with it. The error is the reason for the log.
 fn enable_direct(file: &File, geometry: &BlockGeometry) -> Result<Alignment, String> {
     sys::file::set_direct(file, true).map_err(|e| format!("cannot set O_DIRECT: {e}"))?;
     let candidates = match sys::file::direct_alignment(file) {
         Some(reported) if reported.offset == 0 => return Err("the file system has none for this file".to_owned()),
         Some(reported) => vec![Alignment { block: reported.offset.max(SECTOR), memory: reported.memory }],
-        // The kernel does not report it: try what devices use.
+        // The kernel does not report it: try the usual values of devices.
         None => {
             [geometry.device_block.unwrap_or(SECTOR), BLOCK_MAX].map(|block| Alignment { block, memory: 1 }).to_vec()
         }
@@ -178,8 +177,8 @@ fn enable_direct(file: &File, geometry: &BlockGeometry) -> Result<Alignment, Str
     Err(reason)
 }
 
-/// The alignment with which genblk makes transfers to an image of `size_bytes` bytes that demands `reported`. The error
-/// says what genblk cannot provide.
+/// The alignment of genblk's transfers to an image of `size_bytes` bytes that requires `reported`. The error names the
+/// requirement that genblk cannot meet.
 fn supported(reported: Alignment, size_bytes: u64) -> Result<Alignment, String> {
     let Alignment { block, memory } = Alignment { memory: reported.memory.max(reported.block), ..reported };
     if !block.is_power_of_two() || !memory.is_power_of_two() || memory > BLOCK_MAX {
@@ -191,7 +190,7 @@ fn supported(reported: Alignment, size_bytes: u64) -> Result<Alignment, String> 
     Ok(Alignment { block, memory })
 }
 
-/// Reads the first block as a transfer would.
+/// Reads the first block in the same way as a transfer.
 fn probe_read(file: &File, block: u32) -> io::Result<()> {
     #[repr(align(4096))]
     struct AlignedBlock([u8; BLOCK_MAX as usize]);

@@ -1,12 +1,12 @@
-//! Which images are raw although they do not look so.
+//! Records which images are raw although they appear to have another format.
 //!
-//! A guest may write any bytes to its disk, the magic number of a format among them: a disk that is encrypted as a
-//! whole begins with a LUKS header. QEMU, where the format was not given, fails such a write to the first sector,
-//! because it would take the image for another format at the next start, and read what a guest has chosen as its
-//! metadata. genblk interprets no format, so such bytes do it no harm. It lets the guest write them, and
-//! records in an extended attribute of the image which formats' headers its guest has written so far: after a crash any
-//! of the last writes may be the one that the image has. With that record the next start serves the image. Where the
-//! image has no attributes (block devices, some file systems), the cache file has the record.
+//! A guest may write any bytes to its disk, including the magic number of a format: a disk that is encrypted as a whole
+//! begins with a LUKS header. If the format was not specified, QEMU fails such a write to the first sector, because at
+//! the next start it would detect another format, and interpret bytes of the guest's choice as metadata. genblk
+//! interprets no format, so such bytes do no harm. It lets the guest write them, and records in an extended attribute
+//! of the image the formats whose headers its guest has written so far: after a crash the image may contain any of the
+//! last writes. With that record the next start serves the image. If the image has no attributes (block devices, some
+//! file systems), the cache file has the record.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -24,20 +24,21 @@ use crate::error::{Error, ErrorKind};
 use crate::sys;
 use crate::units::SECTOR_SIZE;
 
-/// The attribute. Its value is the names of the formats that the guest wrote, since the image was made.
+/// The attribute. Its value is the names of the formats whose headers the guest has written since the image was
+/// created.
 const ATTRIBUTE: &CStr = c"user.genblk.format";
 /// Between two names.
 const SEPARATOR: char = ';';
 /// Longest value of the attribute: all formats fit.
 const VALUE_BYTES_MAX: usize = 512;
 
-/// What an image was found to be, and what its guest is known to have written.
+/// The format that was found in an image, and the formats whose headers its guest is known to have written.
 #[derive(Debug)]
 pub(super) struct FormatRecord {
-    /// What it looked like when it was opened.
+    /// The format that the image appeared to have when it was opened.
     found: Option<Found>,
     state: Mutex<RecordState>,
-    /// Whether formats are to be recorded at the image.
+    /// Whether formats are to be recorded in the image.
     is_pending: AtomicBool,
     /// Held by the thread that records them, which may wait for the image.
     recording: Mutex<()>,
@@ -46,14 +47,15 @@ pub(super) struct FormatRecord {
 #[derive(Debug)]
 struct RecordState {
     known: Known,
-    /// Formats that the guest is writing, and that are to be recorded at the image before that write is executed.
+    /// Formats whose headers the guest is writing. They are to be recorded in the image before that write is executed.
     pending: Vec<Format>,
 }
 
-/// What this process knows of an image.
+/// This process's state of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Known {
-    /// Formats that the guest has written, by their names; of those, the ones that the image's attribute has.
+    /// The names of the formats whose headers the guest has written; and those among them that the image's attribute
+    /// has.
     written: Vec<String>,
     recorded: Vec<String>,
     /// The first and the last bytes of the image, with every write that was submitted.
@@ -62,8 +64,8 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// Applies a write from sector `first` on to the copies of the image's ends. Returns the formats that the image
-    /// looks like because of it.
+    /// Applies a write, starting at sector `first`, to the copies of the image's ends. Returns the formats that the
+    /// image appears to have because of it.
     fn apply(&mut self, first: u64, bytes: &[u8], image_sectors: u64) -> Vec<Format> {
         let mut found = Vec::new();
         let head_sectors = (self.head.len() / SECTOR_SIZE) as u64;
@@ -73,7 +75,7 @@ impl Known {
             let was = (at_start(&self.head), self.head[..SECTOR_SIZE].to_vec());
             self.head[at..at + len].copy_from_slice(&bytes[..len]);
             let is = (at_start(&self.head), self.head[..SECTOR_SIZE].to_vec());
-            // Other sectors of a page that holds such a header may be written with it, unchanged.
+            // A write of a page with such a header may contain other sectors of the header, unchanged.
             found.extend(is.0.filter(|_| was != is));
         }
         let end = first + (bytes.len() / SECTOR_SIZE) as u64;
@@ -91,7 +93,7 @@ impl Known {
 impl FormatRecord {
     /// Reads the first and the last bytes of an image, and its attribute.
     ///
-    /// => The file is not open for direct I/O yet.
+    /// => The file is not yet open for direct I/O.
     ///
     /// # Errors
     /// Errors of pread(2).
@@ -106,7 +108,7 @@ impl FormatRecord {
             file.read_exact_at(&mut word, at).ok().map(|()| u64::from_le_bytes(word))
         };
         let found = detect(size_bytes, &head, &tail, &read);
-        // Without an attribute, and with one that cannot be read, the image is what it looks like.
+        // Without an attribute, or with an unreadable one, the image counts as the format that it appears to have.
         let value = sys::xattr::get(file, ATTRIBUTE, VALUE_BYTES_MAX).ok().flatten().unwrap_or_default();
         let recorded: Vec<String> = String::from_utf8_lossy(&value).split(SEPARATOR).map(str::to_owned).collect();
         Ok(Self::new(found, Known { written: recorded.clone(), recorded, head, tail }))
@@ -121,35 +123,35 @@ impl FormatRecord {
         self.state.lock().expect("no thread panics with the record locked")
     }
 
-    /// As another process of the daemon found it, which has decided to serve the image as raw.
+    /// The state from another process of the daemon, which has decided to serve the image as raw.
     pub(super) fn as_raw(known: Known) -> Self {
         Self::new(None, known)
     }
 
-    /// What is known of an image, for the process that serves it.
+    /// The state of an image, for the process that serves it.
     pub(super) fn into_known(self) -> Known {
         self.state.into_inner().expect("no thread panics with the record locked").known
     }
 
-    /// What the image looked like when it was opened, if not raw.
+    /// The format that the image appeared to have when it was opened, if not raw.
     pub(super) fn found(&self) -> Option<Found> {
         self.found
     }
 
-    /// Whether it is on record that a guest wrote what makes the image look so.
+    /// Whether a guest is recorded as the writer of the header that makes the image appear so.
     pub(super) fn is_guest_written(&self) -> bool {
         self.found.is_some_and(|found| self.state().known.recorded.iter().any(|name| name == found.format.name()))
     }
 
-    /// The error that refuses the image at `path`, if it does not look raw and no record says that it is.
+    /// The error that rejects the image at `path`, if it does not look raw and no record declares it as raw.
     pub(super) fn refusal(&self, path: &Path) -> Option<Error> {
         let found = self.found.filter(|_| !self.is_guest_written())?;
         Some(Error::new(ErrorKind::Image, found.refusal(path)))
     }
 
-    /// Notes that the guest is writing the magic number of a format, if this write does that: `bytes` from sector
-    /// `first` on. Returns the formats that are not on record at the image, a bit for each ([`Format::bit`]). Does not
-    /// wait: [`FormatRecord::record_pending`] records them, before the write is executed.
+    /// Examines whether a guest's write of `bytes`, starting at sector `first`, writes the magic number of a format.
+    /// Returns the formats that the image does not yet record, a bit for each ([`Format::bit`]). Does not wait:
+    /// [`FormatRecord::record_pending`] records them before the write is executed.
     pub(super) fn note_guest_write(&self, first: u64, bytes: &[u8], image_sectors: u64) -> u64 {
         let mut state = self.state();
         let mut unrecorded = 0;
@@ -163,15 +165,15 @@ impl FormatRecord {
         unrecorded
     }
 
-    /// Whether [`FormatRecord::record_pending`] has something to do.
+    /// Whether [`FormatRecord::record_pending`] has work.
     pub(super) fn is_pending(&self) -> bool {
         self.is_pending.load(Ordering::Acquire)
     }
 
-    /// Records at the image which headers the guest is writing, if it has begun to write any. Log lines begin with
-    /// `label`. May wait for the image, once for each format in the life of an image, if at all.
+    /// Records in the image the headers that the guest is writing, if any. Log lines begin with `label`. May wait for
+    /// the image, at most once for each format in the life of an image.
     ///
-    /// => When this returns, what was noted before is on record, or cannot be recorded.
+    /// => When this returns, all earlier findings are recorded, or cannot be recorded.
     pub(super) fn record_pending(&self, file: &File, label: &str) {
         if !self.is_pending() {
             return;
@@ -192,7 +194,7 @@ impl FormatRecord {
             let recorded = known.recorded.iter().filter(|name| !name.is_empty()).cloned();
             let names: Vec<String> = recorded.chain([name.to_owned()]).collect();
             drop(state);
-            // No worker may wait for this: it notes writes with the cache locked.
+            // No worker may wait for this, because it examines writes with the cache locked.
             let result = sys::xattr::set(file, ATTRIBUTE, names.join(&SEPARATOR.to_string()).as_bytes());
             let mut state = self.state();
             state.pending.retain(|pending| *pending != format);
@@ -211,20 +213,20 @@ impl FormatRecord {
         }
     }
 
-    /// Until the value is dropped, recording waits as for a file system that does not answer.
+    /// Until the value is dropped, recording waits, as on a file system that does not respond.
     #[cfg(test)]
     pub(super) fn hold_recording(&self) -> MutexGuard<'_, ()> {
         self.recording.lock().unwrap()
     }
 
-    /// The formats that are on record at the image, a bit for each.
+    /// The formats that the image records, a bit for each.
     pub(super) fn recorded_formats(&self) -> u64 {
         let state = self.state();
         state.known.recorded.iter().filter_map(|name| bit_of(name)).fold(0, |bits, bit| bits | bit)
     }
 }
 
-/// Up to `max` bytes from byte `at` on; fewer at the end of the file.
+/// Up to `max` bytes, starting at byte `at`; fewer at the end of the file.
 fn read_up_to(file: &File, at: u64, max: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; max];
     let mut len = 0;
@@ -265,7 +267,7 @@ mod tests {
         let mut known = known();
         assert_eq!(names(&known.apply(0, &sector(b"LUKS\xba\xbe\0\x02"), 64)), ["LUKS"]);
         assert_eq!(names(&known.apply(0, &sector(b"QFI\xfb\0\0\0\x03"), 64)), ["qcow2"], "another one in its place");
-        assert!(known.apply(3, &sector(b"data"), 64).is_empty(), "a write beside the header shows nothing new");
+        assert!(known.apply(3, &sector(b"data"), 64).is_empty(), "a write next to the header shows nothing new");
         let page: Vec<u8> = known.head.clone();
         assert!(known.apply(0, &page, 64).is_empty(), "the same bytes again show nothing new");
     }

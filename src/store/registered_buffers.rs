@@ -2,15 +2,14 @@
 //!
 //! For a transfer with O_DIRECT the kernel looks up and pins every page of its memory, marks it dirty and unpins it
 //! again: a fifth of a worker's time on a fast device. The cache's memory is always the same, so a ring keeps it
-//! pinned. It does so in chunks, each at its first use: no transfer waits for all of the memory, and unused memory
-//! costs nothing. A transfer whose memory lies in one chunk names the chunk's buffer; any other is submitted without
-//! one.
+//! pinned. It pins chunks, each at its first use: no transfer waits for the whole memory, and unused memory costs
+//! nothing. A transfer whose memory lies in one chunk names the chunk's buffer; any other is submitted without one.
 //!
 //! Unless the daemon has CAP_IPC_LOCK, pinned memory counts against the user's limit (RLIMIT_MEMLOCK), once for each
 //! ring. When the limit is reached, the registered chunks stay, and other memory is pinned for each transfer.
 //!
-//! A cache may use a part of its memory only, and the host frees the rest: what was pinned of it would not be the
-//! cache's memory any more when the cache uses it again. So no chunk reaches beyond the part that is used.
+//! A cache may use only a part of its memory, and the host frees the rest: pages of the rest that stayed pinned would
+//! no longer be the cache's memory when the cache uses it again. So no chunk extends beyond the part in use.
 
 use std::io;
 use std::mem;
@@ -22,7 +21,7 @@ use super::Segment;
 
 /// Smallest chunk: frames that are allocated together mostly lie in one, and pinning it takes about a millisecond.
 const CHUNK_BYTES_MIN: usize = 32 << 20;
-/// Takes the place of a buffer that is not registered any more.
+/// Replaces a buffer that is no longer registered.
 const NOTHING: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 /// Most buffers that a ring can have (IORING_MAX_REG_BUFFERS).
 const CHUNKS_MAX: usize = 1 << 14;
@@ -34,11 +33,11 @@ const CHUNKS_MAX: usize = 1 << 14;
 pub(super) struct RegisteredBuffers {
     /// Addresses of the memory.
     memory: Range<usize>,
-    /// Bytes of it that are used.
+    /// Number of its bytes in use.
     used: usize,
     /// A power of two; the last chunk may be shorter.
     chunk_bytes: usize,
-    /// How many bytes of each chunk are registered; empty if the kernel lacks sparse buffer tables.
+    /// Number of registered bytes of each chunk; empty if the kernel lacks sparse buffer tables.
     registered: Vec<usize>,
     /// A registration has failed; no further one is tried.
     exhausted: bool,
@@ -82,7 +81,7 @@ impl RegisteredBuffers {
         Ok(u16::try_from(chunk).ok())
     }
 
-    /// The chunk that holds all of the segment.
+    /// The chunk that contains the whole segment.
     fn chunk_of(&self, segment: &Segment) -> Option<usize> {
         let first = segment.base.addr().checked_sub(self.memory.start)?;
         let last = first.checked_add(segment.len)?.checked_sub(1)?;
@@ -90,24 +89,24 @@ impl RegisteredBuffers {
         (last < self.used && last / self.chunk_bytes == chunk).then_some(chunk)
     }
 
-    /// How many bytes of a chunk are used.
+    /// Number of bytes of a chunk that are in use.
     fn bytes_of(&self, chunk: usize) -> usize {
         self.chunk_bytes.min(self.used.saturating_sub(chunk * self.chunk_bytes))
     }
 
-    /// Only the memory before address `end` is used from now on: unregisters every chunk that reaches beyond it.
+    /// Only the memory before address `end` is used from now on: unregisters every chunk that extends beyond it.
     pub fn limit(&mut self, ring: &Submitter, end: usize) {
         self.used = end.saturating_sub(self.memory.start).min(self.memory.len());
         for chunk in 0..self.registered.len() {
             if self.registered[chunk] > self.bytes_of(chunk) {
                 self.registered[chunk] = 0;
-                // If it fails, the chunk stays pinned, and is not used before it is registered anew.
+                // If this fails, the chunk stays pinned, but is not used before it is registered again.
                 let _ = Self::update(ring, chunk, NOTHING);
             }
         }
     }
 
-    /// Unregisters all buffers; no operation is in flight.
+    /// Unregisters all buffers. No operation may be in flight.
     pub fn release(&mut self, ring: &Submitter) -> io::Result<()> {
         let any = !mem::take(self).registered.is_empty();
         if any { ring.unregister_buffers() } else { Ok(()) }
@@ -118,7 +117,7 @@ impl RegisteredBuffers {
         let len = self.bytes_of(chunk);
         let buffer = libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(start), iov_len: len };
         if mem::take(&mut self.registered[chunk]) > 0 {
-            // The chunk has become longer. Both at a time would count against the limit.
+            // The chunk has become longer. Two registrations at a time would both count against the limit.
             let _ = Self::update(ring, chunk, NOTHING);
         }
         Self::update(ring, chunk, buffer)?;

@@ -1,9 +1,9 @@
-//! The making of a ring that can do nothing but I/O on its image.
+//! Creates a ring that can only do I/O on its image.
 //!
-//! A seccomp filter sees that a thread enters a ring, but not what the ring does then: open files, connect, send, read
-//! any descriptor of the process. So the ring is restricted by io_uring itself. It starts disabled, gets its file and
-//! its eventfd, and then a list of what remains allowed; nothing can take that list back. From then on an operation
-//! must name a registered file, and the image is the only one.
+//! A seccomp filter sees that a thread enters a ring, but not the operations of the ring: it could open files, connect,
+//! send, or read any descriptor of the process. So io_uring itself restricts the ring. It starts disabled, gets its
+//! file and its eventfd, and then a list of allowed operations, which cannot be revoked. From then on an operation must
+//! use a registered file, and the image is the only one.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -13,7 +13,7 @@ use io_uring::register::Restriction;
 use io_uring::squeue::Flags;
 use io_uring::{IoUring, Probe, opcode};
 
-/// Operations without which a ring is not used.
+/// Operations that a ring must support.
 const NEEDED: [u8; 6] = [
     opcode::Read::CODE,
     opcode::Write::CODE,
@@ -22,12 +22,12 @@ const NEEDED: [u8; 6] = [
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
 ];
-/// Operations that are used if the kernel has them.
+/// Operations that are used if the kernel supports them.
 const OPTIONAL: [u8; 4] =
     [opcode::ReadFixed::CODE, opcode::WriteFixed::CODE, opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE];
 
 /// Requests of io_uring_register(2) that follow after the restriction: they add memory of the process to a ring, and
-/// remove memory and the file from it. From <linux/io_uring.h>; the crate keeps them to itself.
+/// remove memory and the file from it. From <linux/io_uring.h>; the io-uring crate does not export them.
 const REGISTER_REQUESTS: [u8; 4] = [
     1,  // IORING_UNREGISTER_BUFFERS
     3,  // IORING_UNREGISTER_FILES
@@ -35,15 +35,15 @@ const REGISTER_REQUESTS: [u8; 4] = [
     16, // IORING_REGISTER_BUFFERS_UPDATE
 ];
 
-/// Most kernel threads that do the blocking part of a worker's operations (buffered reads, fallocate, syncs): on files
-/// and block devices, and on anything else, which no image is. The kernel's own bound is four for each processor.
+/// Most kernel threads that do the blocking part of a worker's operations (buffered reads, fallocate, syncs): for files
+/// and block devices, and for all other files, which no image is. The kernel's own bound is four for each processor.
 const KERNEL_THREADS_MAX: [u32; 2] = [32, 1];
 
-/// A ring with `file` as its registered file 0, which notifies `eventfd`, and what the kernel can do.
+/// A ring with `file` as its registered file 0, which notifies `eventfd`, and the operations that the kernel supports.
 ///
 /// # Errors
-/// ENOSYS if the kernel lacks an operation that is needed, else the error of the system call that failed. A kernel
-/// without restrictions (before Linux 5.10) is no error: a warning says so.
+/// ENOSYS if the kernel lacks a necessary operation, otherwise the error of the system call that failed. A kernel
+/// without restrictions (before Linux 5.10) is not an error: a warning is logged.
 pub(super) fn new_ring(entries: u32, file: RawFd, eventfd: RawFd) -> io::Result<(IoUring, Probe)> {
     let (ring, starts_disabled) = build(entries)?;
     let submitter = ring.submitter();
@@ -68,8 +68,9 @@ pub(super) fn new_ring(entries: u32, file: RawFd, eventfd: RawFd) -> io::Result<
 
 /// A new ring, and whether it starts disabled.
 ///
-/// => It posts completions at the worker's next system call, if the kernel can do that (Linux 5.19); otherwise it
-///    interrupts the worker's processor for each. A flag in the ring (taskrun) tells the worker that completions wait.
+/// => It posts completions at the worker's next system call, if the kernel supports that (Linux 5.19); otherwise it
+///    interrupts the worker's processor for each. A flag in the ring (taskrun) shows the worker that completions are
+///    pending.
 fn build(entries: u32) -> io::Result<(IoUring, bool)> {
     let is_unknown = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
     match IoUring::builder().setup_r_disabled().setup_coop_taskrun().setup_taskrun_flag().build(entries) {
@@ -93,7 +94,7 @@ fn warn_once(error: &io::Error) {
     });
 }
 
-/// What remains allowed on a ring of this kernel.
+/// The operations and requests that remain allowed on a ring of this kernel.
 fn restrictions(probe: &Probe) -> Vec<Restriction> {
     let codes = NEEDED.into_iter().chain(OPTIONAL).filter(|&code| probe.is_supported(code));
     let operations = codes.map(Restriction::sqe_op);
@@ -115,7 +116,7 @@ mod tests {
 
     const IMAGE: Fixed = Fixed(0);
 
-    /// A ring on /dev/zero, or `None` where the host has no io_uring or no restrictions.
+    /// A ring on /dev/zero, or `None` if the host has no io_uring or no restrictions.
     fn ring() -> Option<(IoUring, File, EventFd)> {
         let (file, eventfd) = (File::open("/dev/zero").unwrap(), EventFd::new(0).unwrap());
         match (new_ring(8, file.as_raw_fd(), eventfd.as_raw_fd()), build(8)) {
@@ -127,7 +128,7 @@ mod tests {
         }
     }
 
-    /// The result of one operation: what it moved, or its error number.
+    /// The result of one operation: the number of bytes moved, or its error number.
     fn run(ring: &mut IoUring, entry: &Entry) -> i32 {
         // SAFETY: the memory that the entry names outlives this call, which waits for the completion.
         unsafe { ring.submission().push(entry) }.unwrap();

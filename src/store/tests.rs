@@ -31,7 +31,7 @@ impl Memory {
         memory
     }
 
-    /// All of it, in segments of uneven lengths.
+    /// The whole memory, in segments of different lengths.
     fn segments(&mut self) -> Vec<Segment> {
         let mut rest = &mut self.0[..];
         let mut segments = Vec::new();
@@ -83,8 +83,8 @@ fn run(image: &FileImage, op: OpKind, memory: &mut Memory) -> Event {
     events.pop().unwrap()
 }
 
-/// Runs `test` on both engines, with and without direct I/O. With direct I/O a system call moves one block, because it
-/// moves whole blocks only.
+/// Runs `test` on both engines, with and without direct I/O. With direct I/O a system call moves one block, because
+/// direct I/O requires whole blocks.
 fn on_each(name: &str, test: impl Fn(&Arc<FileImage>, &Image, &str)) {
     for engine in [IoEngine::Uring, IoEngine::Threads] {
         for direct in [true, false] {
@@ -131,8 +131,7 @@ fn a_transfer_that_never_moves_a_whole_block_fails() {
     });
 }
 
-/// 32 writes are as many as the write-back has in flight. In one queue for all, a read would wait for eight rounds of
-/// them.
+/// The write-back has at most 32 writes in flight. With a single queue, a read would wait for eight rounds of them.
 #[test]
 fn reads_of_the_thread_engine_do_not_wait_for_slow_writes() {
     const WRITE_MS: u64 = 100;
@@ -188,7 +187,7 @@ fn a_submission_that_the_kernel_refuses_is_tried_again_after_a_pause_and_not_wit
     assert_eq!(queue.retry_after(), None);
 }
 
-/// A file system may take long to set an attribute: no worker waits for it, and the write that needs it does.
+/// A file system may take long to set an attribute: no worker waits for it, but the write that depends on it does.
 #[test]
 fn a_header_of_another_format_is_recorded_before_it_is_written_and_no_worker_waits_for_that() {
     for engine in [IoEngine::Uring, IoEngine::Threads] {

@@ -11,9 +11,9 @@ use super::wake::WakeFd;
 use super::{Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
 
 /// Threads of each worker's pool. With one, a Sync would delay every read. With four for changes, two remain for the
-/// write-back beside a Sync and a long Zero, and operations overlap enough that a disk sees a queue. Reads have two
-/// more that no write takes. More would compete with the guest for processors, while the host's page cache completes
-/// most operations at once; a load that needs more depth needs io_uring.
+/// write-back during a Sync and a long Zero, and enough operations overlap to give the disk a queue. Reads have two
+/// more threads that no write occupies. More would compete with the guest for processors, while the host's page cache
+/// completes most operations immediately; a load that needs more depth needs io_uring.
 const THREADS: Threads = Threads { for_changes: 4, for_reads: 2 };
 
 /// One worker's queue on an image: a pool of [`THREADS`], each of which runs one operation at a time to completion.

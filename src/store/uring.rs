@@ -2,8 +2,8 @@
 //! polls.
 //!
 //! An operation occupies a slot from `submit` to its completion: the slot owns the request, hence the segments (which
-//! are the kernel's iovec array) and the memory that they name. What a ring cannot do, or must not wait for (hole maps,
-//! device ioctls, the fallbacks of `blocking`), goes to a helper thread that notifies the same eventfd.
+//! are the kernel's iovec array) and the memory that they name. Operations that a ring cannot do, or must not wait for
+//! (hole maps, device ioctls, the fallbacks of `blocking`), run on a helper thread that notifies the same eventfd.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -30,7 +30,7 @@ use crate::units::{OpKind, counted};
 
 /// The image's index in the ring's table of registered files.
 const IMAGE: types::Fixed = types::Fixed(0);
-/// Pauses before a submission that failed is tried again: the first, and the longest.
+/// Pauses before a failed submission is retried: the first, and the longest.
 const RETRY_PAUSE_MIN: Duration = Duration::from_millis(1);
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(64);
 /// The helper's threads: one for zeros and discards that a ring cannot do, and one for the maps that reads wait for.
@@ -40,7 +40,7 @@ const HELPERS: Threads = Threads { for_changes: 1, for_reads: 1 };
 ///
 /// => `submit` puts an operation into a slot and marks it ready; `kick` moves ready slots to the submission queue and
 ///    enters the kernel once for all of them.
-/// => A short transfer, or one that the kernel wants repeated, makes its slot ready again; `reap` submits it.
+/// => A short transfer, or one that must be repeated, makes its slot ready again; `reap` submits it.
 /// => Events come from the ring's completion queue and from the helper. Both notify the wake fd.
 pub(super) struct UringQueue {
     ring: IoUring,
@@ -50,7 +50,7 @@ pub(super) struct UringQueue {
     helper: Pool,
     /// The memory that the kernel keeps pinned for this ring.
     buffers: RegisteredBuffers,
-    /// Whether the kernel has transfers between a registered buffer and several segments of it (Linux 6.15).
+    /// Whether the kernel supports transfers between a registered buffer and several segments of it (Linux 6.15).
     has_vectored_fixed: bool,
     /// As many as the image's depth.
     slots: Vec<UringSlot>,
@@ -63,7 +63,7 @@ pub(super) struct UringQueue {
     in_flight: usize,
     /// Whether the log has reported that the kernel did not accept a submission.
     submit_failure_logged: bool,
-    /// The kernel did not accept the last submission: the pause before the next one, and when it ends.
+    /// The kernel did not accept the last submission: the pause before the next one, and its end.
     retry: Option<(Duration, Instant)>,
     /// Whether [`StoreQueue::drain`] has ended the queue's use.
     drained: bool,
@@ -79,7 +79,7 @@ struct UringSlot {
 }
 
 impl UringQueue {
-    /// Sets up a ring and starts its helper. Fails with ENOSYS if the kernel lacks an opcode that is needed, else with
+    /// Sets up a ring and starts its helper. Fails with ENOSYS if the kernel lacks a necessary opcode, otherwise with
     /// the error of the system call that failed.
     pub(super) fn new(image: Arc<OpenImage>) -> io::Result<Self> {
         let depth = usize::from(image.limits.depth);
@@ -105,7 +105,8 @@ impl UringQueue {
         })
     }
 
-    /// Whether the ring can do the operation on the image as it is now. The helper completes or fails any other.
+    /// Whether the ring can do the operation on the image in its present state. The helper completes or fails any
+    /// other.
     fn ring_supports(&self, request: &IoRequest) -> bool {
         match request.op {
             _ if !self.image.still_covers(request) => false,
@@ -138,7 +139,7 @@ impl UringQueue {
         self.ring.completion().next().map(|completion| (completion.user_data(), completion.result()))
     }
 
-    /// Handles one completion: makes it an event, or makes the slot ready again.
+    /// Handles one completion: turns it into an event, or makes the slot ready again.
     fn complete(&mut self, index: usize, result: i32, events: &mut Vec<Event>) {
         let block = u64::from(self.image.limits.transfer_block_bytes());
         let slot = &mut self.slots[index];
@@ -175,7 +176,7 @@ impl UringQueue {
     }
 
     /// The kernel did not accept the submission queue, which keeps its entries: for lack of memory, or because
-    /// completions wait to be reaped. The worker tries again after a pause, which grows.
+    /// completions have to be reaped first. The worker retries after a pause, which grows.
     fn on_submit_failure(&mut self, error: &io::Error) {
         if !mem::replace(&mut self.submit_failure_logged, true) {
             let label = self.image.label();
@@ -185,7 +186,7 @@ impl UringQueue {
         self.retry = Some((pause, Instant::now() + pause));
     }
 
-    /// As [`IoUring::submit`].
+    /// Like [`IoUring::submit`].
     fn submit_entries(&mut self) -> io::Result<usize> {
         #[cfg(test)]
         if self.image.refuses_submission() {
@@ -289,12 +290,12 @@ impl StoreQueue for UringQueue {
 
     fn kick(&mut self) {
         match self.retry {
-            // Only a failure leaves entries in the submission queue.
+            // Entries remain in the submission queue only after a failure.
             None if self.ready.is_empty() => return,
             Some((_, end)) if Instant::now() < end => return,
             _ => {}
         }
-        // Normally one round: the queue has room for every slot, and the kernel accepts all of it.
+        // Normally one round: the queue has room for every slot, and the kernel accepts all entries.
         loop {
             self.fill_queue();
             if self.ring.submission().is_empty() {
@@ -310,7 +311,7 @@ impl StoreQueue for UringQueue {
     }
 
     fn reap(&mut self, events: &mut Vec<Event>) {
-        // Any system call makes the kernel post the completions that it held back, and notify the wake fd.
+        // Any system call makes the kernel post the pending completions, and notify the wake fd.
         if self.ring.submission().taskrun() {
             self.wake.clear();
         }
@@ -367,7 +368,7 @@ impl Drop for UringQueue {
             log::error!("{label}: {hanging} did not complete in {seconds} s; the kernel may still access the memory");
         }
         if self.in_flight == 0 {
-            // A kernel thread tears the ring down later. Its references to the file (to a device: an exclusive one) and
+            // A kernel thread releases the ring later. Its references to the file (to a device: an exclusive one) and
             // to the cache's memory (huge pages are scarce) should end now.
             let ring = self.ring.submitter();
             if let Err(error) = ring.unregister_files().and_then(|()| self.buffers.release(&ring)) {
@@ -376,7 +377,7 @@ impl Drop for UringQueue {
             }
             return;
         }
-        // At least the segment arrays and the image's lock must outlive those operations.
+        // The segment arrays and the image's lock must outlive those operations.
         mem::forget((mem::take(&mut self.slots), Arc::clone(&self.image)));
     }
 }
@@ -390,9 +391,9 @@ impl fmt::Debug for UringQueue {
     }
 }
 
-/// Whether an operation that failed with this error has done nothing, and is submitted again.
+/// Whether an operation that failed with this error had no effect, and is submitted again.
 ///
-/// => ECANCELED: the thread that submitted the operation ended before the operation began. We never cancel.
+/// => ECANCELED: the thread that submitted the operation ended before the operation started. genblk never cancels.
 fn is_to_be_repeated(errno: i32) -> bool {
     matches!(errno, libc::EINTR | libc::EAGAIN | libc::ECANCELED)
 }
@@ -401,7 +402,7 @@ fn is_to_be_repeated(errno: i32) -> bool {
 mod tests {
     use super::*;
 
-    /// Whether the kernel cancels depends on its timing, so no test can wait for it.
+    /// Whether the kernel cancels an operation depends on timing, so no test can wait for that.
     #[test]
     fn an_operation_that_was_interrupted_or_cancelled_is_repeated_and_no_other() {
         assert!([libc::EINTR, libc::EAGAIN, libc::ECANCELED].into_iter().all(is_to_be_repeated));

@@ -19,7 +19,7 @@ impl WakeFd {
     /// Makes the descriptor readable.
     pub(super) fn notify(&self) {
         if let Err(error) = self.0.write(1) {
-            // EAGAIN: the counter is at its maximum, so the descriptor is readable already.
+            // EAGAIN: the counter is at its maximum, so the descriptor is already readable.
             debug_assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "eventfd {}", self.as_raw_fd());
         }
     }

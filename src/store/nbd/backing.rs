@@ -1,4 +1,4 @@
-//! An export, as the process that serves it has it.
+//! An export in the process that serves it.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -19,25 +19,25 @@ use crate::store::{Backing, Limits, StoreQueue};
 use crate::tenure::token::ChangeToken;
 use crate::units::{SECTOR_SIZE, SectorSpan};
 
-/// What is wrong with a second queue on an export whose FLUSH covers one connection.
+/// Why an export whose FLUSH covers one connection cannot have a second queue.
 pub(super) const NO_MULTI_CONN: &str =
     "its server does not promise that a FLUSH covers other connections (multi-conn); set workers = 1";
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(in crate::store) struct NbdBacking {
     pub(super) remote: Arc<Remote>,
     pub(super) limits: Limits,
     /// The canonical URI.
     pub(super) path: PathBuf,
-    /// `None` until the process that opened the image serves it, too.
+    /// `None` until the process that opened the image also serves it.
     pub(super) connector: Mutex<Option<Arc<Connector>>>,
-    /// Each queue has a copy.
+    /// Each queue has a clone, to be counted.
     attached: Arc<()>,
 }
 
 impl NbdBacking {
-    /// An export without a way to its server.
+    /// An export without a connector.
     pub(super) fn new(remote: Arc<Remote>, limits: Limits, path: PathBuf) -> Self {
         Self { remote, limits, path, connector: Mutex::default(), attached: Arc::default() }
     }
@@ -52,12 +52,12 @@ impl NbdBacking {
         Arc::new(backing)
     }
 
-    /// How it is read and written, for the log.
+    /// The mode in which it is read and written, for the log.
     pub(in crate::store) fn io_mode(&self) -> &'static str {
         if self.remote.promised.has(export_flag::SEND_FLUSH) { "NBD with FLUSH" } else { "NBD without FLUSH" }
     }
 
-    /// Whether so many queues can serve it.
+    /// Whether this many queues can serve it.
     pub(super) fn allows(&self, queues: usize) -> bool {
         queues <= 1 || !self.limits.writable || self.remote.promised.has(export_flag::CAN_MULTI_CONN)
     }
@@ -88,11 +88,12 @@ impl Backing for NbdBacking {
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {
-        // This value has one itself.
+        // This value has a clone itself.
         if !self.allows(Arc::strong_count(&self.attached)) {
             return Err(Error::new(ErrorKind::Config, format!("image {}: {NO_MULTI_CONN}", self.path.display())));
         }
-        let failed = |e| Error::io(ErrorKind::System, format!("image {}: cannot make a queue", self.path.display()), e);
+        let failed =
+            |e| Error::io(ErrorKind::System, format!("image {}: cannot create a queue", self.path.display()), e);
         let connector = self.connector.lock().expect("no thread panics with the connector locked").clone();
         let connector = connector.expect("an image that is served has a connector");
         let (reconnector, mut connection) = connector.attach().map_err(failed)?;
@@ -105,7 +106,7 @@ impl Backing for NbdBacking {
     }
 
     fn change_token(&self) -> Option<ChangeToken> {
-        // A server tells nothing else. The image is not at rest while the server may still change it.
+        // A server reports nothing else. The image is not at rest while the server may still change it.
         let is_quarantined = self.remote.suspects.has_any(self.remote.now());
         (!is_quarantined).then(|| ChangeToken { size_bytes: self.limits.size_bytes.get(), ..ChangeToken::default() })
     }

@@ -1,16 +1,16 @@
 //! The client of one connection after another, as a state machine without I/O: it turns operations into requests of the
-//! protocol, and replies into events. What the socket does (`queue.rs`) comes in as bytes received and sent, and as
-//! connections that break and are made.
+//! protocol, and replies into events. The socket (`queue.rs`) reports to it the bytes received and sent, and
+//! connections that break or are established.
 //!
-//! => An operation that was not completed when its connection broke is sent again on the next one. Until its event is
-//!    handed out its memory does not change, so each repetition has the same bytes.
+//! => An operation that was not completed when its connection broke is sent again on the next one. Its memory does not
+//!    change before its event is taken, so each repetition has the same bytes.
 //! => A connection that is not the first one may lead to a server that was restarted, which may have lost everything
-//!    that no FLUSH had made durable. So the first Sync on it fails with [`Fault::Lost`], whose receiver takes
-//!    everything for lost that it had submitted by then. A later Sync is good: what it covers was completed after the
-//!    connection was made, by the same server.
+//!    that no FLUSH had made durable. So the first Sync on it fails with [`Fault::Lost`], and the receiver treats
+//!    everything that it had submitted before as lost. A later Sync is valid: the operations that it covers were
+//!    completed after the connection was established, by the same server.
 //! => A change that was sent and not answered when its connection broke makes its range suspect: see `suspects.rs`.
-//! => A server that breaks the protocol costs its connection, never more.
-//! => What was written since the last FLUSH is data in every map: see `unflushed.rs`.
+//! => If a server violates the protocol, only its connection ends.
+//! => Ranges written since the last FLUSH are data in every map: see `unflushed.rs`.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -26,7 +26,7 @@ use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Event, Extent, IoRequest, Segment};
 use crate::units::{ExtentKind, Fault, OpKind, SECTOR_BYTES};
 
-/// Longest range of one request, except of reads and writes; longer ones take several.
+/// Longest range of one request, except for reads and writes; a longer range takes several requests.
 const PART_MAX: u64 = 1 << 30;
 /// Most pieces of memory of one sendmsg(2) (UIO_MAXIOV).
 const PIECES_MAX: usize = 1024;
@@ -38,7 +38,7 @@ const SLOT_BITS: u32 = 16;
 enum Link {
     Down,
     Up,
-    /// No further one follows.
+    /// The connection has ended, and no other follows.
     Gone,
 }
 
@@ -48,16 +48,16 @@ struct Sending {
     header: [u8; REQUEST_BYTES],
     slot: usize,
     sent: u64,
-    /// With the bytes of a write.
+    /// Including the bytes of a write.
     total: u64,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Client {
-    /// What was promised when the image was opened; a server that comes back has at least that.
+    /// The export when the image was opened; a server that comes back must have at least its properties.
     export: Export,
-    /// Without FLUSH a server is trusted to have no volatile cache.
+    /// The server supports FLUSH. Otherwise it is trusted to have no volatile cache.
     flushes: bool,
     link: Link,
     pub(super) slots: Vec<Option<Slot>>,
@@ -66,7 +66,7 @@ pub(super) struct Client {
     pub(super) receiving: Receiving,
     requests: u64,
     submitted: u64,
-    /// The connection is not the first one, and the cache does not know.
+    /// The connection is not the first one, and that was not yet reported to the cache.
     loss_unreported: bool,
     events: Vec<Event>,
     in_flight: usize,
@@ -102,12 +102,12 @@ impl Client {
         self.in_flight
     }
 
-    /// Operations that wait for the server.
+    /// Operations that wait for a reply of the server.
     pub fn unanswered(&self) -> usize {
         self.slots.iter().flatten().count()
     }
 
-    /// The number of base:allocation.
+    /// The ID of the context base:allocation.
     pub fn allocation(&self) -> Option<u32> {
         self.export.allocation
     }
@@ -117,7 +117,7 @@ impl Client {
         self.export.is_structured
     }
 
-    /// Whether the next Sync fails because of a loss.
+    /// Whether the next Sync fails in order to report a loss.
     pub fn loss_unreported(&self) -> bool {
         self.loss_unreported
     }
@@ -139,7 +139,7 @@ impl Client {
             _ if self.link == Link::Gone => Some(failed(tag, Fault::Gone, libc::ENOTCONN)),
             OpKind::Sync if self.loss_unreported => Some(failed(tag, Fault::Lost, libc::ESTALE)),
             OpKind::Sync if !self.flushes => Some(Event::Done { tag }),
-            // Smaller than the server's blocks.
+            // Less than a block of the server.
             OpKind::Discard if self.whole_blocks(&request).is_none() => Some(Event::Done { tag }),
             _ => None,
         };
@@ -234,7 +234,7 @@ impl Client {
         }
     }
 
-    /// When [`Client::advance`] has something to do next.
+    /// When [`Client::advance`] next has work.
     pub fn deadline(&self) -> Option<Duration> {
         if self.held == 0 {
             return None;
@@ -246,7 +246,7 @@ impl Client {
         held.min()
     }
 
-    /// Looks again at all that is held: suspects were released.
+    /// Re-examines all held operations: suspects were released.
     pub fn reconsider(&mut self, now: Duration) {
         for index in self.in_order(|slot| matches!(slot.phase, Phase::Held(_))) {
             self.start(index, now);
@@ -268,7 +268,7 @@ impl Client {
         !self.sending.is_empty()
     }
 
-    /// Fills `pieces` with what to send next, as far as it fits.
+    /// Fills `pieces` with the next bytes to send, as far as they fit.
     pub fn output(&self, pieces: &mut Vec<Segment>) {
         pieces.clear();
         for sending in &self.sending {
@@ -294,7 +294,7 @@ impl Client {
         }
     }
 
-    /// The socket has taken so many bytes of what [`Client::output`] named.
+    /// The socket has accepted this many bytes of those that [`Client::output`] returned.
     pub fn sent(&mut self, bytes: usize) {
         let mut left = bytes as u64;
         while left > 0 {
@@ -309,7 +309,7 @@ impl Client {
         }
     }
 
-    /// The slot of a reply; it may be of a request that was sent in full only.
+    /// The slot of a reply, which can only belong to a request that was sent in full.
     pub(super) fn slot_of(&self, cookie: u64) -> Result<usize, Violation> {
         let index = usize::try_from(cookie & ((1 << SLOT_BITS) - 1)).expect("16 bits");
         let slot = self.slots.get(index).and_then(Option::as_ref);
@@ -373,7 +373,7 @@ impl Client {
         self.events.push(event);
     }
 
-    /// Appends the events.
+    /// Appends the pending events.
     pub fn take_events(&mut self, events: &mut Vec<Event>) {
         if self.loss_unreported {
             let tells = |event: &Event| matches!(event, Event::Failed { fault: Fault::Lost, .. });
@@ -383,7 +383,7 @@ impl Client {
         events.append(&mut self.events);
     }
 
-    /// The connection has broken. Until `until` the server may still execute what was sent.
+    /// The connection has broken. Until `until` the server may still execute the requests that were sent.
     pub fn disconnected(&mut self, cause: BreakId, until: Duration, now: Duration) {
         self.link = if self.link == Link::Gone { Link::Gone } else { Link::Down };
         self.sending.clear();
@@ -396,8 +396,8 @@ impl Client {
         }
     }
 
-    /// There is a connection, to an export that has what was promised. `may_have_lost`: changes may have been completed
-    /// on another connection.
+    /// A connection is established to an export that fulfils `Client::export`. `may_have_lost`: changes may have been
+    /// completed on another connection.
     pub fn connected(&mut self, found: &Export, may_have_lost: bool, now: Duration) {
         self.link = Link::Up;
         self.export.is_structured = found.is_structured;
@@ -432,7 +432,7 @@ fn failed(tag: u64, fault: Fault, errno: i32) -> Event {
     Event::Failed { tag, fault, errno }
 }
 
-/// Extents in whole sectors, of which neighbours differ. A sector that is a hole in part is data.
+/// Extents in whole sectors, with neighbours of different kinds. A sector that is only partly a hole is data.
 fn in_sectors(extents: &[Extent]) -> Vec<Extent> {
     let (mut merged, mut at, mut covered): (Vec<Extent>, u64, u64) = (Vec::new(), 0, 0);
     let mut push = |len: u64, kind: ExtentKind| match merged.last_mut() {

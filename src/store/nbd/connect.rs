@@ -1,4 +1,4 @@
-//! Connections to a server: made and negotiated on a thread that may wait.
+//! Connects to a server and negotiates, on a thread that may wait.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -19,13 +19,13 @@ const ADDRESS_PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Connection {
     pub socket: OwnedFd,
     pub export: Export,
-    /// Changes that were completed on another connection may be lost, and the cache does not know.
+    /// Changes that were completed on another connection may be lost, and that was not yet reported to the cache.
     pub may_have_lost: bool,
     /// The process at the other end of a Unix domain socket.
     pub process: Option<OwnedFd>,
 }
 
-/// What is known of the server's process after its connection broke.
+/// The server's process after its connection broke, if known.
 #[derive(Debug)]
 pub(super) struct LastServer(Option<OwnedFd>);
 
@@ -41,7 +41,7 @@ impl LastServer {
     }
 }
 
-/// A stream that can be given up after a time.
+/// A stream with a timeout.
 trait Patient: Read + Write {
     fn set_patience(&self, patience: Duration) -> io::Result<()>;
 }
@@ -63,7 +63,7 @@ impl Patient for TcpStream {
 /// Connects to an export, and negotiates for at most `patience`. Blocks.
 ///
 /// # Errors
-/// Errors of connect(2); [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::InvalidData`] for what is no NBD server;
+/// Errors of connect(2); [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::InvalidData`] if it is not an NBD server;
 /// [`io::ErrorKind::ConnectionRefused`] with the server's reason if it refuses the export.
 pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection> {
     let (host, port) = match &uri.place {
@@ -78,7 +78,7 @@ pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection
     let mut stream = connect_to_host(host, port)?;
     stream.set_nodelay(true)?;
     stream::keep_alive(&stream)?;
-    // A connection that is closed, if only because its process was killed, no longer sends anything.
+    // A closed connection sends no more data, even if it is closed because its process was killed.
     stream::drop_unsent_on_close(&stream);
     let export = negotiate(&mut stream, &uri.export, patience)?;
     Ok(Connection { socket: stream.into(), export, may_have_lost: false, process: None })

@@ -1,9 +1,10 @@
-//! Connections for the queues of an export, which run in another process: a confined process makes no socket.
+//! Connections for the queues of an export that run in another process: a confined process cannot create sockets.
 //!
-//! The process that opened the image has a thread, the *connector*, at one end of a pair of sockets, and the process
-//! that serves the image has the other end ([`Connector`]). A queue asks for a pair of its own ([`Reconnector`]) at
-//! which a thread makes one connection after the other: the queue asks when its last one has broken, and gets the next
-//! one as a descriptor when there is one. Both threads end when the other end is closed.
+//! The process that opened the image has a thread, the *connector*, at one end of a socket pair, and the process that
+//! serves the image has the other end ([`Connector`]). A queue requests a socket pair of its own ([`Reconnector`]), at
+//! which a thread establishes one connection after the other: the queue sends a request when its last connection has
+//! broken, and receives the descriptor of the next one when it is established. Both threads end when the other end is
+//! closed.
 
 use std::fs::File;
 use std::io;
@@ -28,22 +29,22 @@ const BYTES_MAX: usize = 4096;
 const TEXT_MAX: usize = 500;
 /// Most descriptors of a message.
 const FILES_MAX: usize = 3;
-/// Most queues of one process, and so threads: more than any configuration asks for.
+/// Most queues, and thus threads, of one process: more than any valid configuration needs.
 const QUEUES_MAX: usize = 1024;
 
-/// What the process that serves an image asks for.
+/// A request of the process that serves an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum ConnectorRequest {
-    /// A pair of sockets for one more queue.
+    /// A socket pair for another queue.
     Attach,
-    /// A connection in place of one that has broken, or a first one.
+    /// A connection to replace one that has broken, or a first one.
     Connect {
-        /// Requests on the last one may be executed for that long. Told if it is longer than usual.
+        /// How long requests on the last connection may still be executed. It is logged if that is longer than usual.
         quarantined_ms: u64,
     },
 }
 
-/// Its answer.
+/// The reply to a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum ConnectorReply {
     /// With the queue's socket, the image's lock if there is one, and a connection to this export if there is one.
@@ -99,7 +100,7 @@ pub(super) fn spawn(server: &Arc<ExportServer>) -> io::Result<UnixStream> {
     Ok(theirs)
 }
 
-/// Starts the thread of one more queue, and sends what the queue needs.
+/// Starts the thread of another queue, and sends the queue its resources.
 fn attach(server: &Arc<ExportServer>, asker: &UnixStream) -> io::Result<()> {
     let (ours, theirs) = message_pair()?;
     theirs.set_nonblocking(true)?;
@@ -152,7 +153,7 @@ impl Connector {
         Self(Mutex::new(socket.into()))
     }
 
-    /// What one more queue needs. Waits for no server.
+    /// The resources of another queue. Does not wait for a server.
     ///
     /// # Errors
     /// [`io::ErrorKind::Other`] if the host lacks a thread or a descriptor; [`io::ErrorKind::UnexpectedEof`] if the
@@ -187,7 +188,7 @@ pub(super) struct Reconnector {
 }
 
 impl Reconnector {
-    /// Asks for a connection. Then the descriptor is readable when there is an answer. Requests on the last connection
+    /// Requests a connection. The descriptor becomes readable when there is a reply. Requests on the last connection
     /// may still be executed for `quarantine`; zero: as long as usual.
     ///
     /// # Errors
@@ -197,10 +198,10 @@ impl Reconnector {
         send(&self.socket, &ConnectorRequest::Connect { quarantined_ms }, &[])
     }
 
-    /// The answer, once there is one. Does not wait.
+    /// The reply, if there is one. Does not wait.
     ///
     /// # Errors
-    /// [`io::ErrorKind::UnexpectedEof`] if the process that connects has ended; another one if the answer is lost.
+    /// [`io::ErrorKind::UnexpectedEof`] if the process that connects has ended; another one if the reply is lost.
     pub fn answer(&self) -> io::Result<Option<ServerAttempt>> {
         let (answer, files) = match receive(&self.socket) {
             Ok(message) => message.ok_or(io::ErrorKind::UnexpectedEof)?,

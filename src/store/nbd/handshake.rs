@@ -1,5 +1,5 @@
-//! The handshake: fixed newstyle negotiation, as a state machine without I/O. It asks for structured replies, for
-//! base:allocation, and for the export with its block sizes (NBD_OPT_GO). What the server sends is bounded in length
+//! The handshake: fixed newstyle negotiation, as a state machine without I/O. It requests structured replies,
+//! base:allocation, and the export with its block sizes (NBD_OPT_GO). The messages of the server are limited in length
 //! and number.
 
 use std::fmt;
@@ -9,7 +9,7 @@ use super::wire::{Export, be16, be32, be64};
 /// Bytes of the greeting: two magic numbers and flags.
 const GREETING_BYTES: usize = 18;
 const OPTION_MAGIC: &[u8; 8] = b"IHAVEOPT";
-/// Greeting flags: the server continues after an option that it does not know; it leaves out 124 zeros.
+/// Greeting flags: the server continues after an unknown option; it omits 124 zero bytes.
 const FIXED_NEWSTYLE: u16 = 1;
 const NO_ZEROES: u16 = 1 << 1;
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
@@ -38,13 +38,13 @@ const INFO_EXPORT: u16 = 0;
 const INFO_BLOCK_SIZE: u16 = 3;
 
 const ALLOCATION: &[u8] = b"base:allocation";
-/// Block sizes of a server that tells none.
+/// Default block sizes, for a server that reports none.
 const DEFAULT_BLOCKS: (u32, u32, u32) = (1, 4096, 32 << 20);
 
-/// Why a handshake failed.
+/// The cause of a failed handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum HandshakeError {
-    /// The server does not keep to the protocol, or lacks a part that genblk needs.
+    /// The server violates the protocol, or lacks a part that genblk needs.
     Protocol(String),
     /// The server refuses the export.
     Refused(String),
@@ -72,7 +72,7 @@ enum HandshakeState {
     Done,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Handshake {
     name: String,
@@ -98,12 +98,12 @@ impl Handshake {
         }
     }
 
-    /// What to send now.
+    /// The bytes to send now.
     pub fn take_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.output)
     }
 
-    /// How many bytes [`Handshake::receive`] takes next; `None` once the handshake is over. At most 64 KiB.
+    /// The number of bytes that [`Handshake::receive`] takes next, at most 64 KiB; `None` once the handshake is over.
     pub fn wants(&self) -> Option<usize> {
         match self.state {
             HandshakeState::Greeting => Some(GREETING_BYTES),
@@ -118,10 +118,10 @@ impl Handshake {
         (self.state == HandshakeState::Done).then_some(self.found)
     }
 
-    /// Takes exactly as many bytes as [`Handshake::wants`] says.
+    /// Takes exactly the number of bytes that [`Handshake::wants`] returns.
     ///
     /// # Errors
-    /// [`HandshakeError`]; the connection is of no use then.
+    /// [`HandshakeError`]; the connection is then unusable.
     pub fn receive(&mut self, bytes: &[u8]) -> Result<(), HandshakeError> {
         debug_assert_eq!(Some(bytes.len()), self.wants());
         match self.state {
@@ -278,7 +278,7 @@ mod tests {
         [&INFO_EXPORT.to_be_bytes()[..], &size.to_be_bytes(), &flags.to_be_bytes()].concat()
     }
 
-    /// Feeds a server's bytes, as many as the handshake wants each time.
+    /// Feeds a server's bytes, each time as many as the handshake expects.
     fn feed(handshake: &mut Handshake, mut bytes: &[u8]) -> Result<(), HandshakeError> {
         while let Some(wants) = handshake.wants().filter(|wants| *wants <= bytes.len()) {
             let (now, later) = bytes.split_at(wants);
@@ -288,7 +288,7 @@ mod tests {
         Ok(())
     }
 
-    /// What a server with everything sends.
+    /// The messages of a server with all features.
     fn full() -> Vec<u8> {
         let mut blocks = INFO_BLOCK_SIZE.to_be_bytes().to_vec();
         [512u32, 4096, 1 << 20].iter().for_each(|size| blocks.extend(size.to_be_bytes()));
@@ -378,7 +378,7 @@ mod tests {
         }
     }
 
-    /// Whatever a server sends, the handshake ends or wants a bounded number of bytes.
+    /// Whatever a server sends, the handshake ends or expects a bounded number of bytes.
     #[test]
     fn damaged_handshakes_never_panic() {
         let bytes = full();

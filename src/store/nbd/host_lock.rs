@@ -1,8 +1,8 @@
-//! The lock of an export among the daemons of one host: NBD has none.
+//! A lock on an export among the daemons of one host, because NBD has none.
 //!
-//! A daemon that writes to the export holds an abstract Unix socket with the export's name, and so does each of its
-//! processes that may write. The kernel releases it with the last of them, and no file is left behind. It is seen by
-//! daemons in the same network namespace.
+//! A daemon that writes to the export holds an abstract Unix socket named after the export, and so does each of its
+//! processes that may write. The kernel releases it when the last of them ends, and no file remains. The lock works
+//! between daemons in the same network namespace.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,16 +17,16 @@ use crate::sys::process::{DEATH_PATIENCE, effective_uid, is_dying, user_of_socke
 use crate::sys::socket::{Peer, connect_without_waiting, peer};
 use crate::sys::unix_diag::{ListeningSocket, listener_of};
 
-/// How often to look whether the lock is free.
+/// How often to check whether the lock is free.
 const POLL: Duration = Duration::from_millis(10);
 
-/// The same, when the processes that have the lock are looked for each time.
+/// The same, if each check also searches for the processes that hold the lock.
 const DEATH_POLL: Duration = Duration::from_millis(200);
 
-/// A name that is taken, although no process listens, is free after this time, or another user has it.
+/// If a name is taken although no process listens, another user has it, unless it is released within this time.
 const ENDED_MAX: Duration = Duration::from_secs(1);
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct HostLock(UnixListener);
 
@@ -43,11 +43,11 @@ enum Holder {
     None,
     /// A daemon of this user or of root.
     Daemon(Daemon),
-    /// Another user, who must not be able to keep the image from its owner by taking the name.
+    /// Another user. It must not be able to lock the owner out of the image by taking the name.
     Other,
 }
 
-/// What is known of a daemon that holds the lock.
+/// The known identity of a daemon that holds the lock.
 #[derive(Clone, Copy, Debug)]
 enum Daemon {
     /// The inode of its socket.
@@ -57,7 +57,7 @@ enum Daemon {
 }
 
 impl Daemon {
-    /// A process that has the lock and is not dying; `None` if this user can see none.
+    /// A process that holds the lock and is not dying; `None` if none is visible to this user.
     fn living(self) -> Option<u32> {
         match self {
             Self::Inode(inode) => user_of_socket(inode),
@@ -66,7 +66,7 @@ impl Daemon {
     }
 }
 
-/// Whether a daemon of this user holds its lock.
+/// Whether a daemon of user `uid` is a trusted holder.
 fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == effective_uid()
 }
@@ -75,16 +75,16 @@ fn holder(name: &str) -> io::Result<Holder> {
     match listener_of(name.as_bytes()) {
         Ok(Some(ListeningSocket { uid, inode })) if is_trusted(uid) => Ok(Holder::Daemon(Daemon::Inode(inode))),
         Ok(Some(_)) => Ok(Holder::Other),
-        // The kernel does not tell, or its list of sockets has changed meanwhile. A connection tells, too, but it stays
-        // in the listener's queue.
+        // The kernel does not report it, or its list of sockets changed meanwhile. A connection also identifies the
+        // holder, but it stays in the listener's queue.
         Ok(None) | Err(_) => {
             holder_of_connection(connect_without_waiting(name.as_bytes()).and_then(|stream| peer(&stream)))
         }
     }
 }
 
-/// The holder, by the peer of a connection to its socket. Any error but the two that say something of the holder is one
-/// of this process, and no reason to write without the lock.
+/// The holder, identified by the peer of a connection to its socket. Only two errors describe the holder. Any other is
+/// an error of this process, and no reason to write without the lock.
 fn holder_of_connection(peer: io::Result<Peer>) -> io::Result<Holder> {
     match peer {
         Ok(Peer { pid, uid }) if is_trusted(uid) => Ok(Holder::Daemon(Daemon::Pid(pid))),
@@ -98,11 +98,11 @@ fn holder_of_connection(peer: io::Result<Peer>) -> io::Result<Holder> {
 
 impl HostLock {
     /// Takes the lock called `name` for writing. Waits for at most `patience` until it is free, and longer if no living
-    /// process is seen to hold it. `Ok(None)`: another user has taken the name, and the image is served without the
-    /// lock.
+    /// process can be found that holds it. `Ok(None)`: another user has taken the name, and the image is served without
+    /// the lock.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AddrInUse`] with the holder; those of socket(2) and of connect(2).
+    /// [`io::ErrorKind::AddrInUse`] with the holder; errors of socket(2) and of connect(2).
     pub fn acquire(name: &str, patience: Duration) -> io::Result<Option<Self>> {
         let address = SocketAddr::from_abstract_name(name)?;
         let wait = Wait::new(patience);
@@ -118,7 +118,7 @@ impl HostLock {
             }
             match holder(name)? {
                 Holder::Daemon(holder) => wait.go_on(|| holder.living())?,
-                // It has just ended.
+                // The holder has just ended.
                 Holder::None if wait.elapsed() < patience + ENDED_MAX => thread::sleep(POLL),
                 Holder::None | Holder::Other => {
                     warn!("the name @{name} is taken by another user: a second daemon could open the export");
@@ -128,7 +128,7 @@ impl HostLock {
         }
     }
 
-    /// Checks that no daemon holds the lock called `name`. Waits as [`HostLock::acquire`] does.
+    /// Checks that no daemon holds the lock called `name`. Waits like [`HostLock::acquire`].
     ///
     /// # Errors
     /// As [`HostLock::acquire`].
@@ -141,7 +141,7 @@ impl HostLock {
     }
 }
 
-/// A wait for a daemon that holds the lock.
+/// The wait for a daemon that holds the lock.
 #[derive(Debug)]
 struct Wait {
     began: Instant,
@@ -157,10 +157,10 @@ impl Wait {
         self.began.elapsed()
     }
 
-    /// Waits a moment more. As with the lock of a file, a holder that cannot be seen is a killed daemon's, most likely.
+    /// Waits for another interval. As with the lock of a file, an invisible holder is most likely a killed daemon.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AddrInUse`] when that has taken long enough.
+    /// [`io::ErrorKind::AddrInUse`] when the wait has lasted long enough.
     fn go_on(&self, holder: impl FnOnce() -> Option<u32>) -> io::Result<()> {
         if self.elapsed() < self.patience {
             thread::sleep(POLL);

@@ -2,7 +2,7 @@
 
 use crate::store::Segment;
 
-/// Appends the pieces of `segments` that hold `len` bytes from byte `at` on, at most `pieces_max` of them.
+/// Appends the pieces of `segments` that hold `len` bytes, starting at byte `at`; at most `pieces_max` pieces.
 pub(super) fn pieces(segments: &[Segment], at: u64, len: u64, pieces_max: usize, pieces: &mut Vec<Segment>) {
     let (mut skip, mut left) = (offset(at), offset(len));
     for segment in segments {
@@ -32,7 +32,7 @@ pub(super) fn copy_in(segments: &[Segment], at: u64, mut bytes: &[u8]) {
     }
 }
 
-/// Zeroes `len` bytes from byte `at` on.
+/// Zeroes `len` bytes, starting at byte `at`.
 pub(super) fn zero(segments: &[Segment], at: u64, len: u64) {
     let mut targets = Vec::new();
     pieces(segments, at, len, usize::MAX, &mut targets);
@@ -42,7 +42,7 @@ pub(super) fn zero(segments: &[Segment], at: u64, len: u64) {
     }
 }
 
-/// A copy of what segments hold, which the tests' server takes from the wire.
+/// A copy of the contents of segments, which the tests' server takes from the wire.
 #[cfg(test)]
 pub(super) fn copy_out(segments: &[Segment], at: u64, len: u64) -> Vec<u8> {
     let mut sources = Vec::new();

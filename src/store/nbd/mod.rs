@@ -1,11 +1,11 @@
-//! An image at an NBD server.
+//! An image on an NBD server.
 //!
 //! The layers, from the wire up: `wire` (numbers), `handshake` and `client` with `receive` and `slot` (state machines
-//! without I/O), `memory` (copies into an operation's memory), `suspects` (what dead connections may still do),
-//! `unflushed` (what maps must not call a hole),
-//! `remote` (what queues share), `connect` and `server` (connections, made on threads that may wait), `connector`
-//! (connections for queues in another process), `queue` (a worker's socket), `backing` (the image as it is served),
-//! `host_lock`, and here the image as it is opened.
+//! without I/O), `memory` (copies into an operation's memory), `suspects` (writes that dead connections may still carry
+//! out), `unflushed` (ranges that maps must not report as holes), `remote` (the state that queues share), `connect` and
+//! `server` (connections, established on threads that may wait), `connector` (connections for queues in another
+//! process), `queue` (a worker's socket), `backing` (the image in the process that serves it), `host_lock`, and here
+//! the image in the process that opens it.
 
 mod backing;
 mod client;
@@ -55,15 +55,15 @@ use remote::Remote;
 use server::ExportServer;
 use wire::{Export, export_flag};
 
-/// Most operations in flight of one queue. Servers work on 16 at a time; the others are on their way.
+/// Most operations in flight of one queue. Servers execute 16 at a time; the others are in transit meanwhile.
 const DEPTH: u16 = 128;
-/// Longest transfer of one request: longer ones only keep others waiting.
+/// Longest transfer of one request: a longer one would only delay others.
 const IO_BYTES_MAX: u32 = 4 << 20;
-/// Bytes that requests without a worker move at a time.
+/// Bytes that an operation without a worker moves at a time.
 const STEP_BYTES: u64 = 1 << 20;
-/// The device number in the identity of every export: no device has it.
+/// The device number in the identity of every export, which no real device has.
 const NBD_DEVICE: u64 = u64::from_be_bytes(*b"\0\0\0\0\0nbd");
-/// How often a thread that waits for the server looks at it, if nothing wakes it.
+/// How often a thread that waits for the server checks it, if nothing wakes the thread.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// An export that this process has opened by its name.
@@ -71,7 +71,7 @@ const LOOK: Duration = Duration::from_secs(1);
 pub struct NbdImage {
     server: Arc<ExportServer>,
     backing: NbdBacking,
-    /// What the export looked like when it was opened.
+    /// The format other than raw that the export appeared to have when it was opened.
     found: Option<Found>,
 }
 
@@ -79,9 +79,9 @@ impl NbdImage {
     /// Connects to the export that `name` names, for the device called `device`. Blocks.
     ///
     /// # Errors
-    /// [`ErrorKind::Image`] for a wrong URI, a server that cannot be reached or refuses, an export without FLUSH
-    /// (unless the options say that it needs none) or that may only be read, and one of a size that no disk has.
-    /// [`ErrorKind::Locked`] if a daemon of this host writes to it.
+    /// [`ErrorKind::Image`] for a wrong URI, a server that is unreachable or refuses the export, an export without
+    /// FLUSH (unless the options permit that), a read-only export, and an invalid size. [`ErrorKind::Locked`] if a
+    /// daemon of this host writes to it.
     pub fn open(device: Option<&str>, name: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
         let failed = |why: String| Error::new(ErrorKind::Image, format!("image {}: {why}", name.display()));
         let text = name.to_str().ok_or_else(|| failed("is not UTF-8".to_owned()))?;
@@ -134,7 +134,7 @@ impl NbdImage {
         Ok(bytes)
     }
 
-    /// Runs one operation on a connection of its own, or on the one that no queue uses. Waits for the server.
+    /// Runs one operation on a connection of its own, or on the idle connection. Waits for the server.
     fn run(&self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> io::Result<()> {
         let (remote, limits) = (&self.backing.remote, &self.backing.limits);
         let connection = self.server.take_connection(remote.has_changed())?;
@@ -224,7 +224,7 @@ fn limits_of(export: &Export, read_only: bool) -> Limits {
     }
 }
 
-/// A name of 128 bits for a text (FNV-1a from two starting points): equal in every version.
+/// An ID of 128 bits for a text (FNV-1a from two starting points), the same in every version.
 fn hashes(text: &str) -> [u64; 2] {
     [0xcbf2_9ce4_8422_2325, 0x6c62_272e_07bb_0142].map(|start: u64| {
         text.bytes().fold(start, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
@@ -305,7 +305,7 @@ impl NamedImage for NbdImage {
             Some(KnownRaw::KeptCache) => {
                 info!("{label} looks like {name}; served as raw, because it was served before, and its cache was kept");
             }
-            // As for a block device: a guest's disk that is encrypted as a whole is common.
+            // As for a block device: guests' disks that are encrypted as a whole are common.
             None if found.format == Format::Luks => warn!(
                 "{label} begins with a LUKS header; served as raw: if its guest has written that, set format = \
                  \"raw\" (--format raw)"
@@ -316,7 +316,7 @@ impl NamedImage for NbdImage {
     }
 
     fn found_token(&self) -> ChangeToken {
-        // A server tells nothing else.
+        // A server reports nothing else.
         ChangeToken { size_bytes: self.size_bytes(), ..ChangeToken::default() }
     }
 
@@ -382,7 +382,7 @@ struct ExportWriter<'a>(&'a NbdImage);
 
 impl BlockWriter for ExportWriter<'_> {
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        // What is written must not change, which a borrowed slice ensures; the segment's type does not tell.
+        // The segment must not be written through: the borrowed slice ensures that, but the segment's type does not.
         let mut bytes = bytes.to_vec();
         self.0.run(OpKind::Write, offset, bytes.len() as u64, NbdImage::segments_of(&mut bytes))
     }

@@ -1,8 +1,8 @@
 //! One worker's queue on an export: a client, and the socket of its connection.
 //!
 //! The wake fd is an epoll descriptor over the socket, a timer for the end of quarantines, an eventfd for events that
-//! are there already, and while there is no connection the socket of the connector. Nothing here waits: the sockets are
-//! never asked to.
+//! are already available, and, while there is no connection, the socket of the connector. Nothing here waits: all calls
+//! on the sockets are non-blocking.
 
 use std::fmt;
 use std::io;
@@ -28,15 +28,15 @@ use crate::store::{DRAIN_MAX, Event, IoRequest, Limits, Refused, Segment, StoreQ
 use crate::sys::stream;
 use crate::units::counted;
 
-/// Bytes that are received beside the data of reads.
+/// Size of the buffer for received bytes that are not data of reads.
 const STAGING_BYTES: usize = 256 << 10;
 const _: () = assert!(STAGING_BYTES >= LOOK_AHEAD);
 /// Most pieces of memory of one recvmsg(2), without the staging.
 const PIECES_MAX: usize = 256;
-/// Most calls of recvmsg(2) in one turn: a server that sends without end does not hold up the worker.
+/// Most calls of recvmsg(2) in one turn, so that a server that sends endlessly does not block the worker.
 const RECEIVES_MAX: usize = 64;
 
-/// See the module.
+/// See the documentation of the module.
 pub(super) struct NbdQueue {
     limits: Limits,
     remote: Arc<Remote>,
@@ -46,25 +46,25 @@ pub(super) struct NbdQueue {
     timer: TimerFd,
     timer_at: Option<Duration>,
     connection: Option<Connection>,
-    /// Connects again. Without one, a connection that breaks is the last one.
+    /// Establishes new connections. Without one, the first connection that breaks is the last one.
     reconnector: Option<Reconnector>,
-    /// It was asked for a connection, and the epoll descriptor watches it.
+    /// The reconnector was asked for a connection, and the epoll descriptor watches it.
     is_connecting: bool,
-    /// When the last connection broke, and its name; `None` before the first one.
+    /// When the last connection broke, and the ID of the break; `None` before the first one.
     last_break: Option<(Instant, BreakId)>,
-    /// The socket's epoll entry asks whether it can take more.
+    /// The socket's epoll entry includes writability.
     wants_writable: bool,
     staging: Box<[u8]>,
-    /// What of the staging was not taken yet.
+    /// The part of the staging buffer that was not taken yet.
     staged: std::ops::Range<usize>,
     pieces: Vec<Segment>,
     drained: bool,
-    /// Lives as long as the queue, which is counted by it.
+    /// Lives as long as the queue, so that queues can be counted.
     counted: Option<Arc<()>>,
 }
 
 impl NbdQueue {
-    /// A queue on `connection`, which gets others from `reconnector`.
+    /// A queue on `connection`, which gets further connections from `reconnector`.
     ///
     /// # Errors
     /// Errors of epoll_create(2), timerfd_create(2) and eventfd(2).
@@ -104,7 +104,7 @@ impl NbdQueue {
         Ok(queue)
     }
 
-    /// The queue, which keeps a copy of `count`.
+    /// Counts the queue, by a clone of `count` that it keeps.
     pub fn counted_in(mut self, count: &Arc<()>) -> Self {
         self.counted = Some(Arc::clone(count));
         self
@@ -128,7 +128,7 @@ impl NbdQueue {
         Ok(())
     }
 
-    /// Sends as much as the socket takes.
+    /// Sends as many bytes as the socket accepts.
     fn send(&mut self) -> io::Result<()> {
         let Some(connection) = &self.connection else { return Ok(()) };
         let socket = connection.socket.as_raw_fd();
@@ -156,13 +156,13 @@ impl NbdQueue {
         Ok(())
     }
 
-    /// Receives what has arrived.
+    /// Receives the bytes that have arrived.
     fn receive(&mut self) -> io::Result<()> {
         let Some(connection) = &self.connection else { return Ok(()) };
         let socket = connection.socket.as_raw_fd();
         for _ in 0..RECEIVES_MAX {
             self.take_staged()?;
-            // What is left is the beginning of a header.
+            // The remaining bytes are the start of a header.
             self.staging.copy_within(self.staged.clone(), 0);
             self.staged = 0..self.staged.len();
             self.client.data_target(PIECES_MAX, &mut self.pieces);
@@ -183,7 +183,7 @@ impl NbdQueue {
             }
             self.staged.end += count - in_place;
             if count < asked {
-                // Nothing more is there now.
+                // No more bytes have arrived.
                 return self.take_staged();
             }
         }
@@ -191,7 +191,7 @@ impl NbdQueue {
         Ok(())
     }
 
-    /// Hands what was staged to the client.
+    /// Passes the staged bytes to the client.
     fn take_staged(&mut self) -> io::Result<()> {
         while !self.staged.is_empty() {
             let now = self.remote.now();
@@ -224,13 +224,13 @@ impl NbdQueue {
         let timed_out = is_timeout(error);
         let (cause, until) = self.remote.note_break(timed_out);
         self.last_break = Some((Instant::now(), cause));
-        // Closed before another one is asked for: some servers take one connection at a time.
+        // Closed before another one is requested: some servers accept one connection at a time.
         drop(connection);
         self.client.disconnected(cause, until, self.remote.now());
         self.ask_for_connection(if timed_out { self.remote.quarantine * TIMEOUT_FACTOR } else { Duration::ZERO });
     }
 
-    /// Asks for another connection; see [`Reconnector::ask`].
+    /// Requests another connection; see [`Reconnector::ask`].
     fn ask_for_connection(&mut self, quarantine: Duration) {
         let Some(reconnector) = &self.reconnector else {
             self.client.gone();
@@ -240,14 +240,14 @@ impl NbdQueue {
         let watch = || self.epoll.ctl(ControlOperation::Add, reconnector.as_raw_fd(), event);
         match reconnector.ask(quarantine).and_then(|()| watch()) {
             Ok(()) => self.is_connecting = true,
-            // The next daemon repeats what is in flight.
+            // The next daemon repeats the operations in flight.
             Err(e) => {
                 error!("{}: the supervisor has ended ({e}); requests wait for the next daemon", self.remote.label);
             }
         }
     }
 
-    /// Looks whether there is a connection again.
+    /// Checks whether there is a connection again.
     fn look_at_connecting(&mut self) {
         let Some(reconnector) = &self.reconnector else { return };
         let answer = match reconnector.answer() {
@@ -282,7 +282,7 @@ impl NbdQueue {
             let (away, open) = (since.elapsed().as_secs_f32(), self.client.unanswered() as u64);
             info!("{label}: reconnected after {away:.1} s; repeating {}", counted(open, "operation"));
             if is_server_new {
-                // The process that had them has ended, and every thread of it.
+                // The process that had received the requests has ended, with all its threads.
                 self.remote.suspects.release(cause);
             }
         }
@@ -350,7 +350,7 @@ impl StoreQueue for NbdQueue {
     fn reap(&mut self, events: &mut Vec<Event>) {
         self.wake.clear();
         if self.timer_at.is_some_and(|at| at <= self.remote.now()) {
-            // Armed again below, for the next one.
+            // Armed again below, for the next quarantine.
             let _ = self.timer.clear();
             self.timer_at = None;
             self.client.advance(self.remote.now());

@@ -1,4 +1,4 @@
-//! Replies: what comes from the server, byte by byte, and what is not allowed to come.
+//! Replies: parses the bytes from the server, and rejects invalid ones.
 
 use std::time::Duration;
 
@@ -14,14 +14,14 @@ const SIMPLE_BYTES: usize = 16;
 const CHUNK_BYTES: usize = 20;
 /// Longest chunk that is buffered as a whole: an error with its text.
 const WHOLE_CHUNK_MAX: usize = 16 << 10;
-/// What [`Client::receive`] may have to see at once.
+/// Most bytes that [`Client::receive`] may need at a time.
 pub(super) const LOOK_AHEAD: usize = CHUNK_BYTES + WHOLE_CHUNK_MAX;
 /// Most separate ranges of a read, and most extents of a map, that are kept.
 const RANGES_MAX: usize = 1024;
 const EXTENTS_MAX: usize = 64 << 10;
 
 impl Client {
-    /// Fills `pieces` with the memory where the next bytes belong, at most `max` pieces; none if they are no data.
+    /// Fills `pieces` with the memory for the next bytes, at most `max` pieces; none if the next bytes are not data.
     pub fn data_target(&self, max: usize, pieces: &mut Vec<Segment>) {
         pieces.clear();
         if let Receiving::Data { slot, at, left, .. } = self.receiving {
@@ -30,7 +30,7 @@ impl Client {
         }
     }
 
-    /// So many bytes of the data are where they belong.
+    /// This many bytes of the data have been received into their memory.
     pub fn data_received(&mut self, bytes: u64, now: Duration) -> Result<(), Violation> {
         let Receiving::Data { slot, at, left, is_last } = self.receiving else { return Ok(()) };
         let left = left - bytes;
@@ -42,7 +42,7 @@ impl Client {
         if is_last { self.finish(slot, now) } else { Ok(()) }
     }
 
-    /// Takes bytes from the server; returns how many it took. 0: it needs more of them at once, at most
+    /// Takes bytes from the server; returns how many it took. 0: it needs more bytes in one call, at most
     /// [`LOOK_AHEAD`].
     pub fn receive(&mut self, bytes: &[u8], now: Duration) -> Result<usize, Violation> {
         match self.receiving {
@@ -163,7 +163,8 @@ impl Client {
     }
 }
 
-/// Notes the error of a reply. A server that shuts down executes nothing more: the operation is for the next one.
+/// Records the error of a reply. A server that is shutting down executes nothing more: the operation is repeated on the
+/// next one.
 fn note_error(slot: &mut Slot, error: u32) -> Result<(), Violation> {
     if error == ESHUTDOWN {
         return Err(Violation("it is shutting down"));
@@ -175,7 +176,8 @@ fn note_error(slot: &mut Slot, error: u32) -> Result<(), Violation> {
     Ok(())
 }
 
-/// Notes that `len` bytes from byte `offset` of the image on arrive; returns where in the request's memory.
+/// Records that `len` bytes of data at byte `offset` of the image arrive; returns their position in the request's
+/// memory.
 fn arrives(slot: &mut Slot, offset: u64, len: u64) -> Result<u64, Violation> {
     let start = offset.checked_sub(slot.request.offset);
     let end = start.and_then(|start| start.checked_add(len)).filter(|end| len > 0 && *end <= slot.request.len);
@@ -188,7 +190,7 @@ fn arrives(slot: &mut Slot, offset: u64, len: u64) -> Result<u64, Violation> {
     {
         return Err(Violation("it sends overlapping data chunks"));
     }
-    // Ranges that touch become one.
+    // Adjacent ranges become one.
     let (mut from, mut to, mut until) = (start, end, at);
     while let Some(next) = slot.arrived.get(until).filter(|next| next.start <= to && next.end >= from) {
         (from, to, until) = (from.min(next.start), to.max(next.end), until + 1);
@@ -200,9 +202,9 @@ fn arrives(slot: &mut Slot, offset: u64, len: u64) -> Result<u64, Violation> {
     Ok(start)
 }
 
-/// Notes what the next `len` bytes of a map's range are.
+/// Adds the next `len` bytes of a map's range.
 ///
-/// => What lies beyond the range is left out, and what comes after too many extents is taken for data.
+/// => Bytes beyond the range are ignored, and bytes after too many extents count as data.
 fn add_extent(slot: &mut Slot, len: u64, kind: ExtentKind) -> Result<(), Violation> {
     let left = slot.request.len - slot.known;
     if len == 0 {

@@ -1,4 +1,4 @@
-//! What the queues of one export share: its name, what its server promised, and what became of their connections.
+//! The state that the queues of one export share: its name, the export as it was opened, and broken connections.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,15 +11,15 @@ use super::unflushed::Unflushed;
 use super::wire::Export;
 use crate::store::wake::WakeFd;
 
-/// After a timeout the network may still hold requests: they stay in quarantine this many times as long.
+/// After a timeout the network may still hold requests: their quarantine is longer by this factor.
 pub(super) const TIMEOUT_FACTOR: u32 = 6;
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Remote {
-    /// Log lines begin with it.
+    /// The prefix of log lines.
     pub label: String,
-    /// What the server promised when the image was opened.
+    /// The export when the image was opened.
     pub promised: Export,
     /// How long a server may still execute requests of a connection that has broken.
     pub quarantine: Duration,
@@ -50,48 +50,48 @@ impl Remote {
         self.opened.elapsed()
     }
 
-    /// Notes that the image is being changed.
+    /// Records that the image is being changed.
     pub fn note_change(&self) {
         if !self.has_changed.load(Ordering::Relaxed) {
             self.has_changed.store(true, Ordering::Release);
         }
     }
 
-    /// Whether a server that was restarted may have lost a change that was completed.
+    /// Whether a restarted server may have lost a completed change.
     pub fn has_changed(&self) -> bool {
         self.has_changed.load(Ordering::Acquire)
     }
 
-    /// A name for a connection that has broken, and until when the server may still execute its requests.
+    /// An ID for a connection that has broken, and until when the server may still execute its requests.
     pub fn note_break(&self, timed_out: bool) -> (BreakId, Duration) {
         let factor = if timed_out { TIMEOUT_FACTOR } else { 1 };
         (self.breaks.fetch_add(1, Ordering::AcqRel) + 1, self.now() + self.quarantine * factor)
     }
 
-    /// The server may execute requests of an earlier process for that long, wherever they were.
+    /// For this long, the server may execute requests of an earlier process, on any range.
     pub fn quarantine_earlier_writes(&self, for_how_long: Duration) {
         let now = self.now();
         self.suspects.add(0..self.promised.size_bytes, now + for_how_long, 0, now);
     }
 
-    /// For how long the server may still execute requests of broken connections.
+    /// How long the server may still execute requests of broken connections.
     pub fn quarantined_for(&self) -> Duration {
         let now = self.now();
         self.suspects.blocked_until(&(0..u64::MAX), now).map_or(Duration::ZERO, |until| until.saturating_sub(now))
     }
 }
 
-/// Whether a connection broke because its other end, or the network, did not answer.
+/// Whether a connection broke because the other end, or the network, did not respond.
 pub(super) fn is_timeout(error: &io::Error) -> bool {
     let timed_out = [libc::ETIMEDOUT, libc::EHOSTUNREACH, libc::ENETUNREACH, libc::EHOSTDOWN];
     error.raw_os_error().is_some_and(|errno| timed_out.contains(&errno))
 }
 
-/// The eventfd that wakes a queue's worker, with a flag that saves the worker the system call that finds it silent.
+/// The eventfd that wakes a queue's worker, with a flag that avoids a system call when it is not notified.
 #[derive(Clone, Debug)]
 pub(super) struct Notifier {
     wake: WakeFd,
-    /// Set after the descriptor was made readable: a worker that sees it too late is woken once more.
+    /// Set after the descriptor was made readable: a worker that sees it too late is woken again.
     is_notified: Arc<AtomicBool>,
 }
 

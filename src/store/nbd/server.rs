@@ -1,4 +1,4 @@
-//! The way to a server, for the process that opened the image by its name: connections are made and checked here.
+//! The access to a server, for the process that opened the image by its name: it establishes and checks connections.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -17,32 +17,32 @@ use crate::units::counted;
 
 /// How long a server may take to negotiate.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
-/// Pauses between attempts to connect again.
+/// Pauses between attempts to reconnect.
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// How often the log says that a server is away.
+/// How often the log reports that a server is unreachable.
 const REMIND: Duration = Duration::from_secs(60);
 
-/// How an attempt to connect again has ended.
+/// The result of an attempt to reconnect.
 #[derive(Debug)]
 pub(super) enum ServerAttempt {
-    /// There is a connection. `is_server_new`: the last server's process has ended.
+    /// A connection is established. `is_server_new`: the last server's process has ended.
     Connected { connection: Connection, is_server_new: bool },
-    /// There will be none, for this reason.
+    /// There will be no connection, for this reason.
     Gone(String),
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct ExportServer {
     pub uri: NbdUri,
-    /// Log lines begin with it.
+    /// The prefix of log lines.
     pub label: String,
-    /// What it promised when the image was opened.
+    /// The export when the image was opened.
     pub promised: Export,
     pub read_only: bool,
     pub io_max: u32,
-    /// How long to try to connect again; `None`: forever.
+    /// How long to try to reconnect; `None`: forever.
     pub give_up: Option<Duration>,
     pub lock: Option<HostLock>,
     state: Mutex<ExportServerState>,
@@ -52,7 +52,7 @@ pub(super) struct ExportServer {
 struct ExportServerState {
     /// A connection that no queue uses.
     idle: Option<Connection>,
-    /// Until when it may execute requests of a connection that timed out.
+    /// Until when the server may execute requests of a connection that timed out.
     quarantined_until: Instant,
 }
 
@@ -84,16 +84,17 @@ impl ExportServer {
         connect(uri, HANDSHAKE_PATIENCE)
     }
 
-    /// The connection that no queue uses, if it has not broken.
+    /// The idle connection, if it has not broken.
     pub fn take_idle(&self) -> Option<Connection> {
-        // What should be silent and is not has broken.
+        // A connection that is readable although no reply is due has broken.
         self.state().idle.take().filter(|idle| !wait_readable(idle.socket.as_raw_fd(), Duration::ZERO))
     }
 
     /// A connection for one operation. Blocks. `has_changed`: changes were completed on another one.
     ///
     /// # Errors
-    /// As [`connect`], and [`io::ErrorKind::InvalidData`] for an export that lacks what was promised.
+    /// As [`connect`], and [`io::ErrorKind::InvalidData`] for an export that lacks a property that it had when the
+    /// image was opened.
     pub fn take_connection(&self, has_changed: bool) -> io::Result<Connection> {
         if let Some(idle) = self.take_idle() {
             return Ok(idle);
@@ -108,21 +109,21 @@ impl ExportServer {
         self.state().idle = Some(connection);
     }
 
-    /// A connection has timed out: its requests may be executed for that long.
+    /// A connection has timed out: its requests may be executed for this long.
     pub fn quarantine_for(&self, for_how_long: Duration) {
         let mut state = self.state();
         state.quarantined_until = state.quarantined_until.max(Instant::now() + for_how_long);
     }
 
-    /// For how long requests of connections that timed out may be executed.
+    /// How long requests of connections that timed out may be executed.
     pub fn quarantined_for(&self) -> Duration {
         self.state().quarantined_until.saturating_duration_since(Instant::now())
     }
 
-    /// Checks that an export has what was promised when the image was opened.
+    /// Checks that an export still has the properties that it had when the image was opened.
     ///
     /// # Errors
-    /// What it lacks.
+    /// The missing property.
     fn check(&self, found: &Export) -> Result<(), String> {
         let promised = &self.promised;
         let lost = |flag: u16| promised.has(flag) && !found.has(flag);
@@ -153,11 +154,11 @@ impl ExportServer {
         Err(format!("the export has lost {what}, on which its guest relies"))
     }
 
-    /// Connects again after `pause`, in as many attempts as it takes; `None` once the other end of `asker` is closed.
+    /// Reconnects after `pause`, with as many attempts as needed; `None` once the other end of `asker` is closed.
     pub fn connect_again(&self, last: &LastServer, mut pause: Duration, asker: &UnixStream) -> Option<ServerAttempt> {
         let (down_since, mut reminded) = (Instant::now(), None::<Instant>);
         loop {
-            // It sends nothing before it has an answer.
+            // The other end sends nothing before it has a reply, so this means that it was closed.
             if wait_readable(asker.as_raw_fd(), pause) {
                 return None;
             }
@@ -183,8 +184,8 @@ impl ExportServer {
         }
     }
 
-    /// The pause before the first attempt, after a connection that has lasted so long: a server that breaks every
-    /// connection at once is not called without end.
+    /// The pause before the first attempt, after a connection that lasted this long: a server that breaks every
+    /// connection immediately is not contacted in a tight loop.
     pub fn pause_after(lasted: Duration, last_pause: Duration) -> Duration {
         if lasted >= PAUSE_MAX { Duration::ZERO } else { (last_pause * 2).clamp(PAUSE_MIN, PAUSE_MAX) }
     }

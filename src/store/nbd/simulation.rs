@@ -1,10 +1,11 @@
 //! Random schedules of the client against a model of a server: connections that are cut while the server keeps running
-//! and executes what it had received, servers that are killed and forget, replies in pieces. Everything comes from a
-//! seed.
+//! and executes the requests that it had received, servers that are killed and lose data, replies in pieces. Each run
+//! follows from a seed.
 //!
-//! The model of the cache keeps its contract: it writes a block again only when the last write of it has completed, it
-//! takes everything for lost that it had submitted when it hears of a loss, and it reads only what is durable. Checked
-//! are the two promises: what a successful Sync covers is durable, and no block ever returns to an older version.
+//! The model of the cache observes its contract: it writes a block again only when the last write of it has completed,
+//! it treats everything that it had submitted before a reported loss as lost, and it reads only durable blocks. The
+//! simulation checks two guarantees: data that a successful Sync covers is durable, and no block ever returns to an
+//! older version.
 
 #![allow(clippy::cast_possible_truncation, reason = "sizes and indices here are small")]
 
@@ -29,17 +30,17 @@ const STEPS: usize = 3000;
 const SEEDS: u64 = 300;
 const QUARANTINE: Duration = Duration::from_millis(100);
 
-/// A request as the server has it.
+/// A request that the server has received.
 #[derive(Clone, Debug)]
 struct Received {
     command: u16,
     cookie: u64,
     blocks: Range<usize>,
-    /// Of a write: the versions.
+    /// For a write: the versions.
     versions: Vec<u64>,
 }
 
-/// The server's end of a connection, and what is on the wire.
+/// The server's end of a connection, and the bytes in transit.
 #[derive(Debug, Default)]
 struct Wire {
     is_up: bool,
@@ -53,11 +54,11 @@ struct Wire {
 struct Server {
     current: [u64; BLOCKS],
     durable: [u64; BLOCKS],
-    /// Requests of connections that were cut, and when they can be executed no more.
+    /// Requests of connections that were cut, and the end of the time in which they can be executed.
     zombies: Vec<(Duration, Received)>,
 }
 
-/// What the cache's model knows of a block.
+/// The state of a block in the model of the cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Block {
     version: u64,
@@ -75,7 +76,7 @@ struct Op {
     /// See the cache's own field of this name.
     doubts: u32,
     memory: Box<[u8]>,
-    /// Of a Sync: what it covers.
+    /// For a Sync: the blocks and versions that it covers.
     covers: Vec<(usize, u64)>,
 }
 
@@ -162,7 +163,7 @@ impl World {
         self.clients[client].submit(request, self.now);
     }
 
-    /// The model of the cache does something.
+    /// Lets the model of the cache do one step.
     fn act(&mut self, may_write: bool) {
         let at = self.prng.below(BLOCKS as u64) as usize;
         let block = self.blocks[at];
@@ -206,7 +207,7 @@ impl World {
                     None => {
                         for (at, version) in op.covers {
                             let block = &mut self.blocks[at];
-                            // Unless a newer version is on its way.
+                            // Unless a newer version is being written.
                             if block.version == version && !block.is_dirty && !block.is_busy && block.is_unsynced {
                                 let durable = self.server.durable[at];
                                 assert_eq!(durable, version, "block {at} is not durable after a Sync");
@@ -308,7 +309,7 @@ impl World {
         self.clients[at].disconnected(self.breaks, until, self.now);
     }
 
-    /// The server is killed, forgets some of what it had not made durable, and its connections break.
+    /// The server is killed, loses some of the data that was not durable, and its connections break.
     fn kill(&mut self) {
         self.server.zombies.clear();
         for at in 0..BLOCKS {

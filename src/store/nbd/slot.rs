@@ -1,16 +1,16 @@
-//! What the client knows of an operation, and of the reply that is arriving.
+//! The client's state of an operation, and of the reply that is being received.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use crate::store::{Extent, IoRequest};
 
-/// How far an operation is.
+/// The phase of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// It waits to be sent, or for a connection.
     Waiting,
-    /// A request of an earlier connection may still change its range: it waits until then.
+    /// A request of an earlier connection may still change its range: it waits until this time.
     Held(Duration),
     /// It is being sent, or waits for its reply.
     Sent,
@@ -27,21 +27,21 @@ pub(super) struct Slot {
     pub was_sent: bool,
     /// Of the request in flight.
     pub cookie: u64,
-    /// Bytes of the range that earlier requests have done.
+    /// Bytes of the range that earlier requests have completed.
     pub done: u64,
     /// Bytes of the request in flight.
     pub part: u64,
     /// The error that the server reported.
     pub error: Option<u32>,
-    /// A read: what has arrived, as ranges that do not touch, in order.
+    /// For a read: the ranges that have arrived, in order, without adjacent ones.
     pub arrived: Vec<Range<u64>>,
-    /// A map: what is known so far.
+    /// For a map: the extents that are known so far.
     pub extents: Vec<Extent>,
-    /// Length of what is known in bytes.
+    /// Length of those extents in bytes.
     pub known: u64,
-    /// A map: chunks that were written and not flushed when it was submitted.
+    /// For a map: the chunks that were written and not flushed when it was submitted.
     pub written: Vec<u64>,
-    /// A Sync: its number.
+    /// For a Sync: its number.
     pub flush: u64,
 }
 
@@ -62,15 +62,15 @@ impl Slot {
     }
 }
 
-/// How a server broke the protocol.
+/// How a server violated the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Violation(pub &'static str);
 
-/// What the next byte belongs to.
+/// The part of a reply to which the next byte belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Receiving {
     Header,
-    /// Data of a read, from byte `at` of its memory on.
+    /// Data of a read, for byte `at` of its memory and the following ones.
     Data {
         slot: usize,
         at: u64,

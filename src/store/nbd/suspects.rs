@@ -1,8 +1,9 @@
 //! Writes that a dead connection may still carry out.
 //!
 //! A server that outlives a connection may execute a request after the client has repeated it on another connection,
-//! and after the client has written something newer. The repetition has the same bytes, so it may go at once. What is
-//! newer must wait until the old request can no longer arrive: the *quarantine*. All queues of an image share the list.
+//! and after the client has written something newer. The repetition has the same bytes, so it may be sent immediately.
+//! A newer write must wait until the old request can no longer be executed: the *quarantine*. All queues of an image
+//! share the list.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -20,7 +21,7 @@ struct Suspect {
     cause: BreakId,
 }
 
-/// See the module. Times are since the image was opened.
+/// See the documentation of the module. Times count from when the image was opened.
 #[derive(Debug, Default)]
 pub(super) struct Suspects {
     list: Mutex<Vec<Suspect>>,
@@ -39,7 +40,7 @@ impl Suspects {
         self.any.store(!list.is_empty(), Ordering::Release);
     }
 
-    /// What was sent before that break can no longer be executed.
+    /// Requests that were sent before that break can no longer be executed.
     pub fn release(&self, cause: BreakId) {
         let mut list = self.list.lock().expect("no thread panics with the list locked");
         list.retain(|suspect| suspect.cause != cause);
@@ -51,7 +52,7 @@ impl Suspects {
         self.blocked_until(&(0..u64::MAX), now).is_some()
     }
 
-    /// Until when a new change of `range` must wait; `None`: it may go.
+    /// Until when a new change of `range` must wait; `None`: it may be sent.
     pub fn blocked_until(&self, range: &Range<u64>, now: Duration) -> Option<Duration> {
         if !self.any.load(Ordering::Acquire) {
             return None;

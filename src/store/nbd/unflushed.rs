@@ -1,8 +1,8 @@
-//! Where the image was written since the last FLUSH.
+//! The ranges of the image that were written since the last FLUSH.
 //!
-//! A server with a write cache may describe the store below it: nbdkit's cache filter (cache=writeback) calls a hole
-//! what it holds and has not written yet. So what was written since the last FLUSH is data, whatever the server says.
-//! All queues of an image share the list.
+//! A server with a write cache may report the extents of the store below it: nbdkit's cache filter (cache=writeback)
+//! reports a hole for cached data that it has not written. So ranges written since the last FLUSH count as data,
+//! whatever the server reports. All queues of an image share the list.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,10 +11,10 @@ use std::sync::{Mutex, MutexGuard};
 use crate::store::Extent;
 use crate::units::ExtentKind;
 
-/// Granularity of the list in bytes. A chunk that was written in part counts as written.
+/// Granularity of the list in bytes. A partly written chunk counts as written.
 const CHUNK_BYTES: u64 = 64 << 10;
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug, Default)]
 pub(super) struct Unflushed(Mutex<WrittenChunks>);
 
@@ -22,7 +22,7 @@ pub(super) struct Unflushed(Mutex<WrittenChunks>);
 struct WrittenChunks {
     /// Number of FLUSHes that were submitted.
     flushes: u64,
-    /// The number of the first FLUSH that covers what was written to a chunk.
+    /// The number of the first FLUSH that covers the writes to a chunk.
     covered_by: HashMap<u64, u64>,
 }
 
@@ -35,7 +35,7 @@ impl Unflushed {
         self.0.lock().expect("no thread panics with the list locked")
     }
 
-    /// A write of this range was completed.
+    /// A write of this range has completed.
     pub fn note_write(&self, range: &Range<u64>) {
         let mut list = self.lock();
         let next = list.flushes + 1;
@@ -61,7 +61,7 @@ impl Unflushed {
     }
 }
 
-/// A map that begins at `offset`, with these chunks as data. Neighbours of one kind may follow.
+/// A map that starts at `offset`, with these chunks as data. Adjacent extents may have the same kind.
 pub(super) fn with_data(extents: &[Extent], offset: u64, written: &[u64]) -> Vec<Extent> {
     if written.is_empty() {
         return extents.to_vec();

@@ -1,4 +1,4 @@
-//! The numbers of the NBD protocol, and its request header.
+//! The constants of the NBD protocol, and its request header.
 
 pub(super) use crate::store::handed::Export;
 use crate::units::{Fault, OpKind, Unmap};
@@ -32,7 +32,7 @@ pub(super) mod command {
 const NO_HOLE: u16 = 1 << 1;
 
 pub(super) mod chunk {
-    /// Flag: the last one of a reply.
+    /// Flag: the last chunk of a reply.
     pub const DONE: u16 = 1;
     pub const NONE: u16 = 0;
     pub const OFFSET_DATA: u16 = 1;
@@ -42,10 +42,10 @@ pub(super) mod chunk {
     pub const ERROR: u16 = 1 << 15;
 }
 
-/// A flag of base:allocation: the extent reads as zeros. (NBD_STATE_HOLE says nothing about that.)
+/// A flag of base:allocation: the extent reads as zeros. (NBD_STATE_HOLE does not imply that.)
 pub(super) const STATE_ZERO: u32 = 1 << 1;
 
-/// The server ends: it executes nothing more.
+/// The server is shutting down: it executes nothing more.
 pub(super) const ESHUTDOWN: u32 = 108;
 
 impl Export {
@@ -85,7 +85,7 @@ pub(super) fn command_of(op: OpKind) -> Option<(u16, u16)> {
     })
 }
 
-/// What an error of the protocol (a number of Linux) means for the cache.
+/// The fault for an error of the protocol (a Linux error number).
 pub(super) fn fault_of(error: u32) -> Fault {
     match i32::try_from(error).unwrap_or(libc::EIO) {
         libc::ENOSPC => Fault::NoSpace,
@@ -100,12 +100,12 @@ pub(super) fn be16(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes(bytes[at..at + 2].try_into().expect("two bytes"))
 }
 
-/// As [`be16`].
+/// Like [`be16`].
 pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }
 
-/// As [`be16`].
+/// Like [`be16`].
 pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }

@@ -231,6 +231,7 @@ impl PageCache {
         self.continue_windows();
         if self.pages.take_made_room() {
             self.stalled.unblock();
+            self.writeback.made_room();
         }
         self.stalled.resume(&mut self.notices);
     }

@@ -25,6 +25,8 @@ impl PageCache {
         if self.pages[id].valid != SectorMask::ALL && !self.is_block_aligned(id) {
             if self.fill(id) {
                 self.submit_run();
+            } else {
+                self.writeback.lacks_frame = true;
             }
             if self.pages[id].valid != SectorMask::ALL {
                 return None;

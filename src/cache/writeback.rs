@@ -45,6 +45,8 @@ pub(super) struct Writeback {
     more: bool,
     /// Groups examined since a write was last started.
     groups_without_progress: usize,
+    /// A page could not be completed for its write: no frame was free, or the store's map was unknown.
+    pub lacks_frame: bool,
     last_guest_io: Tick,
     /// The last epoch that was closed for its age and is not yet written.
     aged: Option<Epoch>,
@@ -64,6 +66,14 @@ impl Writeback {
     /// A page that could not be written back before may be writable now.
     pub fn reset_progress(&mut self) {
         self.groups_without_progress = 0;
+    }
+
+    /// Frames became free: pages that lacked one are tried again, in another turn.
+    pub fn made_room(&mut self) {
+        if std::mem::take(&mut self.lacks_frame) {
+            self.reset_progress();
+            self.take_turn();
+        }
     }
 
     /// Write-back has work for another turn, immediately.

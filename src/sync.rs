@@ -1,7 +1,7 @@
-//! The atomics, fences and eventfds by which threads, and a device and its driver, wait for each other.
+//! The atomics, fences and eventfds that synchronize threads with each other, and a device with its driver.
 //!
-//! `loom/` compiles the modules that take them from here with loom's in their place, and tries every order of their
-//! steps.
+//! `loom/` compiles the modules that import them from here with loom's versions instead, and explores every order of
+//! their steps.
 
 pub use std::sync::atomic::{AtomicBool, Ordering, fence};
 

@@ -1,12 +1,12 @@
 //! Wakes a worker thread. A sleeping worker waits for the eventfd in epoll; a busy one loads a flag, which is cheaper
-//! than locking an empty mailbox each time it looks for work.
+//! than locking an empty mailbox each time it checks for work.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use crate::sync::{AtomicBool, EFD_CLOEXEC, EFD_NONBLOCK, EventFd, Ordering};
 
-/// An eventfd with a flag beside it; see the module.
+/// An eventfd combined with a flag; see the documentation of the module.
 #[derive(Debug)]
 pub struct Waker {
     notified: AtomicBool,
@@ -24,7 +24,7 @@ impl Waker {
 
     /// Wakes the worker.
     ///
-    /// => Queue the message first: the worker looks for it as soon as it sees the flag.
+    /// => Queue the message first: the worker reads the mailbox as soon as the flag is set.
     ///
     /// # Errors
     /// The error of write(2) on the eventfd.
@@ -33,7 +33,7 @@ impl Waker {
         self.fd.write(1)
     }
 
-    /// Returns whether anyone called [`Waker::notify`] since the last call, and resets the flag. Messages queued before
+    /// Returns whether [`Waker::notify`] was called since the last call, and resets the flag. Messages queued before
     /// that notification are visible afterwards.
     pub fn take_notified(&self) -> bool {
         self.notified.load(Ordering::Relaxed) && self.notified.swap(false, Ordering::Acquire)
@@ -41,7 +41,7 @@ impl Waker {
 
     /// Makes the eventfd unreadable until the next notification. The flag stays.
     pub fn clear(&self) {
-        // EAGAIN means that it was not readable, which is what the caller wants.
+        // EAGAIN: it was not readable, which is the desired state.
         let _ = self.fd.read();
     }
 }

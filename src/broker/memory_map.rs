@@ -1,13 +1,13 @@
-//! How a process has mapped a file, by its memory map (proc_pid_maps(5)).
+//! Determines how a process has mapped a file, from its memory map (proc_pid_maps(5)).
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 
-/// Whether process `pid` has mapped `file` privately at `address`: what it writes there stays with it, and what this
-/// process sees in the file is not the guest's memory.
+/// Whether process `pid` has mapped `file` privately at `address`: its writes then do not reach the file, and the
+/// contents of the file are not the guest's memory.
 ///
-/// => False if that cannot be found out: the process is in another PID namespace or belongs to another user, or the
-///    front-end has no mapping at the address it gave.
+/// => False if that cannot be determined: the process is in another PID namespace or belongs to another user, or the
+///    front-end has no mapping at the address that it sent.
 pub(super) fn is_private(pid: u32, address: u64, file: &File) -> bool {
     let (Ok(maps), Ok(metadata)) = (fs::read_to_string(format!("/proc/{pid}/maps")), file.metadata()) else {
         return false;
@@ -29,7 +29,7 @@ struct MappedRange {
 }
 
 impl MappedRange {
-    /// Reads `START-END PERMISSIONS OFFSET MAJOR:MINOR INODE PATH` (proc_pid_maps(5)).
+    /// Parses `START-END PERMISSIONS OFFSET MAJOR:MINOR INODE PATH` (proc_pid_maps(5)).
     fn parse(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         let (start, end) = words.next()?.split_once('-')?;
@@ -66,7 +66,7 @@ mod tests {
             let slice = region.get_slice(BYTES / 2, 1).unwrap();
             let address = slice.ptr_guard().as_ptr().addr() as u64;
             assert_eq!(is_private(pid, address, &memory), private);
-            assert!(!is_private(pid, address, &other), "another file: the address means nothing");
+            assert!(!is_private(pid, address, &other), "another file: the address is not that of its mapping");
         }
         assert!(!is_private(pid, 16, &memory) && !is_private(0, 16, &memory));
     }

@@ -1,10 +1,10 @@
-//! What the control plane asks of a thread that may look at the host: who a front-end is, whether it shares the guest's
-//! memory, and a connection of the process to itself. The thread that talks to front-ends is confined (`sandbox`): it
-//! can neither open a file nor connect.
+//! The broker serves requests of the control plane that need access to the host: the name of a front-end's process,
+//! whether it shares the guest's memory, and a connection of the process to itself. The thread that communicates with
+//! front-ends is confined (`sandbox`): it can neither open a file nor connect.
 //!
-//! The broker answers over a pair of sockets. It runs in another process, or, in a daemon without disk processes, on a
-//! thread of the same one. Each question and each answer is one message of fixed size, and the broker trusts no
-//! question: whatever it is asked, it opens files of /proc only, and returns a name, a yes or no, or new sockets.
+//! The broker replies over a socket pair. It runs in another process, or, in a daemon without disk processes, on a
+//! thread of the same process. Each question and each answer is one message of fixed size. The broker does not trust
+//! the questions: in every case it opens only files of /proc, and returns a name, a yes or no, or new sockets.
 
 mod memory_map;
 mod self_connection;
@@ -45,12 +45,12 @@ const IS_EVENTFD: u8 = 4;
 const NO: u8 = 0;
 const YES: u8 = 1;
 
-/// The end that asks.
+/// The end of the control plane.
 #[derive(Debug)]
 pub struct Broker {
-    /// The device whose control plane asks; log lines begin with it.
+    /// The device of the control plane; the prefix of log lines.
     name: String,
-    /// `None` once it has failed.
+    /// `None` after a failure.
     socket: Mutex<Option<UnixStream>>,
 }
 
@@ -66,7 +66,7 @@ impl Broker {
     /// The broker of device `name` at the other end of this socket; see [`spawn`].
     pub fn new(name: &str, socket: OwnedFd) -> Self {
         let socket = UnixStream::from(socket);
-        // Without a timeout a question would wait for as long as the broker is stopped.
+        // Without a timeout, a question would wait as long as the broker is stopped.
         if let Err(e) = socket.set_read_timeout(Some(PATIENCE)).and_then(|()| socket.set_write_timeout(Some(PATIENCE)))
         {
             debug!("{name}: cannot bound the wait for answers about front-ends: {e}");
@@ -74,18 +74,18 @@ impl Broker {
         Self { name: name.to_owned(), socket: Mutex::new(Some(socket)) }
     }
 
-    /// The name of a process; `None` if there is no such process, or if it cannot be found out.
+    /// The name of a process; `None` if there is no such process, or if the name cannot be determined.
     pub fn name_of(&self, pid: u32) -> Option<String> {
         let answer = self.ask(&question(NAME_OF, pid, 0), None).ok()?;
         let name = answer.bytes.get(2..2 + usize::from(answer.bytes[1]))?;
         answer.is_yes().then(|| String::from_utf8_lossy(name).into_owned())
     }
 
-    /// Whether process `pid` has mapped `file` privately at `address`: what it writes there stays with it, and what
-    /// this process sees in the file is not the guest's memory.
+    /// Whether process `pid` has mapped `file` privately at `address`: its writes then do not reach the file, and the
+    /// contents of the file are not the guest's memory.
     ///
-    /// => False if that cannot be found out: the process is in another PID namespace or belongs to another user, or the
-    ///    front-end has no mapping at the address it gave.
+    /// => False if that cannot be determined: the process is in another PID namespace or belongs to another user, or
+    ///    the front-end has no mapping at the address that it sent.
     pub fn is_private(&self, pid: u32, address: u64, file: &File) -> bool {
         self.ask(&question(IS_PRIVATE, pid, address), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
     }
@@ -98,7 +98,7 @@ impl Broker {
     /// A listener with one connection in its backlog, and the other end of that connection.
     ///
     /// # Errors
-    /// That of the system call that failed here; [`io::ErrorKind::Other`] if one failed at the broker.
+    /// The error of the system call that failed here; [`io::ErrorKind::Other`] if one failed in the broker.
     pub fn connection(&self) -> io::Result<(UnixListener, UnixStream)> {
         let answer = self.ask(&question(CONNECTION, 0, 0), None)?;
         match <[File; 2]>::try_from(answer.files) {
@@ -112,7 +112,7 @@ impl Broker {
         let stream = socket.as_ref().ok_or(io::ErrorKind::NotConnected)?;
         let answer = ask(stream, question, file);
         if let Err(e) = &answer {
-            // A late answer would be taken for that of the next question.
+            // A late answer would be mistaken for that of the next question.
             warn!("{}: the broker no longer answers ({e}): no further front-end can be served", self.name);
             *socket = None;
         }

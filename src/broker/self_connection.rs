@@ -1,4 +1,4 @@
-//! A private connection with one end not yet accepted: vhost-user-backend takes its connection only from a listener.
+//! A private connection with one end not yet accepted: vhost-user-backend accepts its connection only from a listener.
 
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -9,8 +9,9 @@ use crate::sys::socket::{connect_without_waiting, set_backlog};
 
 /// A listener with one connection in its backlog, and the other end of that connection.
 ///
-/// => The accepted connection is ours, although every process on the host can see the abstract name: the backlog has
-///    room for one connection, and ours was made without waiting, so it fails if another came first.
+/// => The accepted connection is this one, although every process on the host can see the abstract name: the backlog
+///    has room for one connection, and this one is made without waiting, so it fails if another process connected
+///    first.
 ///
 /// # Errors
 /// The error of a system call; [`io::ErrorKind::WouldBlock`] if another process connected first.
@@ -23,7 +24,8 @@ pub(super) fn listener_and_stream() -> io::Result<(UnixListener, UnixStream)> {
     Ok((listener, stream))
 }
 
-/// A random name: any process on the host could bind a predictable one first, and so keep front-ends from connecting.
+/// A random name: any process on the host could bind a predictable one first, and thus prevent front-ends from being
+/// served.
 fn unguessable_name() -> io::Result<String> {
     Ok(format!("genblk.{:032x}", u128::from_ne_bytes(random::bytes()?)))
 }

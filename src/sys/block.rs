@@ -17,7 +17,7 @@ const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 pub struct BlockSizes {
     /// Logical block: the unit of addressing (BLKSSZGET).
     pub logical: u32,
-    /// Physical block: what the device writes without a read-modify-write (BLKPBSZGET).
+    /// Physical block: the unit that the device writes without a read-modify-write (BLKPBSZGET).
     pub physical: u32,
     /// Preferred I/O size; 0 if the device reports none (BLKIOOPT).
     pub optimal_io: u32,
@@ -31,7 +31,7 @@ pub fn size_bytes(file: &File) -> io::Result<u64> {
     Ok(size)
 }
 
-/// Whether the device is read-only (BLKROGET): it opens for writing anyway, and then fails every write.
+/// Whether the device is read-only (BLKROGET): it can be opened for writing, but then fails every write.
 pub fn is_read_only(file: &File) -> io::Result<bool> {
     let mut read_only: libc::c_int = 0;
     // SAFETY: BLKROGET stores one int at the address given, and `read_only` is one.

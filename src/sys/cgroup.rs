@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// How much memory a control group still allows.
+/// The memory that a control group still allows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryLimit {
     /// The file that holds the limit.
@@ -16,13 +16,13 @@ pub struct MemoryLimit {
 }
 
 impl MemoryLimit {
-    /// Bytes that can still be taken.
+    /// Number of bytes that can still be allocated.
     pub fn available_bytes(&self) -> u64 {
         self.limit_bytes.saturating_sub(self.used_bytes)
     }
 }
 
-/// The limit that allows the least more memory; `None` if there is none.
+/// The limit that leaves the least available memory; `None` if there is no limit.
 pub fn tightest_memory_limit() -> Option<MemoryLimit> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
@@ -58,7 +58,7 @@ fn memory_limits(groups: &str, mounts: &str) -> Vec<MemoryLimit> {
             _ => continue,
         };
         let Some((mount_point, root)) = mount_of(mounts, controllers) else { continue };
-        // In a container the mount may begin below the hierarchy's root.
+        // In a container the mount may start below the hierarchy's root.
         let below = Path::new(group).strip_prefix(&root).unwrap_or(Path::new(""));
         let innermost = mount_point.join(below.strip_prefix("/").unwrap_or(below));
         let groups = innermost.ancestors().take_while(|directory| directory.starts_with(&mount_point));
@@ -88,7 +88,7 @@ fn mount_of(mounts: &str, controllers: &str) -> Option<(PathBuf, PathBuf)> {
 fn limit_in(directory: &Path, names: &Names) -> Option<MemoryLimit> {
     let number = |name: &str| fs::read_to_string(directory.join(name)).ok()?.trim().parse::<u64>().ok();
     let file = directory.join(names.limit);
-    // "max" is no number. Version 1 shows a number near 2^63 in its place.
+    // "max" is not a number. Version 1 reports a number near 2^63 instead.
     let limit_bytes = number(names.limit).filter(|&limit| limit < 1 << 62)?;
     let stat = fs::read_to_string(directory.join("memory.stat")).unwrap_or_default();
     let of_key = |key: &str| {

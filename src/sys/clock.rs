@@ -1,4 +1,4 @@
-//! The clock that all processes of the host share, and that is never set.
+//! The clock that all processes of the host share, and that is never adjusted.
 
 /// Nanoseconds of CLOCK_MONOTONIC.
 pub fn monotonic_ns() -> u64 {

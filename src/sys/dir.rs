@@ -1,4 +1,4 @@
-//! Files named relative to an open directory (openat(2)): the name of the directory may lead elsewhere meanwhile.
+//! Accesses files relative to an open directory (openat(2)), because the directory's path may lead elsewhere meanwhile.
 
 use std::ffi::{CString, OsStr};
 use std::fs::File;
@@ -18,7 +18,7 @@ pub enum OpenMode {
     ReadWrite,
     /// For reading and writing; a missing file is created, and only this user may use it.
     Create,
-    /// As [`OpenMode::Create`], and a file that exists is an error.
+    /// Like [`OpenMode::Create`], but an existing file is an error.
     CreateNew,
     /// For writing at the end.
     Append,
@@ -52,7 +52,8 @@ pub fn unlink_at(dir: &File, name: &OsStr) -> io::Result<()> {
     retry_eintr(|| unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0) }).map(drop)
 }
 
-/// What a name in a directory leads to, as (device number, inode number, mode); a symbolic link is not followed.
+/// The file that a name in a directory leads to, as (device number, inode number, mode); a symbolic link is not
+/// followed.
 pub fn stat_at(dir: &File, name: &OsStr) -> io::Result<(u64, u64, u32)> {
     let name = name_of(name)?;
     let mut found = MaybeUninit::<libc::stat>::zeroed();

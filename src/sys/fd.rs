@@ -9,10 +9,10 @@ use super::retry_eintr;
 ///
 /// => Call this before the process receives descriptors through a socket. Until then only inherited descriptors lack
 ///    close-on-exec, because this process opens everything with that flag. Taking sets the flag, so a descriptor can be
-///    taken once.
+///    taken only once.
 ///
 /// # Errors
-/// EBADF if there is no such descriptor, or if it is not an inherited one that is still to be taken.
+/// EBADF if there is no such descriptor, or if it is not inherited or was already taken.
 pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: a plain system call; it fails on a number that is no descriptor's.
     let flags = retry_eintr(|| unsafe { libc::fcntl(fd, libc::F_GETFD) })?;

@@ -7,8 +7,8 @@ use std::os::fd::AsRawFd;
 
 use super::retry_eintr;
 
-/// A piece of memory for a transfer: `len` bytes from `base`. Laid out as the system's `iovec`, so that an array of
-/// them goes to the kernel as it is.
+/// A piece of memory for a transfer: `len` bytes from `base`. It has the layout of the system's `iovec`, so that an
+/// array of them can be passed to the kernel directly.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
@@ -28,8 +28,8 @@ const _: () = assert!(
     "a Segment is an iovec"
 );
 
-/// Whether a process has the regular file open for writing, as far as the kernel tells: `file` is open for reading, and
-/// asks for a read lease (fcntl(2)), which it gives back at once.
+/// Whether a process has the regular file open for writing, according to the kernel: this requests a read lease
+/// (fcntl(2)) on `file`, which is open for reading, and returns the lease immediately.
 pub fn is_open_for_writing(file: &File) -> bool {
     let lease = |kind: libc::c_int| {
         // SAFETY: the call takes an integer, and changes nothing but the lease of the open file.
@@ -49,10 +49,10 @@ pub enum Direction {
     Write,
 }
 
-/// Modes of fallocate(2); the file's size stays in all of them.
+/// Modes of fallocate(2); none of them changes the file's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FallocateMode {
-    /// Reserves space for the range; its data stays.
+    /// Reserves space for the range; its data is unchanged.
     Reserve,
     /// Frees the range, which then reads as zeros.
     PunchHole,
@@ -61,7 +61,7 @@ pub enum FallocateMode {
 }
 
 impl FallocateMode {
-    /// The mode as fallocate(2) takes it.
+    /// The flags of the mode for fallocate(2).
     pub fn flags(self) -> libc::c_int {
         let mode = match self {
             Self::Reserve => 0,
@@ -72,21 +72,21 @@ impl FallocateMode {
     }
 }
 
-/// Alignment in bytes that direct I/O on a file demands; a zero `offset` means that the file has no direct I/O.
+/// Alignment in bytes that direct I/O on a file requires; a zero `offset` means that the file has no direct I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirectAlignment {
-    /// Of memory addresses.
+    /// Alignment of memory addresses.
     pub memory: u32,
-    /// Of file offsets and of segment lengths.
+    /// Alignment of file offsets and of segment lengths.
     pub offset: u32,
 }
 
-/// A file offset or length as the system takes it.
+/// A file offset or length in the system's type.
 fn off(bytes: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
 }
 
-/// One preadv(2) or pwritev(2); may move fewer bytes than asked. Returns the number of bytes moved.
+/// One preadv(2) or pwritev(2); may move fewer bytes than requested. Returns the number of bytes moved.
 ///
 /// # Safety
 /// The segments must name memory that this thread may write (for [`Direction::Read`]) or read.
@@ -115,7 +115,7 @@ pub fn seek_data(file: &File, offset: u64) -> io::Result<u64> {
     seek(file, offset, libc::SEEK_DATA)
 }
 
-/// The first byte at or after `offset` that lies in a hole; the end of the file counts as one.
+/// The first byte at or after `offset` that lies in a hole; the end of the file counts as a hole.
 pub fn seek_hole(file: &File, offset: u64) -> io::Result<u64> {
     seek(file, offset, libc::SEEK_HOLE)
 }
@@ -142,19 +142,19 @@ pub fn birth_ns(file: &File) -> u64 {
     })
 }
 
-/// Size of a file in bytes and its number of names, as the kernel knows them without asking a file server: never waits.
-/// `None` if it knows neither.
+/// Size of a file in bytes and its number of names, as cached by the kernel: never waits for a file server. `None` if
+/// they are not cached.
 pub fn cached_size_and_links(file: &File) -> Option<(u64, u32)> {
     statx_with(file, libc::STATX_SIZE | libc::STATX_NLINK, libc::AT_STATX_DONT_SYNC)
         .map(|found| (found.stx_size, found.stx_nlink))
 }
 
-/// statx(2) on an open file; `None` if the answer lacks the fields that `mask` asks for.
+/// statx(2) on an open file; `None` if the result lacks the fields that `mask` requests.
 fn statx(file: &File, mask: libc::c_uint) -> Option<libc::statx> {
     statx_with(file, mask, 0)
 }
 
-/// As [`statx`], with more flags.
+/// Like [`statx`], with more flags.
 fn statx_with(file: &File, mask: libc::c_uint, flags: libc::c_int) -> Option<libc::statx> {
     let mut answer = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is a constant NUL-terminated string; statx fills at most the structure at the address given.

@@ -12,7 +12,7 @@ use super::retry_eintr;
 pub struct FileSystem {
     /// Block size in bytes, at least 1; on hugetlbfs the size of a huge page.
     pub block_bytes: usize,
-    /// Whether it is hugetlbfs, whose memory was reserved when the host was configured.
+    /// Whether it is hugetlbfs, whose memory was reserved in advance by the host's configuration.
     pub is_hugetlbfs: bool,
     /// Its magic number (statfs(2)).
     magic: i64,
@@ -43,15 +43,15 @@ const NAMES: &[(i64, &str)] = &[
     (0x9fa0, "proc"),
     (0x6265_6572, "sysfs"),
 ];
-/// How many of [`NAMES`] are in memory.
+/// Number of [`NAMES`] that are in memory.
 const IN_MEMORY: usize = 3;
-/// File systems whose server is another process or machine, which may not answer: NFS, SMB, Ceph, FUSE, 9p.
+/// File systems whose server is another process or machine, which may not respond: NFS, SMB, Ceph, FUSE, 9p.
 const REMOTE: [i64; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x00c3_6400, 0x6573_5546, 0x0102_1997];
 /// File systems that punch holes: ext4, XFS, btrfs, tmpfs, F2FS.
 const PUNCHES_HOLES: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010];
 
-/// File systems that keep what stat(2) tells of an open file in memory: those in memory, ext4, XFS, btrfs, F2FS, FAT,
-/// exFAT.
+/// File systems that keep the attributes of an open file (stat(2)) in memory: those in memory, ext4, XFS, btrfs, F2FS,
+/// FAT, exFAT.
 const LOCAL: [i64; 9] =
     [0x0102_1994, 0x9584_58f6, 0x8584_58f6, 0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x4d44, 0x2011_bab0];
 
@@ -64,7 +64,7 @@ impl FileSystem {
         // SAFETY: all-zero bytes are a valid statfs, and the kernel wrote over them at most.
         let found = unsafe { found.assume_init() };
         let block_bytes = usize::try_from(found.f_bsize).unwrap_or(1).max(1);
-        // A tmpfs without a limit has no blocks at all.
+        // A tmpfs without a limit reports no blocks.
         let available = if found.f_blocks == 0 { u64::MAX } else { found.f_bavail };
         Ok(Self {
             block_bytes,
@@ -74,28 +74,28 @@ impl FileSystem {
         })
     }
 
-    /// Whether its files are memory.
+    /// Whether it keeps its files in memory.
     pub fn is_memory(&self) -> bool {
         NAMES[..IN_MEMORY].iter().any(|(magic, _)| *magic == self.magic)
     }
 
-    /// Whether what it tells of an open file is in memory: no call waits for a server or a device.
+    /// Whether it keeps the attributes of an open file in memory: reading them never waits for a server or a device.
     pub fn is_local(&self) -> bool {
         LOCAL.contains(&self.magic)
     }
 
-    /// Whether an access to its files may wait for another process or machine without end.
+    /// Whether an access to its files may wait forever for another process or machine.
     pub fn may_hang(&self) -> bool {
         REMOTE.contains(&self.magic)
     }
 
-    /// Its name, if it is a common one; else its magic number.
+    /// Its name, if it is a common file system; otherwise its magic number.
     pub fn name(&self) -> String {
         let known = NAMES.iter().find(|(magic, _)| *magic == self.magic);
         known.map_or_else(|| format!("a file system of type {:#x}", self.magic), |(_, name)| (*name).to_owned())
     }
 
-    /// Whether holes can be punched into its files, as far as that is known of the file system.
+    /// Whether the file system is known to support punching holes.
     pub fn punches_holes(&self) -> bool {
         PUNCHES_HOLES.contains(&self.magic)
     }

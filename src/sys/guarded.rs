@@ -1,10 +1,10 @@
-//! Writes that block for a moment at most.
+//! Writes that block only for a few milliseconds.
 //!
 //! An eventfd that another process has sent belongs to that process as well: at any time it can fill the counter and
 //! clear O_NONBLOCK, and then a write blocks until the other process reads. No flag of a single write prevents that
-//! (pwritev2(2) does not support eventfds). So a watchdog thread looks every few milliseconds whether a thread is still
-//! in the same write, and interrupts it by a signal. A write itself pays for that with one store before it and one
-//! after it.
+//! (pwritev2(2) does not support eventfds). So a watchdog thread checks every few milliseconds whether a thread is
+//! still in the same write, and interrupts it by a signal. The cost for a write is one store before it and one after
+//! it.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,16 +16,16 @@ use std::time::Duration;
 
 use super::signal::block_all_in_this_thread;
 
-/// How often the watchdog looks. A write that blocks takes this long, up to twice.
+/// The interval of the watchdog's checks. A blocking write takes one to two intervals.
 const PERIOD: Duration = Duration::from_millis(4);
-/// After so many periods without any write the watchdog sleeps until there is one.
+/// After this many intervals without any write, the watchdog sleeps until there is one.
 const IDLE_PERIODS_MAX: u32 = 250;
 
-/// The writes of one thread.
+/// The progress of one thread's writes.
 #[derive(Debug)]
 struct WritingThread {
     thread: libc::pid_t,
-    /// Number of begins and ends of writes: odd in a write.
+    /// Number of starts and ends of writes: odd during a write.
     steps: AtomicU64,
 }
 
@@ -41,7 +41,7 @@ struct Registry {
 static REGISTRY: Registry =
     Registry { writers: Mutex::new(Vec::new()), asleep: AtomicBool::new(false), watchdog: OnceLock::new() };
 
-/// The writer of a thread, until the thread ends.
+/// The entry of a thread in the registry, until the thread ends.
 struct Registered(Arc<WritingThread>);
 
 thread_local! {
@@ -64,7 +64,7 @@ impl Drop for Registered {
     }
 }
 
-/// Starts the watchdog, if it does not run. `confine` is what its thread does first. Without it writes may block.
+/// Starts the watchdog, unless it is running. Its thread first calls `confine`. Without the watchdog, writes may block.
 pub fn start_watchdog(confine: impl FnOnce() + Send + 'static) {
     REGISTRY.watchdog.get_or_init(|| {
         let watch = || {
@@ -83,8 +83,8 @@ pub fn start_watchdog(confine: impl FnOnce() + Send + 'static) {
 /// latter after some milliseconds, because O_NONBLOCK is not set.
 pub fn add_one(mut eventfd: &File) -> io::Result<()> {
     WRITER.with(|Registered(writer)| {
-        // An ordering that is the same for all threads: either the watchdog sees this step before it sleeps, or this
-        // thread sees that it sleeps.
+        // The order is the same for all threads: either the watchdog sees this step before it sleeps, or this thread
+        // sees that the watchdog sleeps.
         writer.steps.fetch_add(1, Ordering::SeqCst);
         if REGISTRY.asleep.load(Ordering::SeqCst) {
             REGISTRY.wake();
@@ -108,7 +108,7 @@ impl Registry {
         }
     }
 
-    /// The watchdog.
+    /// The loop of the watchdog.
     fn watch(&self) {
         block_all_in_this_thread();
         let (mut seen, mut idle) = (Vec::new(), 0);
@@ -133,9 +133,9 @@ impl Registry {
         self.writers().iter().map(|writer| (writer.thread, writer.steps.load(Ordering::SeqCst))).collect()
     }
 
-    /// Interrupts the threads that are in the same write as when `seen` was taken; returns what is seen now.
+    /// Interrupts the threads that are still in the write recorded in `seen`; returns the present state.
     fn interrupt_stuck(&self, seen: &[(libc::pid_t, u64)]) -> Vec<(libc::pid_t, u64)> {
-        // Locked until the signals are sent: no thread of the list ends meanwhile.
+        // Locked until the signals are sent, so that no thread of the list ends meanwhile.
         let writers = self.writers();
         let now: Vec<_> = writers.iter().map(|writer| (writer.thread, writer.steps.load(Ordering::SeqCst))).collect();
         for &(thread, steps) in &now {
@@ -154,7 +154,7 @@ fn signal() -> libc::c_int {
     libc::SIGRTMIN() + 3
 }
 
-/// Makes the signal interrupt system calls, and do nothing else.
+/// Makes the signal interrupt system calls, without any other effect.
 fn install_handler() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int) {}
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();

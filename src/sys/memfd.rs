@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use super::retry_eintr;
 
-/// A new, empty memfd that can be sealed; /proc shows `name`.
+/// Creates an empty memfd that can be sealed; /proc shows `name`.
 pub fn create(name: &CStr) -> io::Result<File> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is NUL-terminated; the call reads no other memory.
@@ -16,13 +16,12 @@ pub fn create(name: &CStr) -> io::Result<File> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
 }
 
-/// Makes it impossible to shrink a memfd: access to memory that was cut off raises SIGBUS in every process that maps
-/// it.
+/// Seals a memfd against shrinking: access to truncated memory would raise SIGBUS in every process that maps it.
 pub fn forbid_shrinking(file: &File) -> io::Result<()> {
     add_seals(file, libc::F_SEAL_SHRINK)
 }
 
-/// Makes it impossible to change the size of a memfd, or its seals.
+/// Seals the size and the seals of a memfd against changes.
 pub fn freeze_size(file: &File) -> io::Result<()> {
     add_seals(file, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL)
 }

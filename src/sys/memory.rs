@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-/// Keeps memory, given by its addresses, out of core dumps of this process (MADV_DONTDUMP). The start is a multiple of
+/// Excludes memory, given by its addresses, from core dumps of this process (MADV_DONTDUMP). The start is a multiple of
 /// the page size.
 ///
 /// # Errors
@@ -17,9 +17,9 @@ pub fn exclude_from_dumps(addresses: Range<usize>) -> io::Result<()> {
     }
 }
 
-/// Makes the allocator ask now what it would ask of the system later, on any thread. The GNU C library opens a file of
-/// sysfs when it chooses the number of its arenas, and one of proc when it first returns memory of an arena other than
-/// the first (vm.overcommit_memory).
+/// Makes the allocator query the system now, instead of later on any thread. The GNU C library opens a file of sysfs
+/// when it chooses the number of its arenas, and one of proc when it first returns memory of an arena other than the
+/// first (vm.overcommit_memory).
 pub fn prepare_allocator() {
     #[cfg(target_env = "gnu")]
     {
@@ -28,16 +28,16 @@ pub fn prepare_allocator() {
         let arenas = libc::c_int::try_from(processors * FOR_EACH_PROCESSOR).unwrap_or(libc::c_int::MAX);
         // SAFETY: a plain call; the allocator takes the number or ignores it.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
-        // A thread of its own has an arena of its own. Without a thread the process serves nothing.
+        // A new thread has an arena of its own. If it cannot be started, the process cannot serve anything either.
         _ = std::thread::Builder::new().spawn(free_much).map(std::thread::JoinHandle::join);
     }
 }
 
-/// Allocates and frees so much that the allocator returns memory to the system, in blocks that it takes from an arena.
+/// Allocates and frees so much memory, in blocks from an arena, that the allocator returns memory to the system.
 pub fn free_much() {
-    /// Below the least size that gets a mapping of its own (M_MMAP_THRESHOLD), which grows.
+    /// Below the minimum size of a block with a mapping of its own (M_MMAP_THRESHOLD), which grows.
     const BLOCK: usize = 64 << 10;
-    /// More than what an arena may keep (M_TRIM_THRESHOLD), which grows with the largest mapping that was freed.
+    /// More than an arena may keep (M_TRIM_THRESHOLD), which grows with the largest mapping that was freed.
     const TOTAL: usize = 32 << 20;
     let blocks: Vec<Vec<u8>> = (0..TOTAL / BLOCK).map(|_| Vec::with_capacity(BLOCK)).collect();
     drop(std::hint::black_box(blocks));

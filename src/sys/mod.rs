@@ -1,6 +1,6 @@
 //! System calls that std does not wrap, each behind one small function. Errors carry the system's errno.
 //!
-//! This module knows nothing of disks, caches or guests: any other module may use it, and it uses none.
+//! This module is independent of disks, caches and guests: any other module may use it, and it uses none.
 
 pub mod block;
 pub mod cgroup;
@@ -31,12 +31,12 @@ pub mod xattr;
 
 use std::io;
 
-/// Whether an error number says that the host lacks the operation, as opposed to that the operation failed.
+/// Whether an error number means that the host lacks the operation, as opposed to a failed operation.
 pub fn is_unsupported(errno: i32) -> bool {
     matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)
 }
 
-/// The error number of `error`; EIO if it carries none.
+/// The error number of `error`; EIO if it has none.
 pub fn errno_of(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
 }

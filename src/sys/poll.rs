@@ -16,12 +16,12 @@ pub fn wait_readable(fd: RawFd, timeout: Duration) -> bool {
     unsafe { libc::poll(&raw mut poll, 1, timeout_ms) > 0 }
 }
 
-/// Waits until at least one descriptor is readable or hung up; returns which are.
+/// Waits until at least one descriptor is readable or hung up; returns which ones are.
 pub fn wait_any_readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
     wait_any_readable_within(descriptors, -1)
 }
 
-/// As [`wait_any_readable`], for at most `timeout`.
+/// Like [`wait_any_readable`], but at most for `timeout`.
 pub fn wait_any_readable_for<const N: usize>(
     descriptors: [&dyn AsRawFd; N],
     timeout: Duration,

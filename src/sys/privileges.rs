@@ -1,5 +1,5 @@
-//! What the process may do beyond its user's rights, and how it gives that up: capabilities, set-user-ID programs, the
-//! user itself, and the rights of others on the process.
+//! The privileges of the process beyond its user's rights, and how to drop them: capabilities, set-user-ID programs,
+//! the user itself, and the rights of other processes on this one.
 
 use std::ffi::CString;
 use std::io;
@@ -23,20 +23,20 @@ fn prctl(option: libc::c_int, argument: libc::c_ulong) -> io::Result<libc::c_int
     }
 }
 
-/// Makes execve(2) in the calling thread, and in those that it starts, give no privileges that the thread lacks
-/// (PR_SET_NO_NEW_PRIVS). Nothing takes that back.
+/// Makes execve(2) in the calling thread, and in those that it starts, grant no privileges that the thread lacks
+/// (PR_SET_NO_NEW_PRIVS). This is irreversible.
 pub fn forbid_new_privileges() -> io::Result<()> {
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map(drop)
 }
 
-/// Makes the process one that only root may trace and read, and that leaves no core file (PR_SET_DUMPABLE). A change of
-/// the user resets it.
+/// Allows only root to trace and read the process, and disables its core file (PR_SET_DUMPABLE). A change of the user
+/// resets that.
 pub fn forbid_dumping() -> io::Result<()> {
     prctl(libc::PR_SET_DUMPABLE, 0).map(drop)
 }
 
-/// Gives up all capabilities of the calling thread and of the threads that it starts, those included that execve(2)
-/// could return.
+/// Drops all capabilities of the calling thread and of the threads that it starts, including those that execve(2) could
+/// restore.
 ///
 /// # Errors
 /// Errors of prctl(2) and capset(2).
@@ -45,11 +45,11 @@ pub fn drop_capabilities() -> io::Result<()> {
         match prctl(libc::PR_CAPBSET_READ, capability) {
             Ok(0) => {}
             Ok(_) => match prctl(libc::PR_CAPBSET_DROP, capability) {
-                // A thread without privileges may not shrink the set that bounds what it cannot gain.
+                // A thread without privileges cannot reduce its bounding set, and cannot gain capabilities either.
                 Err(error) if error.raw_os_error() == Some(libc::EPERM) => break,
                 result => drop(result?),
             },
-            // The kernel has no more.
+            // The kernel has no more capabilities.
             Err(_) => break,
         }
     }
@@ -85,7 +85,7 @@ pub struct User {
 /// The user called `name`; `None` if there is no such user.
 ///
 /// # Errors
-/// Those of getpwnam_r(3); EINVAL for a name with a NUL byte.
+/// Errors of getpwnam_r(3); EINVAL for a name with a NUL byte.
 pub fn user_called(name: &str) -> io::Result<Option<User>> {
     let name = CString::new(name).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let mut buffer = vec![0; 4096];
@@ -107,7 +107,7 @@ pub fn user_called(name: &str) -> io::Result<Option<User>> {
             }
             libc::ERANGE if buffer.len() < GROUP_BYTES_MAX => buffer.resize(buffer.len() * 4, 0),
             libc::EINTR => {}
-            // "The given name was not found", in the words of some resolvers.
+            // Some resolvers report "the given name was not found" that way.
             libc::ENOENT | libc::ESRCH => return Ok(None),
             errno => return Err(io::Error::from_raw_os_error(errno)),
         }
@@ -131,13 +131,13 @@ fn groups_of(name: &CString, gid: u32) -> Vec<u32> {
     }
 }
 
-/// Makes the whole process run as `user`. That cannot be undone.
+/// Makes the whole process run as `user`. This is irreversible.
 ///
 /// => Call this before a thread has a filter of system calls: the C library changes the user of every thread by a
 ///    signal, in whose handler each makes the system call.
 ///
 /// # Errors
-/// EPERM without CAP_SETUID and CAP_SETGID, unless the process is that user already.
+/// EPERM without CAP_SETUID and CAP_SETGID, unless the process already runs as that user.
 pub fn become_user(user: &User) -> io::Result<()> {
     let (uid, gid) = (user.uid, user.gid);
     // SAFETY: a plain system call.
@@ -155,7 +155,7 @@ pub fn become_user(user: &User) -> io::Result<()> {
     if results == [0; 3] { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Lifts the limit of locked memory, as far as the process may: pinned memory of rings counts against it as soon as the
+/// Raises the limit of locked memory as far as the process may: pinned memory of rings counts against it as soon as the
 /// process no longer has CAP_IPC_LOCK.
 pub fn lift_locked_memory_limit() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -194,7 +194,7 @@ mod tests {
             for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
                 assert!(status.contains(&format!("{set}:\t0000000000000000\n")), "{set} in {status}");
             }
-            // A second time there is nothing to drop.
+            // The second call has nothing to drop.
             drop_capabilities().unwrap();
         })
         .join()

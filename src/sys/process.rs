@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::retry_eintr;
 
-/// Largest record of a group that is read, in bytes. A group has one name for each member.
+/// Largest record of a group that is read, in bytes. It contains the name of each member.
 pub(super) const GROUP_BYTES_MAX: usize = 1 << 20;
 
 /// The process's effective user ID.
@@ -22,7 +22,7 @@ pub fn effective_uid() -> u32 {
 /// The ID of the group called `name`; `None` if there is no such group.
 ///
 /// # Errors
-/// Those of getgrnam_r(3); EINVAL for a name with a NUL byte.
+/// Errors of getgrnam_r(3); EINVAL for a name with a NUL byte.
 pub fn group_id(name: &str) -> io::Result<Option<u32>> {
     let name = CString::new(name).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let mut buffer = vec![0; 4096];
@@ -40,7 +40,7 @@ pub fn group_id(name: &str) -> io::Result<Option<u32>> {
             0 => return Ok((!found.is_null()).then(|| unsafe { group.assume_init().gr_gid })),
             libc::ERANGE if buffer.len() < GROUP_BYTES_MAX => buffer.resize(buffer.len() * 4, 0),
             libc::EINTR => {}
-            // "The given name was not found", in the words of some resolvers.
+            // Some resolvers report "the given name was not found" that way.
             libc::ENOENT | libc::ESRCH => return Ok(None),
             errno => return Err(io::Error::from_raw_os_error(errno)),
         }
@@ -57,8 +57,8 @@ pub fn name_of(pid: u32) -> Option<String> {
 /// I/O, which takes long on a loaded host.
 pub const DEATH_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Whether a process is dying: SIGKILL waits for it, or it has given up its memory. What it holds is released soon,
-/// without it.
+/// Whether a process is dying: SIGKILL is pending, or it has released its memory. The kernel soon releases its other
+/// resources.
 pub fn is_dying(pid: u32) -> bool {
     const KILLED: u64 = 1 << (libc::SIGKILL - 1);
     let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
@@ -67,15 +67,15 @@ pub fn is_dying(pid: u32) -> bool {
     (pending("SigPnd:") | pending("ShdPnd:")) & KILLED != 0 || field("VmSize:").is_none()
 }
 
-/// Another process, and not a dying one, that has the same file open by the same path, with its name; `None` if this
-/// user can see none. Asks nothing of the file's file system, which may not answer.
+/// Another process, not a dying one, that has the same file open by the same path, with its name; `None` if none is
+/// visible to this user. Does not access the file's file system, which may not respond.
 pub fn other_user_of(file: &File) -> Option<(u32, String)> {
     let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
     let own = std::process::id();
     user_of(&path, |pid| pid != own)
 }
 
-/// A process, and not a dying one, that has the socket with this inode open; `None` if this user can see none.
+/// A process, not a dying one, that has the socket with this inode open; `None` if none is visible to this user.
 pub fn user_of_socket(inode: u32) -> Option<u32> {
     user_of(Path::new(&format!("socket:[{inode}]")), |_| true).map(|(pid, _)| pid)
 }
@@ -91,7 +91,7 @@ fn user_of(link: &Path, is_wanted: impl Fn(u32) -> bool) -> Option<(u32, String)
     Some((pid, name_of(pid)?))
 }
 
-/// Waits until a child process has ended. Its number stays its own until it is waited for again.
+/// Waits until a child process has ended. Its process ID is not reused until it is reaped.
 ///
 /// # Errors
 /// Errors of waitid(2).
@@ -142,7 +142,7 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
     }
 }
 
-/// Names the calling thread; a process has the name of its first thread. Of long names the first 15 bytes count.
+/// Names the calling thread; a process has the name of its first thread. Names are truncated to 15 bytes.
 pub fn set_thread_name(name: &CStr) {
     // SAFETY: the call reads a string that ends with a NUL byte. It cannot fail.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };

@@ -1,8 +1,8 @@
-//! Copies of bytes that others may write at the same time.
+//! Copies of bytes that other threads or processes may write at the same time.
 //!
-//! By Rust's memory model a plain copy that races is undefined behaviour, even where every mixture of old and new bytes
-//! will do, and there is no stable byte-wise atomic copy. The model ends at an assembler instruction, so on x86-64
-//! these copies consist of such. (Elsewhere, and in Miri, they are plain copies.)
+//! In Rust's memory model a plain copy with a data race is undefined behaviour, even if every mixture of old and new
+//! bytes is acceptable, and there is no stable byte-wise atomic copy. The model does not cover assembler instructions,
+//! so on x86-64 these copies use them. (Elsewhere, and in Miri, they are plain copies.)
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 use std::arch::asm;
@@ -10,12 +10,12 @@ use std::arch::asm;
 /// Bytes of a line of the processor's cache.
 pub const LINE_BYTES: usize = 64;
 
-/// What a copy prefetches meanwhile: as many bytes as it copies, line by line. The address need not be valid.
+/// The data that a copy prefetches meanwhile: as many bytes as it copies, line by line. The address need not be valid.
 ///
 /// => A page that was not used recently is in none of the processor's caches, and the processor's prefetcher stops at
 ///    page boundaries: without this, every copy of a page begins with a wait for memory. (Measured on an EPYC: 185 ns
 ///    for a page out of 128 MiB, 245 ns if only the start of the next page is prefetched, 270 ns without prefetching;
-///    and no loss where everything is in the processor's cache.)
+///    and no loss if everything is in the processor's cache.)
 #[derive(Clone, Copy, Debug)]
 pub enum Ahead {
     /// Nothing.
@@ -28,7 +28,7 @@ pub enum Ahead {
 
 /// Copies `len` bytes.
 ///
-/// => Not by one string instruction: those are as fast by themselves, but nothing else runs beside them.
+/// => It uses no string instruction: one alone is as fast, but the processor runs nothing else in parallel with it.
 ///
 /// # Safety
 /// `source` is valid for reads and `target` for writes of `len` bytes; they do not overlap, and no reference covers a
@@ -87,7 +87,7 @@ unsafe fn copy_line(source: *const u8, target: *mut u8) {
     };
 }
 
-/// Copies any number of bytes, slower than by lines.
+/// Copies any number of bytes, slower than line by line.
 ///
 /// # Safety
 /// As for [`copy`].
@@ -123,7 +123,7 @@ pub fn prefetch(address: *const u8) {
     };
 }
 
-/// As [`prefetch`], for a line that will be written. A processor without the instruction ignores it.
+/// Like [`prefetch`], for a line that will be written. A processor without the instruction ignores it.
 #[cfg_attr(any(not(target_arch = "x86_64"), miri), allow(unused_variables, reason = "there is no portable prefetch"))]
 #[inline]
 fn prefetch_to_write(address: *const u8) {

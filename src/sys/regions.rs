@@ -1,4 +1,5 @@
-//! Which mapped memory an address belongs to, for the handler of SIGBUS: it may not lock, allocate or read /proc.
+//! Finds the mapped memory that an address belongs to, for the handler of SIGBUS, which may not lock, allocate or read
+//! /proc.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,7 +13,7 @@ pub enum Region {
     Inflight,
 }
 
-/// Ranges of a kind that are remembered. A device has one of each; the oldest is forgotten.
+/// Number of ranges of a kind that are recorded. A device has one range of each kind; the oldest entry is overwritten.
 const SLOTS: usize = 256;
 
 struct RangeTable {
@@ -28,7 +29,7 @@ impl RangeTable {
     fn note(&self, range: &Range<usize>) {
         let slot = self.next.fetch_add(1, Ordering::Relaxed) % SLOTS;
         let (start, end) = &self.ranges[slot];
-        // Empty meanwhile.
+        // The slot is empty meanwhile.
         end.store(0, Ordering::Release);
         start.store(range.start, Ordering::Release);
         end.store(range.end, Ordering::Release);
@@ -44,7 +45,7 @@ impl RangeTable {
 static CACHE: RangeTable = RangeTable::new();
 static INFLIGHT: RangeTable = RangeTable::new();
 
-/// Remembers where memory of this kind is mapped.
+/// Records where memory of this kind is mapped.
 pub fn note(region: Region, range: &Range<usize>) {
     match region {
         Region::Cache => CACHE.note(range),
@@ -52,7 +53,7 @@ pub fn note(region: Region, range: &Range<usize>) {
     }
 }
 
-/// Which memory an address belongs to, as far as that was noted.
+/// The kind of memory that an address belongs to, if that was recorded.
 pub fn of(address: usize) -> Option<Region> {
     if CACHE.contains(address) {
         return Some(Region::Cache);

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::memfd;
 use super::memory::exclude_from_dumps;
 
-/// A mapping of words; the file stays as long as a descriptor or a mapping of it.
+/// A mapping of words; the file exists as long as a descriptor or a mapping of it.
 #[derive(Debug)]
 pub struct SharedWords {
     base: *mut AtomicU64,
@@ -75,7 +75,7 @@ impl SharedWords {
         self.word(index).load(Ordering::Acquire)
     }
 
-    /// Stores a word, after all stores before.
+    /// Stores a word, after all earlier stores.
     pub fn store(&self, index: usize, value: u64) {
         self.word(index).store(value, Ordering::Release);
     }
@@ -88,7 +88,7 @@ impl Drop for SharedWords {
     }
 }
 
-/// `N` adjacent words, with their address at hand.
+/// `N` adjacent words, with a cached address.
 #[derive(Clone, Debug)]
 pub struct WordBlock<const N: usize> {
     words: *const [AtomicU64; N],
@@ -101,7 +101,7 @@ unsafe impl<const N: usize> Send for WordBlock<N> {}
 unsafe impl<const N: usize> Sync for WordBlock<N> {}
 
 impl<const N: usize> WordBlock<N> {
-    /// The words from the index `first` on.
+    /// The words from index `first` on.
     ///
     /// # Panics
     /// If there are fewer.
@@ -130,7 +130,7 @@ mod tests {
         let reader = SharedWords::map(&file, 8).unwrap();
         writer.store(7, 42);
         assert_eq!((reader.load(7), reader.load(0)), (42, 0));
-        assert!(file.set_len(0).is_err(), "the file cannot be cut short");
+        assert!(file.set_len(0).is_err(), "the file cannot be truncated");
         assert!(SharedWords::map(&file, 9).is_err());
     }
 

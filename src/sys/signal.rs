@@ -13,7 +13,7 @@ impl BlockedSignals {
     /// => Call this before starting threads: they inherit the mask.
     ///
     /// # Errors
-    /// EINVAL for a number that is no signal's.
+    /// EINVAL for a number that is not a signal.
     pub fn block(signals: &[libc::c_int]) -> io::Result<Self> {
         // SAFETY: all-zero bytes are a valid sigset_t, which sigemptyset initialises.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -43,8 +43,8 @@ impl BlockedSignals {
     }
 }
 
-/// Blocks every signal in the calling thread: another one gets it. Not SIGSYS, which a filter of system calls raises in
-/// the thread itself.
+/// Blocks every signal in the calling thread, so that another thread gets it. The exception is SIGSYS, which a filter
+/// of system calls raises in the thread itself.
 pub fn block_all_in_this_thread() {
     // SAFETY: all-zero bytes are a valid sigset_t, which sigfillset initialises.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -77,7 +77,7 @@ pub fn name_of(signal: i32) -> String {
     name.to_owned()
 }
 
-/// What a handler of [`on_bus_error`] calls with the address whose access failed.
+/// The function that [`on_bus_error`] calls with the address whose access failed.
 ///
 /// => It runs in a signal handler: it may load and store atomics, and nothing else.
 pub type BusErrorHook = fn(usize);
@@ -95,7 +95,7 @@ pub fn on_bus_error(hook: BusErrorHook) -> io::Result<()> {
         let address = unsafe { (*info).si_addr() }.addr();
         // SAFETY: the only value stored, besides null, is a BusErrorHook.
         unsafe { std::mem::transmute::<*mut (), BusErrorHook>(hook)(address) };
-        // The access is repeated when this returns, and the signal then has its default effect (SA_RESETHAND).
+        // When this returns, the access is repeated, and the signal then has its default effect (SA_RESETHAND).
     }
     BUS_ERROR_HOOK.store(hook as *mut (), Ordering::Release);
     // SAFETY: all-zero bytes are a valid sigaction: no flags and an empty mask.
@@ -113,7 +113,7 @@ pub fn on_bus_error(hook: BusErrorHook) -> io::Result<()> {
 /// signal that another process sends has no effect.
 ///
 /// # Errors
-/// EINVAL for a number that is no signal's, or one of a signal that cannot be ignored.
+/// EINVAL for a number that is not a signal, or is a signal that cannot be ignored.
 pub fn ignore(signals: &[libc::c_int]) -> io::Result<()> {
     for &signal in signals {
         // SAFETY: SIG_IGN is a valid disposition for every signal that can be ignored, and installs no code.

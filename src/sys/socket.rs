@@ -1,4 +1,4 @@
-//! Unix domain sockets, as far as std does not cover them.
+//! Functions for Unix domain sockets that std lacks.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -15,7 +15,7 @@ use super::retry_eintr;
 /// Whether a descriptor is a socket on which listen(2) was called.
 ///
 /// # Errors
-/// ENOTSOCK for a descriptor that is no socket.
+/// ENOTSOCK for a descriptor that is not a socket.
 pub fn is_listening(socket: impl AsFd) -> io::Result<bool> {
     let mut listens: libc::c_int = 0;
     let mut len = socklen(size_of_val(&listens));
@@ -31,13 +31,13 @@ pub fn set_backlog(listener: &UnixListener, len: u16) -> io::Result<()> {
     retry_eintr(|| unsafe { libc::listen(listener.as_raw_fd(), len.into()) }).map(drop)
 }
 
-/// Makes a listener refuse connections, also where another descriptor of this process keeps it open.
+/// Makes a listener refuse connections, even if another descriptor of this process keeps it open.
 pub fn stop_listening(listener: &UnixListener) {
     // SAFETY: a plain system call on an open descriptor. It fails only for a descriptor that does not listen.
     unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
 }
 
-/// Connects to an abstract name without waiting; the stream blocks afterwards.
+/// Connects to an abstract name without waiting; the resulting stream is in blocking mode.
 ///
 /// # Errors
 /// EAGAIN if the listener's queue is full, ECONNREFUSED if no process listens, EINVAL if the name is too long.
@@ -46,7 +46,7 @@ pub fn connect_without_waiting(abstract_name: &[u8]) -> io::Result<UnixStream> {
     connect_to(&[&[0], abstract_name].concat())
 }
 
-/// As [`connect_without_waiting`], to a path.
+/// Like [`connect_without_waiting`], to a path.
 ///
 /// # Errors
 /// As [`connect_without_waiting`]; ENOENT and EACCES for the path.
@@ -63,11 +63,11 @@ fn connect_to(name: &[u8]) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Creates a socket at `path` that accepts no connection yet: [`listen`] follows. Its file never has more rights than
-/// `mode`, and fewer if the umask removes some.
+/// Creates a socket at `path` that accepts no connection yet: [`listen`] follows. Its file never has more permissions
+/// than `mode`, and fewer if the umask removes some.
 ///
 /// # Errors
-/// EADDRINUSE if the path exists, and what else creating a file can fail with.
+/// EADDRINUSE if the path exists, and the errors of creating a file.
 pub fn bind_without_listening(path: &Path, mode: u32) -> io::Result<OwnedFd> {
     let socket = File::from(stream_socket(0)?);
     // On Linux the mode of the unbound socket is that of the file which bind() creates, less the umask (unix(7)).
@@ -118,7 +118,7 @@ fn unix_address(sun_path: &[u8]) -> io::Result<(libc::sockaddr_un, libc::socklen
     Ok((address, socklen(size_of_val(&address.sun_family) + sun_path.len())))
 }
 
-/// The process at the other end of a connection, as it was when it connected.
+/// The process at the other end of a connection, at the time when it connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// Its process ID; 0 if this process cannot see it (another PID namespace).
@@ -157,7 +157,8 @@ pub fn message_pair() -> io::Result<(UnixStream, UnixStream)> {
 /// Sends a message of [`message_pair`] with descriptors, without waiting for space in the other end's queue.
 ///
 /// # Errors
-/// EAGAIN if that has none, EPIPE if the other end is closed, EMSGSIZE for a message that no queue holds.
+/// EAGAIN if the queue has no space, EPIPE if the other end is closed, EMSGSIZE for a message that is too long for any
+/// queue.
 pub fn send_with_files(socket: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
     let numbers: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
     let numbers_bytes = size_of_val(numbers.as_slice());
@@ -192,8 +193,8 @@ pub fn send_with_files(socket: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_
 /// bytes and the descriptors.
 ///
 /// # Errors
-/// Errors of recvmsg(2). [`io::ErrorKind::Other`] if descriptors are lost, because there are more of them, or because
-/// this process cannot have more: the kernel passes on what it can, and the message would be misunderstood.
+/// Errors of recvmsg(2). [`io::ErrorKind::Other`] if descriptors are lost, because more were sent, or because this
+/// process has reached its limit: the kernel passes on only some of them, and the message would be misinterpreted.
 pub fn receive_with_files<const FILES_MAX: usize>(
     socket: &UnixStream,
     bytes: &mut [u8],
@@ -261,9 +262,9 @@ mod tests {
         let (len, files) = receive_with_files::<4>(&ours, &mut bytes).unwrap();
         assert_eq!((&bytes[..len], files.len()), (&b"three"[..], 2));
         let full = (0..).find_map(|_| send_with_files(&theirs, &[0; 1024], &[]).err()).unwrap();
-        assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "a reader that does not read keeps nobody waiting");
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "a reader that does not read blocks no sender");
         drop(ours);
-        // The first send learns that messages were left unread.
+        // The first send reports that messages were left unread.
         let _ = send_with_files(&theirs, b"x", &[]);
         assert_eq!(send_with_files(&theirs, b"x", &[]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }

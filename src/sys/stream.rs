@@ -1,5 +1,5 @@
-//! Stream sockets to a server, as far as std does not cover them: scattered transfers that never wait, and how the
-//! kernel finds out that the other end is gone.
+//! Functions for stream sockets to a server that std lacks: scattered transfers that never wait, and detection of a
+//! lost peer.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -7,18 +7,18 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use super::file::Segment;
 use super::retry_eintr;
 
-/// Idle seconds before the kernel probes a TCP connection, seconds between probes, and probes without an answer.
+/// Idle seconds before the kernel probes a TCP connection, seconds between probes, and number of unanswered probes.
 const KEEP_ALIVE: [(libc::c_int, libc::c_int); 3] =
     [(libc::TCP_KEEPIDLE, 5), (libc::TCP_KEEPINTVL, 2), (libc::TCP_KEEPCNT, 3)];
-/// How long what was sent may stay without an acknowledgement: as long as the probes take.
+/// How long sent data may stay unacknowledged: as long as the probes take.
 const USER_TIMEOUT_MS: libc::c_int = 11_000;
 /// SO_PEERPIDFD (Linux 6.5), which the libc crate does not have.
 const SO_PEERPIDFD: libc::c_int = 77;
 
-/// One sendmsg(2) that neither waits nor raises SIGPIPE; returns the number of bytes that the kernel took.
+/// One sendmsg(2) that neither waits nor raises SIGPIPE; returns the number of bytes that the kernel accepted.
 ///
 /// # Errors
-/// EAGAIN if it took none; those of a broken connection.
+/// EAGAIN if it accepted none; errors of a broken connection.
 ///
 /// # Safety
 /// The segments must name memory that this thread may read.
@@ -32,7 +32,7 @@ pub unsafe fn send(socket: RawFd, segments: &[Segment]) -> io::Result<usize> {
 /// One recvmsg(2) that does not wait; returns the number of bytes, 0 at the end of the stream.
 ///
 /// # Errors
-/// EAGAIN if there are none yet; those of a broken connection.
+/// EAGAIN if no bytes are available; errors of a broken connection.
 ///
 /// # Safety
 /// The segments must name memory that this thread may write.
@@ -50,7 +50,8 @@ fn message_of(segments: &[Segment]) -> libc::msghdr {
     message
 }
 
-/// Makes the kernel find out within some seconds that a TCP connection's other end is gone, also while nothing is sent.
+/// Makes the kernel detect within some seconds that the other end of a TCP connection is unreachable, even while
+/// nothing is sent.
 ///
 /// # Errors
 /// Errors of setsockopt(2).
@@ -62,7 +63,7 @@ pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
     set(&socket, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 }
 
-/// Makes closing a TCP connection drop what was not sent yet. Has no effect on other sockets.
+/// Makes closing a TCP connection drop unsent data. Has no effect on other sockets.
 pub fn drop_unsent_on_close(socket: impl AsFd) {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     let len = libc::socklen_t::try_from(size_of::<libc::linger>()).expect("a few bytes");
@@ -105,7 +106,7 @@ mod tests {
         let stream = UnixStream::connect(&path).unwrap();
         drop(listener);
         std::fs::remove_file(&path).unwrap();
-        // Before Linux 6.5 nothing is known.
+        // Before Linux 6.5 the process is unknown.
         if let Some(process) = peer_process(&stream) {
             assert!(!wait_readable(process.as_raw_fd(), Duration::ZERO), "this process runs");
         }

@@ -7,10 +7,10 @@ macro_rules! table {
     };
 }
 
-/// What the name of a constant has before the name of the call.
+/// The prefix of a constant's name, before the name of the call.
 const PREFIX: &str = "SYS_";
 
-/// The name of a system call; `None` for a number that is not known.
+/// The name of a system call; `None` for an unknown number.
 ///
 /// => It takes no lock and allocates nothing, so a signal handler may call it.
 pub fn name_of(number: i64) -> Option<&'static str> {

@@ -1,5 +1,5 @@
 //! System calls that a confined process must not be able to make, for tests of the sandbox. Only a binary with debug
-//! assertions has them.
+//! assertions contains them.
 
 use std::env;
 use std::fs::File;
@@ -18,15 +18,15 @@ fn victim() -> libc::pid_t {
     env::var(VICTIM).ok().and_then(|pid| pid.parse().ok()).unwrap_or_default()
 }
 
-/// A file beside the socket that the test names: each test has one of its own.
+/// A file next to the socket that the test names, so that each test has its own.
 fn file() -> String {
     env::var(SOCKET).unwrap_or_default() + ".file"
 }
 
-/// Tries an action.
+/// Attempts an action.
 ///
 /// # Errors
-/// That of the system call that was refused; EINVAL for an action that is not known.
+/// The error of the rejected system call; EINVAL for an unknown action.
 pub fn attempt(action: &str) -> io::Result<()> {
     match action {
         "open" => File::open("/etc/passwd").map(drop),
@@ -72,7 +72,7 @@ fn check(result: libc::c_long) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Replaces the process by a shell that says so.
+/// Replaces the process by a shell that reports the success.
 fn exec() -> io::Result<()> {
     let arguments = [c"/bin/sh".as_ptr(), c"-c".as_ptr(), c"echo trespass: exec succeeded >&2".as_ptr()];
     let (arguments, environment) = ([arguments[0], arguments[1], arguments[2], std::ptr::null()], [std::ptr::null()]);

@@ -1,24 +1,24 @@
-//! The listener of an abstract Unix socket, from the kernel (sock_diag(7)). Unlike a connection, the question takes
-//! no place in the listener's queue.
+//! Finds the listener of an abstract Unix socket by a query to the kernel (sock_diag(7)). Unlike a connection, the
+//! query takes no place in the listener's queue.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 
 use super::socket::new_socket;
 
-/// A socket that listens.
+/// A listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListeningSocket {
-    /// The user who created it.
+    /// The user that created it.
     pub uid: u32,
-    /// Its inode: a process that has it open has a descriptor that leads to `socket:[N]`, where N is this.
+    /// Its inode: a process that has it open has a descriptor that leads to `socket:[N]`, where N is this number.
     pub inode: u32,
 }
 
 /// NETLINK_SOCK_DIAG and SOCK_DIAG_BY_FAMILY of linux/sock_diag.h.
 const NETLINK_SOCK_DIAG: libc::c_int = 4;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-/// UDIAG_SHOW_NAME, UDIAG_SHOW_UID and the attributes that they ask for (linux/unix_diag.h).
+/// UDIAG_SHOW_NAME, UDIAG_SHOW_UID and the attributes that they request (linux/unix_diag.h).
 const SHOW_NAME: u32 = 0x01;
 const SHOW_UID: u32 = 0x40;
 const ATTRIBUTE_NAME: u16 = 0;
@@ -28,13 +28,14 @@ const LISTENING: u32 = 1 << 10;
 /// Lengths of a netlink header, and of a unix_diag_msg, in bytes.
 const HEADER_BYTES: usize = 16;
 const MESSAGE_BYTES: usize = 16;
-/// Enough for each part of an answer: the kernel makes parts of up to 32 KiB.
+/// Enough for each part of a reply: the kernel sends parts of up to 32 KiB.
 const PART_BYTES: usize = 1 << 16;
 
-/// The process that listens on an abstract name, in this network namespace; `None`: there is none.
+/// The process that listens on an abstract name, in this network namespace; `None` if there is none.
 ///
 /// # Errors
-/// Errors of socket(2), sendto(2) and recvfrom(2); [`io::ErrorKind::Unsupported`] if the kernel tells no users.
+/// Errors of socket(2), sendto(2) and recvfrom(2); [`io::ErrorKind::Unsupported`] if the kernel does not report the
+/// user.
 pub fn listener_of(abstract_name: &[u8]) -> io::Result<Option<ListeningSocket>> {
     let mut socket = File::from(new_socket(libc::AF_NETLINK, libc::SOCK_RAW, NETLINK_SOCK_DIAG)?);
     socket.write_all(&request())?;
@@ -62,7 +63,7 @@ pub fn listener_of(abstract_name: &[u8]) -> io::Result<Option<ListeningSocket>> 
     }
 }
 
-/// A request for all Unix sockets that listen: an nlmsghdr and a unix_diag_req.
+/// A request for all listening Unix sockets: an nlmsghdr and a unix_diag_req.
 fn request() -> Vec<u8> {
     let flags = u16::try_from(libc::NLM_F_REQUEST | libc::NLM_F_DUMP).expect("small constants");
     let family = u8::try_from(libc::AF_UNIX).expect("a small constant");
@@ -79,7 +80,7 @@ fn request() -> Vec<u8> {
     message
 }
 
-/// The first message of a part: its kind, its payload, and what follows.
+/// The first message of a part: its kind, its payload, and the rest of the part.
 fn next_message(part: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let len = u32::from_ne_bytes(*part.first_chunk()?) as usize;
     let kind = u16::from_ne_bytes(*part.get(4..)?.first_chunk()?);
@@ -107,7 +108,7 @@ fn listener_named(name: &[u8], message: &[u8]) -> io::Result<Option<ListeningSoc
     }
 }
 
-/// The first attribute: its kind, its value, and what follows.
+/// The first attribute: its kind, its value, and the rest.
 fn next_attribute(attributes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let len = usize::from(u16::from_ne_bytes(*attributes.first_chunk()?));
     let kind = u16::from_ne_bytes(*attributes.get(2..)?.first_chunk()?);

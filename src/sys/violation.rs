@@ -1,4 +1,4 @@
-//! The last line of a process that made a system call which its filter does not allow (SIGSYS).
+//! Reports a system call that the filter does not allow (SIGSYS), in the last line of the process.
 
 use std::cell::Cell;
 use std::io;
@@ -9,9 +9,9 @@ use super::syscalls;
 const NAME_BYTES_MAX: usize = 96;
 /// `si_code` of a signal that a filter raised (SYS_SECCOMP).
 const BY_FILTER: libc::c_int = 1;
-/// Where siginfo_t has the number of the system call: after three numbers, padding and an address.
+/// Offset of the number of the system call in siginfo_t: after three numbers, padding and an address.
 const CALL_AT: usize = 24;
-/// How long a standard error that takes nothing keeps the process from ending, in milliseconds.
+/// How long a blocked standard error may delay the end of the process, in milliseconds.
 const PATIENCE_MS: libc::c_int = 100;
 
 /// A text of bounded length, which a signal handler can copy and extend.
@@ -24,7 +24,7 @@ struct BoundedText<const MAX: usize> {
 impl<const MAX: usize> BoundedText<MAX> {
     const EMPTY: Self = Self { bytes: [0; MAX], len: 0 };
 
-    /// Appends as much as there is room for.
+    /// Appends as many bytes as fit.
     fn push(&mut self, bytes: &[u8]) {
         for &byte in bytes.iter().take(MAX - self.len) {
             self.bytes[self.len] = byte;
@@ -55,7 +55,7 @@ thread_local! {
     static THREAD: Cell<BoundedText<NAME_BYTES_MAX>> = const { Cell::new(BoundedText::EMPTY) };
 }
 
-/// What the line calls the calling thread.
+/// Sets the name of the calling thread in that line.
 pub fn name_thread(name: &str) {
     let mut text = BoundedText::EMPTY;
     text.push(name.as_bytes());
@@ -70,7 +70,7 @@ pub fn report_violations() -> io::Result<()> {
     // SAFETY: all-zero bytes are a valid sigaction: no flags and an empty mask.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_violation as *const () as usize;
-    // Once: a violation within the handler ends the process at once.
+    // One-shot: a violation within the handler ends the process immediately.
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND | libc::SA_ONSTACK;
     // SAFETY: the handler has the signature that SA_SIGINFO asks for; with a null pointer nothing is written.
     match unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } {

@@ -24,7 +24,7 @@ pub fn get(file: &File, name: &CStr, bytes_max: usize) -> io::Result<Option<Vec<
     }
 }
 
-/// Sets an attribute, whether or not the file has it already.
+/// Sets an attribute, whether or not the file already has it.
 pub fn set(file: &File, name: &CStr, value: &[u8]) -> io::Result<()> {
     let (fd, source) = (file.as_raw_fd(), value.as_ptr().cast());
     // SAFETY: the call reads `value.len()` bytes of `value`, and a NUL-terminated name.

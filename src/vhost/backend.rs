@@ -1,4 +1,5 @@
-//! A device as vhost-user-backend sees it: features, configuration space, guest memory, and the vrings of `vring.rs`.
+//! A device's interface for vhost-user-backend: features, configuration space, guest memory, and the vrings of
+//! `vring.rs`.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -21,7 +22,7 @@ use crate::virtio::config_space::includes_writeback;
 /// Largest configuration space of the protocol (VHOST_USER_MAX_CONFIG_SIZE in QEMU).
 const CONFIG_BYTES_MAX: usize = 256;
 
-/// The protocol features that vhost-user-backend gets to see. `relay.rs` offers INFLIGHT_SHMFD as well.
+/// The protocol features that are passed to vhost-user-backend. `relay.rs` offers INFLIGHT_SHMFD as well.
 pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
@@ -67,8 +68,8 @@ impl VhostUserBackend for Backend {
         PROTOCOL_FEATURES
     }
 
-    /// => A front-end may repeat SET_FEATURES while the device runs. That does not change the mode the guest set by
-    ///    CONFIG_WCE.
+    /// => A front-end may repeat SET_FEATURES while the device runs. That does not change the mode that the guest set
+    ///    by CONFIG_WCE.
     fn acked_features(&self, features: u64) {
         let chosen = features & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE);
         let mut last = self.0.cache_features.lock().expect("no thread panics with the features locked");
@@ -86,11 +87,11 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_event_idx(&self, _enabled: bool) {
-        // Each vring gets it by `VringT::set_queue_event_idx`.
+        // Each vring is informed by `VringT::set_queue_event_idx`.
     }
 
-    /// => A front-end that reads the cache mode before its guest starts adopts what it reads, so it gets the configured
-    ///    mode. A front-end that reconnects with a running guest does not read it, and the guest's choice stays.
+    /// => A front-end that reads the cache mode before its guest starts adopts that mode, so it gets the configured
+    ///    one. A front-end that reconnects with a running guest does not read it, and the guest's choice stays.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let Session { device, guest_started, .. } = &*self.0.session;
         if device.arena.is_write_through() && !guest_started.load(Ordering::Acquire) && includes_writeback(offset, size)
@@ -102,8 +103,8 @@ impl VhostUserBackend for Backend {
         device.config_space().read(offset, size)
     }
 
-    /// => Only `writeback` can be set; a write to another field is ignored, as a device would do. A write past
-    ///    VHOST_USER_MAX_CONFIG_SIZE is an error, which ends the connection.
+    /// => Only `writeback` can be set; a write to another field is ignored, as by other devices. A
+    ///    write past VHOST_USER_MAX_CONFIG_SIZE is an error, which ends the connection.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(bytes.len()));
         if end.is_none_or(|end| end > CONFIG_BYTES_MAX) {
@@ -114,7 +115,7 @@ impl VhostUserBackend for Backend {
             guest_started.store(true, Ordering::Release);
             let flushed = workers.choose_writeback(device, writeback);
             info!("{}: the guest selected {}", device.name, if writeback { "write-back" } else { "write-through" });
-            // From now on a completed write must be stable, and so must those that completed before.
+            // From now on a completed write must be stable, including those that completed earlier.
             if let Some(flushed) = flushed
                 && let Err(fault) = flushed.recv().unwrap_or(Err(Fault::Gone))
             {
@@ -127,7 +128,7 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
-    /// => A region longer than its file is refused: the first access past the end would be SIGBUS.
+    /// => A region longer than its file is rejected: the first access past the end would raise SIGBUS.
     fn update_memory(&self, memory: BackendMemory) -> io::Result<()> {
         let memory = memory.memory().into_inner();
         for region in memory.iter() {

@@ -1,8 +1,8 @@
-//! Tells the front-end that the configuration space has changed (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG), on the channel
-//! that it opened for messages of the back-end (SET_BACKEND_REQ_FD).
+//! Notifies the front-end that the configuration space has changed (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG), on the
+//! channel that it opened for messages of the back-end (SET_BACKEND_REQ_FD).
 //!
-//! The message wants no reply, and sending it waits for nothing: the front-end reads the configuration space on the
-//! main channel while it handles the message.
+//! The message has no reply, and sending it never waits: the front-end reads the configuration space on the main
+//! channel while it handles the message.
 //!
 //! QEMU ignores the message while its virtual machine is stopped, and does not read the configuration space when it
 //! connects to a new daemon. So the message is repeated when a vring is set up, unless the front-end has read the
@@ -20,14 +20,14 @@ use crate::sys::socket::send_with_files;
 /// A message without a payload: its number, protocol version 1, and the size of the payload.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug, Default)]
 pub(super) struct ConfigChange(Mutex<ChannelState>);
 
 #[derive(Debug, Default)]
 struct ChannelState {
     channel: Option<UnixStream>,
-    /// The front-end may not know the configuration space as it is.
+    /// The front-end may not have the present configuration space.
     is_due: bool,
 }
 
@@ -57,13 +57,13 @@ impl ConfigChange {
         self.repeat();
     }
 
-    /// Tells the front-end again what it may have ignored.
+    /// Repeats a notification that the front-end may have ignored.
     pub fn repeat(&self) {
         let state = self.lock();
         if let (Some(channel), true) = (&state.channel, state.is_due) {
             let bytes: Vec<u8> = CONFIG_CHANGE.iter().flat_map(|word| word.to_le_bytes()).collect();
             if let Err(e) = send_with_files(channel, &bytes, &[]) {
-                debug!("a front-end is not told of a change: {e}");
+                debug!("cannot notify a front-end of a configuration change: {e}");
             }
         }
     }

@@ -25,7 +25,7 @@ const QUEUES_MAX: u16 = 1024;
 /// Largest queue size (virtio 1.2, section 2.7).
 const QUEUE_SIZE_MAX: u16 = 32768;
 
-/// The inflight region of a session, once the front-end has set one.
+/// The inflight region of a session, if the front-end has set one.
 #[derive(Debug, Default)]
 pub(super) struct Inflight(Mutex<Option<InflightRegion>>);
 
@@ -79,7 +79,7 @@ impl Inflight {
         Ok(Message::reply(message.request, payload, vec![file]))
     }
 
-    /// SET_INFLIGHT_FD: rings that start from now on keep their marks in this region.
+    /// SET_INFLIGHT_FD: rings that start from now on record their requests in this region.
     pub fn set_region(&self, mut message: Message) -> io::Result<()> {
         let shape = InflightShape::of(&message)?;
         let (Some(size), Some(offset), Some(file)) = (message.u64_at(0), message.u64_at(8), message.files.pop()) else {
@@ -98,8 +98,8 @@ impl Inflight {
         Ok(())
     }
 
-    /// The part of ring `index`; `None` without a region, or if the region has no room for such a ring. The log says so
-    /// then: requests in flight at a crash of the daemon are lost.
+    /// The part of ring `index`; `None` without a region, or if the region has no room for such a ring. The log then
+    /// warns that requests in flight at a crash of the daemon are lost.
     pub fn of_ring(&self, device: &str, index: u16, size: u16) -> Option<InflightTracker> {
         let slot = self.0.lock().expect("no thread panics with the region locked");
         let InflightRegion { memory, shape } = slot.as_ref()?;

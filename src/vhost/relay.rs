@@ -3,13 +3,14 @@
 //!
 //! - It offers INFLIGHT_SHMFD, and handles GET_INFLIGHT_FD and SET_INFLIGHT_FD itself.
 //! - It offers BACKEND_REQ, and keeps the channel of SET_BACKEND_REQ_FD (`config_change.rs`).
-//! - It sorts a memory table by guest address: vhost-user-backend refuses any other order.
+//! - It sorts a memory table by guest address: vhost-user-backend rejects any other order.
 //! - It lets a front-end start a new session on its connection. QEMU sends a second SET_OWNER when a device is
-//!   unplugged and another one plugged on the same character device; vhost-user-backend refuses it, and would keep the
-//!   memory of the first device.
-//! - It withholds protocol features that were not offered, and features that an earlier version of genblk offered.
-//! - It refuses a front-end that does not share the guest's memory, more regions than it was told there is room for,
-//!   regions whose addresses wrap, and memory that may hang; vhost-user-backend checks none of that.
+//!   unplugged and another one is plugged on the same character device; vhost-user-backend rejects it, and would keep
+//!   the memory of the first device.
+//! - It does not forward protocol features that were not offered, nor features that an earlier version of genblk
+//!   offered.
+//! - It rejects a front-end that does not share the guest's memory, more regions than the reported maximum, regions
+//!   whose addresses wrap, and memory that may hang; vhost-user-backend checks none of that.
 //!
 //! Front-ends may send several requests before they read a reply, so the relay's own replies must keep their place
 //! among those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to
@@ -31,8 +32,8 @@ use super::wire::Message;
 use crate::sys::file_system::FileSystem;
 use crate::sys::poll::wait_any_readable;
 
-/// What an operator has to change if a front-end does not share the guest's memory: the commonest mistake in a VMM's
-/// configuration, with which a guest's disk would hang without a word.
+/// Advice for the operator if a front-end does not share the guest's memory, the most common mistake in a VMM's
+/// configuration, with which a guest's disk would hang without any message.
 const ADVICE: &str = "the front-end shares no memory: add share=on to its memory backend (QEMU: -object \
      memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram; libvirt: <memoryBacking><source \
      type='memfd'/><access mode='shared'/></memoryBacking>)";
@@ -57,28 +58,28 @@ const SET_VRING_KICK: u32 = FrontendReq::SET_VRING_KICK as u32;
 const ADDED: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits() | VhostUserProtocolFeatures::BACKEND_REQ.bits();
 
 /// Features that earlier versions of genblk offered. The guest of such a version keeps them when its front-end connects
-/// to this one, and vhost-user-backend ends the connection over a feature that is not offered. SIZE_MAX limits what the
-/// driver sends: this version takes that and more.
+/// to this one, and vhost-user-backend ends the connection if a feature was not offered. SIZE_MAX limits the size of
+/// the driver's buffers: this version accepts those and larger ones.
 const NO_LONGER_OFFERED: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX;
 
-/// The number of memory regions that vhost-user-backend tells front-ends (GET_MAX_MEM_SLOTS), and does not check.
+/// The number of memory regions that vhost-user-backend reports to front-ends (GET_MAX_MEM_SLOTS), and does not check.
 const REGIONS_MAX: usize = 509;
 
 /// Bytes of a memory table's header (number of regions, padding), and of one region's description.
 const TABLE_HEADER_BYTES: usize = 8;
 const REGION_BYTES: usize = 32;
 
-/// What the front-end gets in place of a reply of vhost-user-backend to GET_FEATURES.
+/// The message to send to the front-end when vhost-user-backend replies to GET_FEATURES.
 #[derive(Debug)]
 enum Reply {
-    /// The reply itself: the front-end asked for the features.
+    /// The reply itself: the front-end requested the features.
     PassThrough,
     /// This message: the relay handled the front-end's request, and sent GET_FEATURES only to keep the order of
     /// replies.
     Replace(Message),
-    /// Nothing: as `Replace`, for a request without a reply.
+    /// None: like `Replace`, for a request without a reply.
     Swallow,
-    /// Nothing yet: vhost-user-backend has handled all that came before this second SET_OWNER.
+    /// None yet: vhost-user-backend has handled all messages before this second SET_OWNER.
     NewOwner(Message),
 }
 
@@ -91,18 +92,19 @@ pub(super) enum Ended {
     NewOwner(NewOwner),
 }
 
-/// What a front-end that starts a new session has sent already: its SET_OWNER, and before that the protocol features.
+/// The messages that a front-end which starts a new session has already sent: its SET_OWNER, and before that the
+/// protocol features.
 #[derive(Debug)]
 pub(super) struct NewOwner {
     set_owner: Message,
     set_protocol_features: Option<Message>,
 }
 
-/// The two ends of a session, and the replies on their way between them.
+/// The two ends of a session, and the pending replies.
 pub(super) struct Relay<'a> {
     front_end: &'a UnixStream,
     backend_end: UnixStream,
-    /// Readable once the session must end.
+    /// Becomes readable when the session must end.
     stop: &'a EventFd,
     session: &'a Session,
     rings: &'a [VringControl],
@@ -111,11 +113,11 @@ pub(super) struct Relay<'a> {
     regions: usize,
     /// The front-end has sent SET_OWNER.
     owned: bool,
-    /// The front-end has sent a second SET_OWNER, and waits until everything before it is done.
+    /// The front-end has sent a second SET_OWNER, and waits until all earlier messages are handled.
     held: bool,
     /// The last protocol features that the front-end has set.
     protocol_features: Option<u64>,
-    /// What the front-end gets for each GET_FEATURES that vhost-user-backend has yet to reply to.
+    /// The action for each GET_FEATURES to which vhost-user-backend has yet to reply.
     replies: VecDeque<Reply>,
 }
 
@@ -145,12 +147,12 @@ impl<'a> Relay<'a> {
         }
     }
 
-    /// Sends vhost-user-backend what the front-end of a new session has sent already.
+    /// Sends vhost-user-backend the messages that the front-end of a new session has already sent.
     ///
     /// # Errors
-    /// The socket's.
+    /// Errors of the socket.
     pub fn begin_anew(&mut self, owner: NewOwner) -> io::Result<()> {
-        // vhost-user-backend acknowledges messages only to a front-end that has asked for the features.
+        // vhost-user-backend acknowledges messages only to a front-end that has requested the features.
         self.reply_in_order(Reply::Swallow)?;
         if let Some(message) = owner.set_protocol_features {
             self.forward_request(message)?;
@@ -215,7 +217,7 @@ impl<'a> Relay<'a> {
                 }
             }
             REM_MEM_REG => self.regions = self.regions.saturating_sub(1),
-            // QEMU sets up rings without sharing memory if no memory backend of its has a descriptor.
+            // QEMU sets up rings without sharing memory if none of its memory backends has a descriptor.
             SET_VRING_ADDR if self.regions == 0 => return Err(not_shared()),
             GET_INFLIGHT_FD => {
                 let reply = self.session.inflight.create_region(&message)?;
@@ -239,7 +241,7 @@ impl<'a> Relay<'a> {
         message.send(&self.backend_end)
     }
 
-    /// Refuses memory that the front-end has mapped privately, and regions with an address that wraps. `message` is a
+    /// Rejects memory that the front-end has mapped privately, and regions with an address that wraps. `message` is a
     /// memory table or a single region, which have the same layout.
     fn check_regions(&self, message: &Message) -> io::Result<()> {
         let regions = message.payload.get(TABLE_HEADER_BYTES..).unwrap_or_default().chunks_exact(REGION_BYTES);
@@ -257,15 +259,14 @@ impl<'a> Relay<'a> {
         Ok(())
     }
 
-    /// Sends GET_FEATURES to vhost-user-backend; `reply` takes the place of what it returns, so that replies stay in
-    /// order.
+    /// Sends GET_FEATURES to vhost-user-backend; `reply` replaces its result, so that replies stay in order.
     fn reply_in_order(&mut self, reply: Reply) -> io::Result<()> {
         self.replies.push_back(reply);
         let question = Message { request: GET_FEATURES, flags: 1, payload: Vec::new(), files: Vec::new() };
         question.send(&self.backend_end)
     }
 
-    /// Forwards a reply of vhost-user-backend, or what takes its place. Returns the owner if the front-end starts a new
+    /// Forwards a reply of vhost-user-backend, or its replacement. Returns the owner if the front-end starts a new
     /// session.
     fn forward_reply(&mut self, mut message: Message) -> io::Result<Option<NewOwner>> {
         match message.request {
@@ -281,9 +282,9 @@ impl<'a> Relay<'a> {
         message.send(self.front_end).map(|()| None)
     }
 
-    /// Everything before a second SET_OWNER is done.
+    /// Handles a second SET_OWNER, after everything before it is done.
     ///
-    /// => While a vring runs, the message says nothing new, and other back-ends ignore it too.
+    /// => While a vring runs, the message has no effect, as with other back-ends.
     fn second_owner(&mut self, set_owner: Message) -> io::Result<Option<NewOwner>> {
         self.held = false;
         if self.rings.iter().any(VringControl::is_running) {
@@ -300,7 +301,7 @@ impl<'a> Relay<'a> {
     }
 }
 
-/// Refuses memory in a file whose pages another process or machine delivers: an access to it could hang a worker.
+/// Rejects memory in a file whose pages another process or machine provides: an access to it could hang a worker.
 fn refuse_hanging_memory(file: &File) -> io::Result<()> {
     match FileSystem::of(file) {
         Ok(system) if system.may_hang() => Err(invalid(format!("memory on {} may hang", system.name()))),
@@ -323,8 +324,8 @@ fn change_bits(message: &mut Message, change: impl FnOnce(u64) -> u64) {
     }
 }
 
-/// Sorts a memory table by guest address, each region with its descriptor. A malformed table stays as it is, and
-/// vhost-user-backend refuses it.
+/// Sorts a memory table by guest address, each region with its descriptor. A malformed table stays unchanged, and
+/// vhost-user-backend rejects it.
 fn sort_table(message: &mut Message) {
     let regions = message.payload.len().saturating_sub(TABLE_HEADER_BYTES) / REGION_BYTES;
     if message.payload.len() != TABLE_HEADER_BYTES + regions * REGION_BYTES || message.files.len() != regions {

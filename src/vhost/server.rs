@@ -38,11 +38,11 @@ pub struct Server {
     listener: UnixListener,
     broker: Arc<Broker>,
     stopped: AtomicBool,
-    /// How the last front-end failed, if it did.
+    /// The last front-end's failure, if it failed.
     last_failure: Mutex<Option<FrontEndFailure>>,
     /// The connection that is served now, if there is one.
     connection: Mutex<Option<UnixStream>>,
-    /// Tells it of changes of the configuration space.
+    /// Notifies the front-end of changes of the configuration space.
     config_change: ConfigChange,
     /// Readable once `stopped` is set; ends the poll for a message or a front-end.
     stop: EventFd,
@@ -78,13 +78,13 @@ impl Server {
         })
     }
 
-    /// Serves front-ends until [`Server::stop`]; when it returns, no ring runs.
+    /// Serves front-ends until [`Server::stop`]; no ring runs when it returns.
     pub fn serve(&self) {
         while !self.stopped.load(Ordering::Acquire) {
             if let Err(e) = self.serve_one() {
                 let limit = describe_limit(Limit::Descriptors);
                 error!("{}: cannot serve a front-end: {e} (RLIMIT_NOFILE is {limit})", self.device.name);
-                // accept(2) may fail again at once, for example for lack of descriptors: do not spin.
+                // accept(2) may fail again immediately, for example for lack of descriptors: do not spin.
                 std::thread::sleep(Duration::from_millis(100));
             }
         }
@@ -92,25 +92,25 @@ impl Server {
 
     /// Ends the connection, and [`Server::serve`].
     ///
-    /// => The connection closes only after every vring has completed the requests it took: the front-end reads the used
-    ///    index at that moment, and resumes there with the next daemon.
+    /// => The connection closes only after every vring has completed the requests that it took: the front-end then
+    ///    reads the used index, and resumes there with the next daemon.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
         // The counter is never read, and one write cannot overflow it.
         let _ = self.stop.write(1);
     }
 
-    /// Closes the connection, whatever a vring is doing: the process ends, and one of its threads may hang in the
+    /// Closes the connection in any state of the vrings: the process ends, and one of its threads may hang in the
     /// kernel and keep every descriptor open.
     pub fn force_close(&self) {
         self.stop();
         if let Some(connection) = &*self.connection() {
-            // It fails if the front-end has disconnected already.
+            // Fails if the front-end has already disconnected.
             let _ = connection.shutdown(Shutdown::Both);
         }
     }
 
-    /// The configuration space has changed: tells the front-end. Waits for nothing.
+    /// Notifies the front-end that the configuration space has changed. Does not wait.
     pub fn notify_config_change(&self) {
         self.config_change.notify();
     }
@@ -173,7 +173,7 @@ impl Server {
             match ended {
                 Ok(Ended::NewOwner(next)) => {
                     info!("{}: the front-end starts a new session on its connection", self.device.name);
-                    // As at a disconnection: the guest of before may not return.
+                    // As at a disconnection: the previous guest may not return.
                     self.workers.start_flush();
                     owner = Some(next);
                 }
@@ -188,15 +188,15 @@ impl Server {
         Ok(())
     }
 
-    /// How the last front-end failed, if it was this process. A VMM that is set up wrongly connects again every second:
-    /// until it gets further, the log has nothing new to say about it.
+    /// The failure of the last front-end, if it was this process. A misconfigured VMM reconnects every second: the log
+    /// reports it again only when it gets further.
     fn failure_of(&self, peer: Peer) -> Option<String> {
         let last = self.last_failure.lock().expect("no thread panics with the failure locked");
         last.as_ref().filter(|failure| failure.peer == peer).map(|failure| failure.text.clone())
     }
 
-    /// Runs a session: a `VhostUserDaemon` and the relay to it. When it returns, no ring runs. `owner`: the front-end
-    /// has started a new session with this.
+    /// Runs a session: a `VhostUserDaemon` and the relay to it. No ring runs when it returns. `owner`: the messages
+    /// with which the front-end has started a new session.
     fn session(&self, session: &Arc<Session>, front_end: &UnixStream, owner: Option<NewOwner>) -> io::Result<Ended> {
         let (listener, backend_end) = self.broker.connection()?;
         let backend = Backend::new(session, self.queue_size);
@@ -218,11 +218,11 @@ impl Server {
         }
     }
 
-    /// Starts writing back what the guest wrote, since it may not return. [`Server::stop`]'s caller flushes by itself.
-    /// The next front-end does not wait for the flush, which takes long if the image fails.
+    /// Starts to write back the guest's writes, because the guest may not return. The caller of [`Server::stop`]
+    /// flushes itself. The next front-end does not wait for the flush, which takes long if the image fails.
     ///
-    /// => `failed_before`: the last connection of this process failed, and this one got no further. Only another
-    ///    failure is news then.
+    /// => `failed_before`: the last connection of this process failed, and this one got no further. Then only a
+    ///    different failure is reported.
     fn on_disconnect(&self, peer: Peer, ended: io::Result<()>, failed_before: bool) {
         let name = &self.device.name;
         let failure = ended.err().filter(|e| !is_disconnect(e));
@@ -244,20 +244,20 @@ impl Server {
     }
 }
 
-/// How a front-end failed.
+/// The failure of a front-end.
 #[derive(Debug)]
 struct FrontEndFailure {
     peer: Peer,
     text: String,
 }
 
-/// Whether a socket's error only says that the other end has closed or died.
+/// Whether a socket's error only means that the other end has closed or died.
 fn is_disconnect(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
-/// An error of vhost-user-backend as an I/O error.
+/// Converts an error of vhost-user-backend to an I/O error.
 fn daemon_error(error: &DaemonError) -> io::Error {
     io::Error::other(error.to_string())
 }

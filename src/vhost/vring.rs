@@ -1,7 +1,8 @@
 //! A vring in the control plane: vhost-user-backend's state of it, and the rule that decides when its worker runs it.
 //!
 //! A vring runs while it is ready (it has a kick descriptor), enabled, and of a valid size. Each change becomes a
-//! command to its worker and is complete when the call returns: a stopped vring has completed every request it took.
+//! command to its worker and is complete when the call returns: a stopped vring has completed every request that it
+//! took.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -27,7 +28,7 @@ use crate::virtio::split::{QueueLayout, QueuePosition};
 
 thread_local! {
     /// The session whose vrings are under construction, and those constructed so far. `VhostUserDaemon::new` constructs
-    /// them in order on the calling thread, and tells them neither their index nor their device.
+    /// them in order on the calling thread, without their index or their device.
     static VRING_FACTORY: RefCell<Option<VringFactory>> = const { RefCell::new(None) };
 }
 
@@ -36,21 +37,21 @@ struct VringFactory {
     rings: Vec<VringControl>,
 }
 
-/// What the vrings of a session share.
+/// The state that the vrings of a session share.
 pub(super) struct Session {
     pub device: Arc<Device>,
     pub workers: Arc<Workers>,
-    /// Knows the front-end's process.
+    /// Provides information about the front-end's process.
     pub broker: Arc<Broker>,
     pub inflight: Inflight,
-    /// The process ID of the front-end; 0 if it cannot be seen.
+    /// The process ID of the front-end; 0 if unknown.
     pub peer_pid: u32,
-    /// What the log will say of the front-end once a vring starts.
+    /// The log line about the front-end, written once a vring starts.
     greeting: Mutex<Option<String>>,
     /// A vring has started, or the guest has set its cache mode: the mode no longer changes when the front-end reads
     /// it.
     pub guest_started: AtomicBool,
-    /// The vrings that resume at an index other than 0, so belong to a guest that was running before.
+    /// The vrings that resume at an index other than 0, so they belong to a guest that was already running.
     resumed: Mutex<BTreeSet<u16>>,
 }
 
@@ -77,7 +78,7 @@ impl Session {
         })
     }
 
-    /// Whether the log has yet to greet the front-end.
+    /// Whether `greeting` is still to be logged.
     pub fn has_greeting(&self) -> bool {
         self.greeting.lock().expect("no thread panics with the line locked").is_some()
     }
@@ -96,14 +97,14 @@ impl Session {
         self.resumed.lock().expect("no thread panics with the set locked")
     }
 
-    /// Vring `index` starts. If every vring starts at 0, the guest has just booted, and a data loss no longer concerns
+    /// Vring `index` starts. If every vring starts at 0, the guest has just booted, and a data loss no longer affects
     /// it.
     fn on_ring_start(&self, index: u16, setup: &RingSetup) {
         self.guest_started.store(true, Ordering::Release);
         if let Some(greeting) = self.greeting.lock().expect("no thread panics with the line locked").take() {
             info!("{}: {greeting}", self.device.name);
         }
-        // Indices wrap, so the vring of a running guest may be at 0; the inflight region, if there is one, tells.
+        // Indices wrap, so the vring of a running guest may be at 0; the inflight region, if there is one, shows that.
         if setup.tracker.as_ref().is_some_and(InflightTracker::is_initialized) {
             self.resumed().insert(index);
         }
@@ -123,7 +124,7 @@ pub(super) fn with_vring_factory<T>(session: &Arc<Session>, make: impl FnOnce() 
     (made, rings)
 }
 
-/// One vring; clones share it. See the module.
+/// One vring; clones share it. See the documentation of the module.
 #[derive(Clone)]
 pub(super) struct VringControl {
     state: VringRwLock<BackendMemory>,
@@ -143,7 +144,7 @@ impl fmt::Display for VringShared {
     }
 }
 
-/// What decides whether the vring runs.
+/// The conditions under which the vring runs.
 #[derive(Default)]
 struct VringConfig {
     ready: bool,
@@ -161,7 +162,7 @@ impl VringControl {
         self.shared.config.lock().expect("no thread panics with the configuration locked")
     }
 
-    /// Changes the configuration, then starts or stops the vring as it demands.
+    /// Changes the configuration, then starts or stops the vring accordingly.
     fn change(&self, change: impl FnOnce(&mut VringConfig)) {
         let mut config = self.config();
         change(&mut config);
@@ -176,7 +177,7 @@ impl VringControl {
         }
     }
 
-    /// Changes what a running vring reads only when it starts: stops it meanwhile.
+    /// Changes values that a running vring reads only when it starts: stops it meanwhile.
     fn change_stopped(&self, change: impl FnOnce(&mut VringConfig)) {
         let mut config = self.config();
         let ran = std::mem::take(&mut config.running);
@@ -222,8 +223,8 @@ impl VringControl {
         worker.ask(|answer| WorkerCommand::Start(index, Box::new(setup), answer)).is_some()
     }
 
-    /// Duplicates a descriptor of the front-end. On failure the vring does not run, or sends no interrupts; the log
-    /// says why.
+    /// Duplicates a descriptor of the front-end. On failure the vring does not run, or sends no interrupts; the error
+    /// is logged.
     fn duplicate(&self, file: Option<&File>) -> Option<File> {
         let copy = file?.try_clone();
         copy.inspect_err(|e| error!("{}: cannot duplicate its descriptor: {e}", self.shared)).ok()
@@ -349,8 +350,8 @@ impl VringT<BackendMemory> for VringControl {
         self.change_stopped(|_| self.state.set_queue_next_avail(base));
     }
 
-    /// => vhost-user-backend read `index` from guest memory while the vring may have been running. The index that
-    ///    counts is the one there once it has stopped.
+    /// => vhost-user-backend read `index` from guest memory while the vring may have been running. The valid index is
+    ///    the one in guest memory after it has stopped.
     fn set_queue_next_used(&self, index: u16) {
         self.change_stopped(|_| self.state.set_queue_next_used(self.state.queue_used_idx().unwrap_or(index)));
     }
@@ -374,7 +375,7 @@ impl VringT<BackendMemory> for VringControl {
         config.err_fd = file;
     }
 
-    // The rest serves vhost-user-backend's own worker threads, of which there are none.
+    // The other methods serve vhost-user-backend's own worker threads, of which there are none.
 
     fn add_used(&self, head: u16, len: u32) -> Result<(), QueueError> {
         self.state.add_used(head, len)

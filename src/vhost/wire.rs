@@ -1,4 +1,4 @@
-//! vhost-user messages on the wire: a header of three 32-bit words, a payload, and file descriptors beside them.
+//! vhost-user messages on the wire: a header of three 32-bit words, a payload, and attached file descriptors.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -11,7 +11,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::sys::socket::receive_with_files;
 
-/// Time limit for the rest of a message to arrive, and for the other end to take one of ours.
+/// Time limit for the rest of a message to arrive, and for the other end to accept a sent message.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a header: request, flags, size of the payload.
 const HEADER_BYTES: usize = 12;
@@ -19,7 +19,7 @@ const HEADER_BYTES: usize = 12;
 const FILES_MAX: usize = vhost::vhost_user::message::MAX_ATTACHED_FD_ENTRIES;
 /// Protocol version 1 with the reply flag.
 const REPLY_FLAGS: u32 = 1 | 1 << 2;
-/// The sender wants a reply to a message that has none of its own (REPLY_ACK).
+/// The sender requests a reply to a message that has none of its own (REPLY_ACK).
 const NEED_REPLY: u32 = 1 << 3;
 
 /// A message, in either direction.
@@ -37,7 +37,7 @@ impl Message {
         Self { request, flags: REPLY_FLAGS, payload, files }
     }
 
-    /// Whether the sender wants an acknowledgement.
+    /// Whether the sender requests an acknowledgement.
     pub fn needs_reply(&self) -> bool {
         self.flags & NEED_REPLY != 0
     }
@@ -74,7 +74,7 @@ impl Message {
     /// Sends the message with its descriptors.
     ///
     /// # Errors
-    /// The socket's error, for example if the other end takes nothing for [`PATIENCE`].
+    /// The socket's error, for example if the other end accepts no data for [`PATIENCE`].
     pub fn send(&self, mut socket: &UnixStream) -> io::Result<()> {
         socket.set_write_timeout(Some(PATIENCE))?;
         let size = u32::try_from(self.payload.len()).expect("a payload is below 4 KiB");

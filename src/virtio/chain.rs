@@ -17,7 +17,7 @@ use crate::virtio::guest_copy::{GuestRange, read_once};
 #[cfg(test)]
 mod tests;
 
-/// Most descriptors of one chain, those in the ring and in an indirect table together.
+/// Most descriptors of one chain, including those in an indirect table.
 ///
 /// A device may set a reasonable limit (section 2.7.4.1). 1024 is QEMU's limit (and IOV_MAX), and eight times
 /// [`SEG_MAX`](crate::virtio::SEG_MAX). The size of the queue would be too strict: Linux sends chains that are longer
@@ -60,7 +60,7 @@ pub struct DescriptorChain<'a> {
     mem: &'a GuestRam,
     table: DescriptorTable<'a>,
     next: Option<u16>,
-    /// How many more descriptors the current table can have without a loop.
+    /// How many more descriptors the current table can have unless the chain has a loop.
     table_left: u32,
     /// How many more descriptors the chain may have.
     chain_left: u32,
@@ -99,8 +99,8 @@ impl<'a> DescriptorChain<'a> {
 
     /// Continues in the indirect table that `descriptor` refers to (section 2.7.5.3).
     ///
-    /// => Its WRITE flag is ignored, as a device must. NEXT together with INDIRECT is forbidden to drivers, and devices
-    ///    interpret it differently: here the chain is broken.
+    /// => Its WRITE flag is ignored, as the specification requires. NEXT together with INDIRECT is forbidden to
+    ///    drivers, and devices interpret it differently: here the chain is broken.
     fn enter_indirect(&mut self, descriptor: &Descriptor) -> Result<(), BrokenChain> {
         let entries = descriptor.len() / DESCRIPTOR_BYTES;
         let whole = descriptor.len().is_multiple_of(DESCRIPTOR_BYTES);
@@ -146,8 +146,8 @@ impl<'a> DescriptorTable<'a> {
     }
 
     /// Prefetches the start of the chains at `heads`: the first descriptor, and the header or indirect table that it
-    /// refers to. The guest's processor has just written both. Parsed one after the other, each chain would wait for
-    /// these cache lines by itself; prefetched together, the waits overlap.
+    /// refers to. The guest's processor has just written both. Without the prefetch, the chains would wait for these
+    /// cache lines one after the other; with it, the waits overlap.
     pub fn prefetch_heads(&self, mem: &GuestRam, heads: &[u16]) {
         for descriptor in heads.iter().filter_map(|&head| self.read(mem, head)) {
             if let Some(first) = mem.slice(descriptor.addr(), 1) {

@@ -1,7 +1,7 @@
 //! The configuration space: struct virtio_blk_config (virtio 1.2, section 5.2.4), and the feature bits that belong to
 //! it.
 //!
-//! The front-end reads and writes it for the guest. Of the fields, only the cache mode can be written.
+//! The front-end reads and writes it for the guest. Only the cache mode can be written.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -57,8 +57,8 @@ impl DiscardLimits {
     /// The limits for an image that frees `granularity_bytes` at least (0: unknown), and whose device discards at most
     /// `device_max_bytes` in one piece.
     ///
-    /// => The maximum is a multiple of the alignment, and at least one unit of it: Linux does not split discards by a
-    ///    maximum that is below the alignment, so each would exceed the maximum.
+    /// => The maximum is a multiple of the alignment, and at least one unit of it: Linux does not split discards at a
+    ///    maximum below the alignment, so each would exceed the maximum.
     pub fn new(granularity_bytes: u32, device_max_bytes: u64) -> Self {
         // To discard part of a page, the cache would have to read and keep the rest.
         let unit = u64::from(granularity_bytes).max(PAGE_BYTES) / SECTOR_BYTES;
@@ -69,14 +69,14 @@ impl DiscardLimits {
     }
 }
 
-/// The properties of the disk that the guest sees.
+/// The properties of the disk that are reported to the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskParameters {
     /// Size in sectors.
     pub capacity_sectors: u64,
-    /// Logical block size in bytes: a power of two, at least 512. Requests count in sectors of 512 bytes anyway.
+    /// Logical block size in bytes: a power of two, at least 512. Requests always count in sectors of 512 bytes.
     pub block_bytes: u32,
-    /// Physical block size in bytes: a power of two times `block_bytes`; otherwise `block_bytes` is shown.
+    /// Physical block size in bytes: a power of two times `block_bytes`; otherwise `block_bytes` is reported.
     pub physical_block_bytes: u32,
     /// Preferred I/O size in bytes; 0: unknown.
     pub optimal_io_bytes: u32,
@@ -97,8 +97,8 @@ pub struct DiskParameters {
 impl DiskParameters {
     /// The feature bits to offer; the vhost-user layer adds its own.
     ///
-    /// => SIZE_MAX is not offered, as by QEMU's own device. FreeBSD attaches no disk with a limit below its largest
-    ///    transfer (1 MiB, or what kern.maxphys says).
+    /// => SIZE_MAX is not offered, like QEMU's own device. FreeBSD attaches no disk with a limit below its largest
+    ///    transfer (1 MiB, or the value of kern.maxphys).
     /// => FLUSH is always offered (a device SHOULD, and with CONFIG_WCE it MUST: section 5.2.5.2), and no feature that
     ///    changes data together with RO.
     pub fn features(&self) -> u64 {
@@ -215,8 +215,8 @@ impl ConfigSpace {
 
     /// Decodes a write of `bytes` at `offset`. Returns the new cache mode if it is one; anything else has no effect.
     ///
-    /// => The only valid write is a single byte, 0 or 1, to `writeback` (section 5.2.6.1). The caller, which knows the
-    ///    negotiated features, decides what to do.
+    /// => The only valid write is a single byte, 0 or 1, to `writeback` (section 5.2.6.1). The caller, which has the
+    ///    negotiated features, decides whether to apply it.
     pub fn write(&self, offset: u32, bytes: &[u8]) -> Option<bool> {
         match (structure_offset(offset), bytes) {
             (field::WRITEBACK, [0]) => Some(false),
@@ -226,7 +226,7 @@ impl ConfigSpace {
     }
 }
 
-/// The offset in the structure that a front-end's offset means.
+/// Converts a front-end's offset to an offset in the structure.
 fn structure_offset(offset: u32) -> usize {
     offset.checked_sub(MMIO_CONFIG_OFFSET).unwrap_or(offset) as usize
 }

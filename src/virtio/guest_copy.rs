@@ -1,8 +1,8 @@
 //! Copies between guest memory and host memory.
 //!
 //! A request's data is a list of guest ranges, read as one stream of bytes. [`GuestCursor`] copies any section of that
-//! stream to or from host memory and remembers where it stopped: the next section costs nothing to find, another one
-//! costs a step for each range in between.
+//! stream to or from host memory and keeps its position: finding the next section costs nothing, and finding another
+//! one costs a step for each range in between.
 //!
 //! # Races
 //!
@@ -11,8 +11,9 @@
 //! reader gets a mixture of old and new bytes, as from any disk under overlapping requests.
 //!
 //! No reference to guest memory or to a frame is ever formed; all access is through raw pointers. Bulk data is copied
-//! without looking at it, by instructions for which a race is harmless (`sys::racing`). Bytes that steer the daemon are
-//! fetched with volatile reads ([`read_once`]), so that the compiler cannot fetch them again after they were checked.
+//! without interpreting it, by instructions for which a race is harmless (`sys::racing`). Bytes that control the daemon
+//! are fetched with volatile reads ([`read_once`]), so that the compiler cannot fetch them again after they were
+//! checked.
 
 use std::fmt;
 use std::ptr;
@@ -26,7 +27,7 @@ use crate::virtio::{GuestRam, Status};
 #[cfg(test)]
 mod tests;
 
-/// A range of guest memory as a descriptor gives it, unchecked.
+/// A range of guest memory as given in a descriptor, unchecked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestRange {
     /// First byte.
@@ -185,7 +186,7 @@ impl<'a> GuestCursor<'a> {
     /// Makes the range that holds byte `offset` of the data the current one.
     fn seek(&mut self, offset: u64) -> Result<(), BadAddress> {
         while offset < self.start {
-            // At the first range `start` is 0, and no offset is below that; so there is a range to step back to.
+            // At the first range `start` is 0, and no offset is below 0; so there is a range to step back to.
             self.index = self.index.checked_sub(1).ok_or(BadAddress)?;
             let len = self.ranges.get(self.index).ok_or(BadAddress)?.len;
             self.start = self.start.checked_sub(u64::from(len)).ok_or(BadAddress)?;
@@ -208,7 +209,7 @@ impl<'a> GuestCursor<'a> {
     }
 }
 
-/// What to prefetch during the chunk of a copy that begins at byte `done`.
+/// The prefetch during the chunk of a copy that starts at byte `done`.
 #[inline]
 fn ahead(next: Option<*const u8>, done: usize, kind: impl FnOnce(*const u8) -> Ahead) -> Ahead {
     next.map_or(Ahead::Nothing, |next| kind(next.wrapping_add(done)))
@@ -222,7 +223,8 @@ fn for_each_mapping(
     len: usize,
     mut f: impl FnMut(usize, *mut u8, usize),
 ) -> Result<(), BadAddress> {
-    // One region nearly always holds all of it. The guard is a plain pointer, as vm-memory's Xen mappings are not used.
+    // One region nearly always holds the whole range. The guard is a plain pointer, because vm-memory's Xen mappings
+    // are not used.
     if let Some(slice) = mem.slice(addr, len) {
         f(0, slice.ptr_guard_mut().as_ptr(), len);
         return Ok(());

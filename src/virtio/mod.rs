@@ -1,8 +1,8 @@
 //! \[2\] The guest's side: virtqueues, descriptor chains that become typed requests, copies between guest and host
 //! memory, and the configuration space.
 //!
-//! Nothing here trusts the guest. What is read from its memory is read once, checked, and then used. Every loop and
-//! every allocation is bounded by a constant of this module or by the size of the queue. A driver that violates the
+//! Nothing here trusts the guest. Each value in its memory is read once, checked, and then used. Every loop and every
+//! allocation is bounded by a constant of this module or by the size of the queue. A driver that violates the
 //! specification gets an error status, or at worst its ring is marked broken; it never causes a panic.
 
 pub mod chain;
@@ -57,16 +57,16 @@ impl From<Fault> for Status {
 pub const SEG_MAX: u32 = 126;
 
 /// Most bytes of one DISCARD segment, unless the smallest unit that a discard frees is larger: see
-/// [`DiscardLimits`](config_space::DiscardLimits). It is large because guests discard all of their free space at a time
-/// (fstrim), and bounded because a request, with up to [`MAX_DISCARD_SEGMENTS`] segments, cannot be cancelled.
+/// [`DiscardLimits`](config_space::DiscardLimits). It is large because guests discard all of their free space at one
+/// time (fstrim), and bounded because a request, with up to [`MAX_DISCARD_SEGMENTS`] segments, cannot be cancelled.
 pub const DISCARD_BYTES_MAX: u64 = 1 << 30;
 
-/// Least value of that limit, whatever the image's device prefers: the kernel splits a discard by itself, and each
-/// request of a guest costs more than that.
+/// Minimum of that limit, whatever the image's device prefers: the kernel itself splits a discard, and an additional
+/// request of the guest costs more than that.
 pub const DISCARD_BYTES_MIN: u64 = 16 << 20;
 
-/// Most sectors of one WRITE ZEROES segment: 16 MiB, like QEMU's vhost-user export. Where neither file system nor
-/// device can zero a range, zeros are written.
+/// Most sectors of one WRITE ZEROES segment: 16 MiB, like QEMU's vhost-user export. If neither file system nor device
+/// can zero a range, zeros are written.
 pub const MAX_WRITE_ZEROES_SECTORS: u32 = 32768;
 
 /// Most segments of one DISCARD or WRITE ZEROES request. Their 512 bytes fit on the stack.

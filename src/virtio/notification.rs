@@ -1,12 +1,13 @@
-//! How device and driver tell each other whether they want to be notified (virtio 1.2, sections 2.7.7 and 2.7.10).
+//! Suppression of notifications between device and driver (virtio 1.2, sections 2.7.7 and 2.7.10).
 //!
-//! Each side shows what it has done, then looks at what the other side wants; or says what it wants, then looks at what
-//! the other side has done. With a sequentially consistent fence between the two steps on either side, at least one
-//! side sees what the other has written, so neither waits for a notification that never comes. `loom/` checks that.
+//! Each side publishes its index, then reads whether the other side requests a notification; or it publishes its own
+//! request, then reads the other side's index. With a sequentially consistent fence between the two steps on either
+//! side, at least one side sees the other's store, so neither waits for a notification that never comes. `loom/` checks
+//! that.
 
 use crate::sync::{Ordering, fence};
 
-/// VRING_AVAIL_F_NO_INTERRUPT: the driver wants no interrupts.
+/// VRING_AVAIL_F_NO_INTERRUPT: the driver requests no interrupts.
 const NO_INTERRUPT: u16 = 1;
 
 /// A word of a ring, which the other side accesses at the same time.
@@ -17,8 +18,8 @@ pub trait RingWord {
     fn store(&self, value: u16, order: Ordering);
 }
 
-/// Moves the used index from `old` to `new`. Returns whether the driver wants to be interrupted for that. `wanted` is
-/// its word about it: used_event with `event_idx`, else its flags.
+/// Moves the used index from `old` to `new`. Returns whether the driver requests an interrupt for that. `wanted` is the
+/// word with its request: used_event with `event_idx`, otherwise its flags.
 #[inline]
 pub fn publish(used_idx: &impl RingWord, wanted: &impl RingWord, event_idx: bool, old: u16, new: u16) -> bool {
     used_idx.store(new, Ordering::Release);
@@ -31,8 +32,9 @@ pub fn publish(used_idx: &impl RingWord, wanted: &impl RingWord, event_idx: bool
     }
 }
 
-/// Tells the driver to kick from the available index `next` on. Returns whether it has gone beyond that already, in
-/// which case it may not kick. `wanted` is the device's word about it: avail_event with `event_idx`, else its flags.
+/// Requests a kick from the driver at the available index `next`. Returns whether the driver has already passed that
+/// index, in which case it may not kick. `wanted` is the word with the device's request: avail_event with `event_idx`,
+/// otherwise its flags.
 #[inline]
 pub fn enable(avail_idx: &impl RingWord, wanted: &impl RingWord, event_idx: bool, next: u16) -> bool {
     wanted.store(if event_idx { next } else { 0 }, Ordering::Relaxed);

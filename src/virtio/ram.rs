@@ -1,7 +1,7 @@
-//! The guest's memory, as the front-end maps it into this process.
+//! The guest's memory, which the front-end shares with this process.
 //!
-//! vm-memory maps it, and keeps each region behind a pointer of its own. Every request looks up its header, its data
-//! and its status; here, the fields that a lookup needs are adjacent in memory.
+//! vm-memory maps it, and keeps each region behind a separate pointer. Every request looks up its header, its data and
+//! its status; so this copy has the fields that a lookup needs adjacent in memory.
 
 use std::sync::Arc;
 
@@ -31,10 +31,10 @@ unsafe impl Send for GuestRegion {}
 // SAFETY: as above.
 unsafe impl Sync for GuestRegion {}
 
-/// All ones if `offset < bytes`, else 0, computed without a branch (Linux: array_index_mask_nospec).
+/// All ones if `offset < bytes`, otherwise 0, computed without a branch (Linux: array_index_mask_nospec).
 #[inline]
 fn in_bounds_mask(offset: usize, bytes: usize) -> usize {
-    #[cfg_attr(miri, allow(unused_mut, reason = "Miri knows no assembler"))]
+    #[cfg_attr(miri, allow(unused_mut, reason = "Miri does not support assembler"))]
     let mut offset = offset;
     // SAFETY: no instructions. The block only hides from the compiler what the caller has checked of the offset: else
     // it would know the result.
@@ -42,7 +42,7 @@ fn in_bounds_mask(offset: usize, bytes: usize) -> usize {
     unsafe {
         std::arch::asm!("/* {0} */", inout(reg) offset, options(pure, nomem, nostack, preserves_flags));
     }
-    // Neither is above isize::MAX, so the sign is the borrow.
+    // Neither value is above isize::MAX, so the sign is the borrow.
     (offset.wrapping_sub(bytes).cast_signed() >> (usize::BITS - 1)).cast_unsigned()
 }
 
@@ -58,22 +58,23 @@ impl GuestRam {
         Self { memory, regions }
     }
 
-    /// The `len` bytes at `addr`, if they are in one region, as nearly always.
+    /// The `len` bytes at `addr`, if they are in one region, as is nearly always the case.
     #[inline]
     pub fn slice(&self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
         let after = self.regions.partition_point(|region| region.first <= addr);
         let region = self.regions[..after].last()?;
         let offset = usize::try_from(addr.unchecked_offset_from(region.first)).ok()?;
         let left = region.bytes.checked_sub(offset).filter(|&left| left > 0)?;
-        // The address is the guest's. If the processor mispredicts the check, it must not load from anywhere: what it
-        // then does with the bytes would tell the guest what they are (Spectre, variant 1).
+        // The guest chooses the address. If the processor mispredicts the check, it must not load from an arbitrary
+        // address: the effect of the loaded bytes on its caches could reveal them to the guest (Spectre, variant 1).
         let offset = offset & in_bounds_mask(offset, region.bytes);
         // SAFETY: the bytes are in the region, which is mapped as long as `self.memory` lives, and the slice borrows
         // `self`. The mask changes nothing, because the offset is in the region.
         (len <= left).then(|| unsafe { VolatileSlice::new(region.host.add(offset), len) })
     }
 
-    /// The `len` bytes at `addr` as one slice a region, in order. The last is `None` if guest memory ends before them.
+    /// The `len` bytes at `addr` as one slice per region, in order. The last is `None` if guest memory ends before
+    /// them.
     pub fn slices(&self, addr: GuestAddress, len: usize) -> impl Iterator<Item = Option<VolatileSlice<'_>>> {
         GuestMemoryBackend::get_slices(&*self.memory, addr, len).map(Result::ok)
     }
@@ -113,7 +114,7 @@ mod tests {
     use super::*;
     use crate::virtio::testing::{END, HIGH, HOLE, SEAM, ram};
 
-    /// Around every border of a region, for every length that matters there.
+    /// At every border of a region, for every relevant length.
     #[test]
     fn a_slice_is_what_vm_memory_finds() {
         let mem = ram();

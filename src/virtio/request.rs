@@ -1,9 +1,9 @@
 //! Parses a descriptor chain into a typed request (virtio 1.2, section 5.2.6), and checks it against the disk.
 //!
-//! VERSION_1 has no rules for the layout (section 2.7.4): the header is the first 16 readable bytes, the status the
+//! With VERSION_1 the layout is arbitrary (section 2.7.4): the header is the first 16 readable bytes, the status the
 //! last writable byte, and the data is between them, however the driver splits them into descriptors. An invalid
-//! request is completed with an error status if it has a status byte in guest memory; [`Malformed`] says what becomes
-//! of one that has none.
+//! request is completed with an error status if it has a status byte in guest memory; [`Malformed`] describes the
+//! others.
 
 use std::fmt;
 
@@ -27,10 +27,10 @@ const HEADER_BYTES: usize = 16;
 const SEGMENT_BYTES: usize = 16;
 /// Largest payload of a DISCARD or WRITE ZEROES.
 const PAYLOAD_BYTES_MAX: usize = SEGMENT_BYTES * MAX_DISCARD_SEGMENTS as usize;
-/// Length of a device ID string. It is padded with NULs, and has none if it is as long as this.
+/// Length of a device ID string. A shorter one is padded with NULs.
 pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
-/// What a request asks for.
+/// The type of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
     /// IN: sectors to the guest.
@@ -39,7 +39,7 @@ pub enum RequestKind {
     Write,
     /// FLUSH: make completed writes stable.
     Flush,
-    /// DISCARD: contents no longer matter.
+    /// DISCARD: the contents no longer matter.
     Discard,
     /// WRITE ZEROES.
     WriteZeroes,
@@ -86,11 +86,11 @@ pub struct RequestLimits {
     pub max_discard_sectors: u32,
     /// Whether VIRTIO_BLK_F_WRITE_ZEROES is offered.
     pub can_zero: bool,
-    /// What GET ID returns; see [`serial`].
+    /// The data that GET ID returns; see [`serial`].
     pub serial: [u8; ID_BYTES],
 }
 
-/// A serial as GET ID returns it: the first 20 bytes of `text`, padded with NULs.
+/// A serial in the form that GET ID returns: the first 20 bytes of `text`, padded with NULs.
 pub fn serial(text: &str) -> [u8; ID_BYTES] {
     let mut padded = [0; ID_BYTES];
     for (to, from) in padded.iter_mut().zip(text.bytes()) {
@@ -116,12 +116,12 @@ pub enum Malformed {
         /// The address of the status byte, in guest memory.
         status_addr: GuestAddress,
     },
-    /// It has no status byte in guest memory. It can be completed with a used length of 0, which tells the driver that
-    /// no status was written (section 2.7.8.3).
+    /// It has no status byte in guest memory. It can be completed with a used length of 0, which indicates to the
+    /// driver that no status was written (section 2.7.8.3).
     NoStatus,
     /// It cannot be followed to its end, or neither its header nor its status byte is in guest memory. It cannot be
-    /// completed: drivers do not look at the used length, and take the status that is in their own memory (of the
-    /// request before, most often OK) for this request's.
+    /// completed: drivers ignore the used length, and would interpret the byte in their own memory (from the previous
+    /// request, usually OK) as the status of this request.
     Unreadable,
 }
 
@@ -137,12 +137,12 @@ impl fmt::Display for Malformed {
 
 impl std::error::Error for Malformed {}
 
-/// A request. To save allocations, parse into the same value again and again: it keeps its memory.
+/// A request. To save allocations, parse repeatedly into the same value: it keeps its memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
     /// The head of the chain, which is the `id` of its used element.
     pub head: u16,
-    /// What the request asks for.
+    /// The type of the request.
     pub kind: RequestKind,
     /// First sector of a read or write.
     pub sector: u64,
@@ -152,7 +152,7 @@ pub struct Request {
     pub data_bytes: u64,
     /// The address of the status byte.
     pub status_addr: GuestAddress,
-    /// How many buffers of the chain were read.
+    /// Number of buffers of the chain that were read.
     pub buffers: usize,
 }
 
@@ -167,12 +167,12 @@ impl Default for Request {
 ///
 /// => One pass that reads each descriptor and the header once. Nothing is allocated once `request` has grown to the
 ///    largest request.
-/// => The status byte is in guest memory. The data may be outside; copying it fails then.
+/// => The status byte is in guest memory. The data may be outside; copying it then fails.
 ///
 /// # Errors
 /// [`Malformed`] if the header is short or unreadable, a readable buffer follows a writable one (section 2.7.4.2), the
 /// chain has more than `u32::MAX` bytes (section 2.7.5.2) or cannot be followed to its end, or it has no status byte.
-/// `request` has no meaning then.
+/// `request` is then meaningless.
 pub fn parse(mem: &GuestRam, table: &DescriptorTable<'_>, head: u16, request: &mut Request) -> Result<(), Malformed> {
     request.head = head;
     request.data.clear();
@@ -297,8 +297,8 @@ impl Request {
     ///    its content.
     ///
     /// # Errors
-    /// [`Status::Unsupported`] for what the disk does not offer, [`Status::IoErr`] for what is invalid. On a read-only
-    /// disk every kind that changes data gets `IoErr`, as section 5.2.6.2 demands.
+    /// [`Status::Unsupported`] for a request that the disk does not offer, [`Status::IoErr`] for an invalid one. On a
+    /// read-only disk every kind that changes data gets `IoErr`, as section 5.2.6.2 requires.
     pub fn check(&self, disk: &RequestLimits) -> Result<(), Status> {
         let fail_if = |invalid: bool, status: Status| if invalid { Err(status) } else { Ok(()) };
         match self.kind {
@@ -385,7 +385,7 @@ impl Request {
         Ok(())
     }
 
-    /// Writes the serial for a GET ID that passed [`Self::check`]: as much of its 20 bytes as the data has space for.
+    /// Writes the serial for a GET ID that passed [`Self::check`]: as many of its 20 bytes as fit in the data.
     ///
     /// # Errors
     /// [`BadAddress`] if the data is outside guest memory.
@@ -397,7 +397,7 @@ impl Request {
         usize::try_from(self.data_bytes).unwrap_or(ID_BYTES).min(ID_BYTES)
     }
 
-    /// The length for the used element: how many bytes were written to the chain, including the status (section 2.7.8).
+    /// The length for the used element: the number of bytes written to the chain, including the status (section 2.7.8).
     ///
     /// => After a failure only the status byte counts, whatever was copied before: the driver may not use the data.
     pub fn used_len(&self, status: Status) -> u32 {

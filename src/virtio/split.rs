@@ -1,9 +1,9 @@
 //! The split virtqueue (virtio 1.2, section 2.7): heads are taken from the available ring, elements are pushed onto the
-//! used ring, and each side tells the other whether it wants to be notified.
+//! used ring, and each side controls whether the other notifies it.
 //!
 //! The rings are looked up in the guest's regions once, when the queue starts or the memory changes; from then on they
 //! are host addresses with a known length. virtio-queue, by contrast, looks up every word each time, and publishes
-//! every used element by itself: a guest that polls the used index loses its cache line once a request.
+//! every used element separately: a guest that polls the used index loses its cache line once per request.
 
 use std::fmt;
 use std::sync::Arc;
@@ -35,13 +35,14 @@ const AVAIL_ALIGNMENT: usize = 2;
 const USED_ALIGNMENT: usize = 4;
 const DESCRIPTOR_BYTES: usize = 16;
 /// How often an impossible available index is read again, some microseconds in all. A driver that does not store it in
-/// one access, such as one in a scripting language, shows a wrong one for nanoseconds, and a worker that polls sees it.
+/// one access, such as one in a scripting language, exposes a wrong value for nanoseconds, and a polling worker can
+/// read it.
 ///
-/// => For a queue, not for each time: a driver that shows wrong indices all the time does not hold the worker up. Each
-///    right one restores one.
+/// => The number is per queue, not per read: a driver that always exposes wrong indices does not delay the worker. Each
+///    valid index restores one reread.
 const INDEX_REREADS: u32 = 500;
 
-/// Where a queue is in guest memory, and what was negotiated for it. Addresses are guest-physical.
+/// The location of a queue in guest memory, and its negotiated features. Addresses are guest-physical.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueLayout {
     /// Number of descriptors, a power of two.
@@ -83,7 +84,7 @@ pub struct SplitQueue {
     layout: QueueLayout,
     rings: Rings,
     next: QueuePosition,
-    /// The used index that the driver sees.
+    /// The used index that is visible to the driver.
     published: u16,
     /// How often an impossible index may be read again.
     rereads_left: u32,
@@ -120,8 +121,8 @@ impl SplitQueue {
         self.avail_idx() != self.next.next_avail
     }
 
-    /// Appends the next heads to `heads`, in order and at most `max`. They are as the guest wrote them: any number is
-    /// possible. [`SplitQueue::advance`] takes them.
+    /// Appends the next heads to `heads`, in order and at most `max`. They are unchecked values of the guest: any
+    /// number is possible. [`SplitQueue::advance`] takes them.
     ///
     /// # Errors
     /// [`Overrun`].
@@ -144,7 +145,7 @@ impl SplitQueue {
         self.next.next_avail = self.next.next_avail.wrapping_add(count);
     }
 
-    /// Gives the last head that was taken back to the driver: it is available again. False: it was not `head`.
+    /// Returns the last head that was taken to the driver: it is available again. False: it was not `head`.
     pub fn untake(&mut self, head: u16) -> bool {
         let last = self.next.next_avail.wrapping_sub(1);
         let is_last = self.next.next_avail != self.next.next_used && self.head_at(last) == head;
@@ -154,13 +155,13 @@ impl SplitQueue {
         is_last
     }
 
-    /// The entry of the available ring that an index means.
+    /// The entry of the available ring at an index.
     fn head_at(&self, index: u16) -> u16 {
         u16::from_le(self.rings.avail.le16(RING + self.entry(index) * HEAD_BYTES).load(Ordering::Relaxed))
     }
 
-    /// Fills the next used element: the chain at `head`, with `len` bytes written to it. [`SplitQueue::publish`] shows
-    /// it to the driver.
+    /// Fills the next used element: the chain at `head`, with `len` bytes written to it. [`SplitQueue::publish`] makes
+    /// it visible to the driver.
     pub fn push_used(&mut self, head: u16, len: u32) {
         let element = RING + self.entry(self.next.next_used) * ELEMENT_BYTES;
         store(self.rings.used.le32(element), u32::from(head).to_le(), Ordering::Relaxed);
@@ -173,7 +174,8 @@ impl SplitQueue {
         self.next.next_used != self.published
     }
 
-    /// Shows all used elements to the driver. Returns whether it wants to be interrupted for them (section 2.7.7.2).
+    /// Makes all used elements visible to the driver. Returns whether it requests an interrupt for them (section
+    /// 2.7.7.2).
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next.next_used);
         self.published = new;
@@ -182,8 +184,8 @@ impl SplitQueue {
         notification::publish(self.rings.used.le16(IDX), self.rings.avail.le16(wanted), event_idx, old, new)
     }
 
-    /// Tells the driver that it need not kick. With EVENT_IDX it does not kick while avail_event stays behind, so there
-    /// is nothing to do; else a flag says so.
+    /// Disables the driver's kicks. With EVENT_IDX the driver does not kick while avail_event stays behind, so there is
+    /// nothing to do; otherwise a flag is set.
     pub fn disable_notification(&mut self) {
         if !self.layout.event_idx {
             let flags = u16::try_from(VRING_USED_F_NO_NOTIFY).expect("it is 1");
@@ -191,8 +193,7 @@ impl SplitQueue {
         }
     }
 
-    /// Tells the driver to kick from now on. Returns whether heads became available meanwhile, for which it may not
-    /// have kicked.
+    /// Enables the driver's kicks. Returns whether heads became available meanwhile, for which it may not have kicked.
     pub fn enable_notification(&mut self) -> bool {
         let event_idx = self.layout.event_idx;
         let wanted = if event_idx { RING + usize::from(self.layout.size) * ELEMENT_BYTES } else { FLAGS };
@@ -204,7 +205,7 @@ impl SplitQueue {
         u16::from_le(self.rings.avail.le16(IDX).load(Ordering::Acquire))
     }
 
-    /// The entry of a ring that an index means.
+    /// The position of an index in a ring.
     fn entry(&self, index: u16) -> usize {
         usize::from(index & (self.layout.size - 1))
     }
@@ -273,7 +274,7 @@ unsafe impl Send for RingMemory {}
 
 impl RingMemory {
     fn find(memory: &GuestRam, address: GuestAddress, bytes: usize, alignment: usize) -> Option<Self> {
-        // The guard is a plain pointer, valid as long as the memory, as vm-memory's Xen mappings are not used.
+        // The guard is a plain pointer, valid as long as the memory, because vm-memory's Xen mappings are not used.
         let base = memory.slice(address, bytes)?.ptr_guard_mut().as_ptr();
         base.addr().is_multiple_of(alignment).then_some(Self { base, bytes })
     }

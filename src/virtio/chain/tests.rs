@@ -11,7 +11,7 @@ const TABLE: u64 = 0x1000;
 const AVAIL: u64 = 0x8000;
 const USED: u64 = 0x9000;
 
-/// The buffers of the chain up to its end or first error, and how it ended.
+/// The buffers of the chain up to its end or first error, and the result.
 fn walk(mem: &GuestRam, table: u64, size: u16, head: u16) -> (Vec<Buffer>, Result<(), BrokenChain>) {
     let mut buffers = Vec::new();
     let table = DescriptorTable::new(mem, GuestAddress(table), u32::from(size));
@@ -52,8 +52,7 @@ fn random_descriptor(prng: &mut Prng, size: u64, indirect_table: u64) -> (u64, u
 }
 
 /// Over random tables with indirect ones, loops, indexes out of range and tables outside memory: a chain followed to
-/// its end has exactly virtio-queue's buffers, and a broken one is found broken no later than where virtio-queue
-/// stopped.
+/// its end has exactly virtio-queue's buffers, and a broken one is reported no later than where virtio-queue stopped.
 #[test]
 fn agrees_with_virtio_queue_on_random_chains() {
     let mem = ram();
@@ -61,7 +60,7 @@ fn agrees_with_virtio_queue_on_random_chains() {
     for seed in 0..40_000 {
         let mut prng = Prng::new(seed);
         let size = prng.pick(&[1u16, 2, 8, 16, 32]);
-        // The indirect table is across the seam of two regions, or at the end of memory with a part unmapped.
+        // The indirect table crosses the seam of two regions, or is at the end of memory and partly unmapped.
         let indirect_table = prng.pick(&[HIGH, SEAM - 24, END - 64]);
         for index in 0..size {
             put(&mem, TABLE, index, random_descriptor(&mut prng, u64::from(size), indirect_table));

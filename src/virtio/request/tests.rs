@@ -61,7 +61,7 @@ fn request(mem: &GuestRam, kind: u32, sector: u64, buffers: &[Piece]) -> Result<
     parse_at(mem, 0)
 }
 
-/// Parses into a request that was used before, so that a field that is not reset shows.
+/// Parses into a request that was used before, so that a field that is not reset is detected.
 fn parse_at(mem: &GuestRam, head: u16) -> Result<Request, Malformed> {
     let stale = GuestRange { addr: GuestAddress(0xdead), len: 77 };
     let mut parsed = Request { kind: RequestKind::Read, data: vec![stale; 3], data_bytes: 231, ..Request::default() };
@@ -142,7 +142,7 @@ fn put_layout(mem: &GuestRam, buffers: &[Piece], plain: usize) {
     put_chain(mem, HIGH, rest);
 }
 
-/// T22: whatever is wrong with a request, its status byte is found when there is one.
+/// T22: for every kind of error in a request, its status byte is found if there is one.
 #[test]
 fn a_wrong_request_with_a_status_byte_can_be_answered() {
     let mem = ram();
@@ -155,7 +155,7 @@ fn a_wrong_request_with_a_status_byte_can_be_answered() {
         &[(HEADER, 8, 0), (HEADER + 8, 7, 0), (DATA, 512, WRITE), status],
         &[(HOLE, 16, 0), status],
         &[(HOLE - 8, 16, 0), status],
-        // An unreadable first piece is not made good by a header after it.
+        // A header after an unreadable first piece does not make the request readable.
         &[(HOLE, 4, 0), (HEADER, 16, 0), status],
         &[(u64::MAX - 3, 16, 0), status],
         &[status, (HEADER, 16, 0)],
@@ -319,8 +319,8 @@ fn used_length_counts_what_was_written_to_the_guest() {
     }
 }
 
-/// Random descriptors and random memory behind them: every parse ends, every range keeps the invariants of [`Request`],
-/// and every request that passes its checks can be executed.
+/// Random descriptors and random memory behind them: every parse ends, every range satisfies the invariants of
+/// [`Request`], and every request that passes its checks can be executed.
 #[test]
 fn random_chains_never_cause_a_panic() {
     let mem = ram();

@@ -1,4 +1,5 @@
-//! Tests of the queue: everything that the guest sees of it equals virtio-queue's, and its bounds.
+//! Tests of the queue: everything that is visible to the guest equals the results of virtio-queue; and the queue's
+//! bounds.
 
 use std::sync::atomic::Ordering;
 
@@ -38,7 +39,8 @@ fn ring_bytes(mem: &GuestMemoryMmap, at: u64) -> [u8; RING_BYTES] {
     bytes
 }
 
-/// Whether the driver wants an interrupt for what virtio-queue pushed onto the used ring since the last call.
+/// Whether the driver requests an interrupt for the elements that virtio-queue pushed onto the used ring since the last
+/// call.
 fn oracle_wants_interrupt(queue: &mut Queue, mem: &GuestMemoryMmap) -> bool {
     if queue.event_idx_enabled() {
         return queue.needs_notification(mem).unwrap();
@@ -46,8 +48,8 @@ fn oracle_wants_interrupt(queue: &mut Queue, mem: &GuestMemoryMmap) -> bool {
     mem.load::<u16>(GuestAddress(AVAIL), Ordering::Relaxed).unwrap() & 1 == 0
 }
 
-/// Two drivers that do the same, one served by this queue and one by virtio-queue, see the same rings and get the same
-/// interrupts.
+/// Two drivers that perform the same steps, one served by this queue and one by virtio-queue, see the same rings and
+/// get the same interrupts.
 fn take(queue: &mut SplitQueue, max: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
     let before = heads.len();
     queue.peek(max, heads)?;

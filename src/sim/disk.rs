@@ -1,8 +1,8 @@
 //! The simulated disk: a volatile write cache in front of a durable medium, with holes and power cuts.
 //!
-//! Each sector holds a version number instead of bytes; version 0 means zeros. Until a Sync succeeds, a write may
-//! or may not have reached the medium. What a failed Sync loses depends on the disk ([`SyncFailure`]). In any case a
-//! later Sync that succeeds does not bring it back.
+//! Each sector holds a version number instead of bytes; version 0 means zeros. Until a Sync succeeds, a write may or
+//! may not have reached the medium. The writes that a failed Sync loses depend on the disk ([`SyncFailure`]). A later
+//! successful Sync never restores them.
 
 use crate::prng::Prng;
 use crate::units::{ExtentKind, Unmap};
@@ -15,34 +15,34 @@ struct UnsyncedWrite {
     at: u64,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(crate) struct SimulatedDisk {
-    /// What a read returns, by sector.
+    /// The version that a read returns, by sector.
     current: Vec<u32>,
-    /// What the medium holds for certain, by sector.
+    /// The version that is certainly on the medium, by sector.
     durable: Vec<u32>,
     /// By sector, oldest write first.
     unsynced: Vec<Vec<UnsyncedWrite>>,
     /// By page: never written, or unmapped since.
     hole: Vec<bool>,
-    /// By page: has space allocated, even if it is a hole.
+    /// By page: whether space is allocated, even if it is a hole.
     allocated: Vec<bool>,
-    /// Counts Syncs, so that a Sync knows which writes precede it.
+    /// Counts Syncs, to determine which writes precede a Sync.
     clock: u64,
 }
 
 const SECTORS_PER_PAGE: usize = 8;
 
-/// What a failed Sync does to writes that are not durable.
+/// The effect of a failed Sync on writes that are not durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SyncFailure {
-    /// Those that it should have made durable never reach the medium, but reads still return them: a kernel that drops
-    /// its dirty pages after a failed write-back does so.
+    /// The writes that it should have made durable never reach the medium, but reads still return them: like a kernel
+    /// that drops its dirty pages after a failed write-back.
     DropsEarlier,
-    /// The same, for later ones too.
+    /// The same, also for later writes.
     DropsAll,
-    /// The disk was reset and its write cache is lost: reads return what the medium holds.
+    /// The disk was reset and its write cache is lost: reads return the contents of the medium.
     Resets,
 }
 
@@ -59,8 +59,8 @@ impl SimulatedDisk {
         }
     }
 
-    /// Makes the disk larger, up to `sectors`: the pages for which `hole` returns true are holes, the others, and the
-    /// rest of the page that the old end cuts, hold `version`. Returns the versions of what was added.
+    /// Grows the disk to `sectors` sectors: the pages for which `hole` returns true are holes; the others, and the rest
+    /// of the page with the old end, hold `version`. Returns the versions of the added sectors.
     pub fn grow(&mut self, sectors: usize, version: u32, hole: impl FnMut(usize) -> bool) -> Vec<u32> {
         let before = self.sectors();
         self.hole.extend((self.hole.len()..sectors.div_ceil(SECTORS_PER_PAGE)).map(hole));
@@ -84,7 +84,7 @@ impl SimulatedDisk {
         self.allocated[first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE)].fill(true);
     }
 
-    /// Whether every page of a range has space.
+    /// Whether space is allocated for every page of a range.
     pub fn has_space(&self, first: usize, count: usize) -> bool {
         let pages = first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE);
         pages.into_iter().all(|page| self.allocated[page] || !self.hole[page])
@@ -125,13 +125,13 @@ impl SimulatedDisk {
         }
     }
 
-    /// A zero or discard that fails has destroyed the sector's contents.
+    /// A failed zero or discard has destroyed the sector's contents.
     pub fn tear(&mut self, sector: usize) {
         (self.current[sector], self.durable[sector]) = (0, 0);
         self.unsynced[sector].clear();
     }
 
-    /// Runs of (sectors, kind) over a range that starts on a page boundary; the last one to its end.
+    /// Runs of (sectors, kind) over a range that starts on a page boundary; the last one in full.
     pub fn map(&self, first: usize, count: usize) -> Vec<(u64, ExtentKind)> {
         let mut runs: Vec<(u64, ExtentKind)> = Vec::new();
         for sector in first..self.sectors() {
@@ -173,7 +173,7 @@ impl SimulatedDisk {
         }
     }
 
-    /// The disk loses its write cache: every sector is what it was when it last was durable.
+    /// The disk loses its write cache: every sector returns to its last durable version.
     pub fn reset(&mut self) {
         for (sector, unsynced) in self.unsynced.iter_mut().enumerate() {
             if !unsynced.is_empty() {
@@ -186,7 +186,7 @@ impl SimulatedDisk {
         }
     }
 
-    /// The power is cut, and this is what it leaves. Reservations of space are lost.
+    /// Cuts the power; `left` remains. Reservations of space are lost.
     pub fn cut_power(&mut self, left: &[u32]) {
         self.unsynced.iter_mut().for_each(Vec::clear);
         self.current.copy_from_slice(left);

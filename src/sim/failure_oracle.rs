@@ -1,7 +1,7 @@
-//! Decides which guest requests may fail: without a disk fault none, and with one only those that the error policy
+//! Decides which guest requests may fail: without a disk fault none, after a fault only those that the error policy
 //! allows.
 //!
-//! The oracle is lenient: once a fault has excused failures, it excuses later ones too, although the disk may have
+//! The oracle is lenient: once a fault has permitted failures, later ones are permitted too, although the disk may have
 //! recovered.
 
 use crate::cache::{ErrorPolicy, Settings};
@@ -10,9 +10,9 @@ use crate::units::{Fault, OpKind, Tick};
 /// The disk faults so far.
 #[derive(Debug, Default)]
 pub(super) struct FailureOracle {
-    /// Time of the last read that failed.
+    /// Time of the last failed read.
     read_failed: Option<Tick>,
-    /// Time of the last range operation that failed.
+    /// Time of the last failed range operation.
     range_failed: Option<Tick>,
     /// Time of the first failure to store data under the policy `hold`.
     held_since: Option<Tick>,
@@ -22,7 +22,7 @@ pub(super) struct FailureOracle {
     stopped: bool,
 }
 
-/// Guest requests by what makes them fail.
+/// Guest requests by the operations whose failure makes them fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RequestClass {
     Read,
@@ -33,17 +33,17 @@ pub(super) enum RequestClass {
 }
 
 impl FailureOracle {
-    /// Notes that a store operation has failed.
+    /// Records that a store operation has failed.
     pub fn note_failure(&mut self, kind: OpKind, fault: Fault, settings: &Settings, now: Tick) {
         match kind {
             OpKind::Read => self.read_failed = Some(now),
-            // The cache reads what it cannot map: no request fails.
+            // The cache reads the pages that it cannot map: no request fails.
             OpKind::Map => return,
             OpKind::Zero { .. } | OpKind::Discard => self.range_failed = Some(now),
             OpKind::Write | OpKind::Sync | OpKind::Allocate => {}
         }
-        // With blocks larger than a sector, a write needs a read of the rest of its block: such a read falls under the
-        // error policy, as does a zero that is repeated after a failed Sync.
+        // With blocks larger than a sector, a write needs a read of the rest of its block: such a read is subject to
+        // the error policy, like a zero that is repeated after a failed Sync.
         let completes_blocks = kind == OpKind::Read && settings.block_sectors > 1;
         if !completes_blocks && matches!(kind, OpKind::Read | OpKind::Discard) {
             return;
@@ -55,7 +55,7 @@ impl FailureOracle {
         }
     }
 
-    /// The daemon was stopped, from `before` to `now`: half of a hold that had not ended is left.
+    /// The daemon was stopped from `before` to `now`: half of the hold time remains of a hold that had not ended.
     pub fn note_stop(&mut self, before: Tick, settings: &Settings, now: Tick) {
         if let Some(since) = &mut self.held_since
             && before.since_us(*since) < settings.hold_us
@@ -77,7 +77,7 @@ impl FailureOracle {
         self.stopped
             || match class {
                 RequestClass::Read => since_sent(self.read_failed),
-                // A zero that finds no free zero slot waits for the Sync that frees one, and fails with it.
+                // A zero without a free zero slot waits for the Sync that frees one, and fails with it.
                 RequestClass::Range => since_sent(self.range_failed) || self.reported || hold_expired,
                 RequestClass::Write | RequestClass::Flush => self.reported || hold_expired,
             }

@@ -1,7 +1,7 @@
-//! The frame memory of a simulated cache: a version number for each sector, and the records published of each frame.
+//! The frame memory of a simulated cache: a version number for each sector, and the published record of each frame.
 //!
-//! A daemon may crash between any two steps that the cache takes in this memory. From then on the cache works on memory
-//! that the next daemon does not get: [`SimulatedMemory::restore_crash_image`] goes back to the moment of the crash.
+//! A daemon may crash between any two steps of the cache in this memory. From then on the cache changes memory that the
+//! next daemon does not get: [`SimulatedMemory::restore_crash_image`] restores the contents at the time of the crash.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -9,10 +9,10 @@ use crate::arena::sectors_within;
 use crate::cache::FrameMemory;
 use crate::units::{FrameId, FrameRecord, SectorMask, SectorSpan};
 
-/// The version in memory that was never written. A guest that reads it sees a leak of foreign data.
+/// The version of memory that was never written. A guest that reads it has received foreign data.
 pub(crate) const GARBAGE: u32 = u32::MAX;
 
-/// All that survives a crash of the daemon.
+/// The part that survives a crash of the daemon.
 #[derive(Clone, Debug)]
 struct MemoryContents {
     versions: Vec<[u32; 8]>,
@@ -26,7 +26,7 @@ struct MemoryContents {
 struct MemoryState {
     current: MemoryContents,
     steps_to_crash: Option<u64>,
-    /// The contents at the moment of the crash.
+    /// The contents at the time of the crash.
     crash_image: Option<MemoryContents>,
 }
 
@@ -41,7 +41,7 @@ impl MemoryState {
     }
 }
 
-/// See the module. Clones share the memory.
+/// See the documentation of the module. Clones share the memory.
 #[derive(Clone, Debug)]
 pub(crate) struct SimulatedMemory(Arc<Mutex<MemoryState>>);
 
@@ -68,7 +68,7 @@ impl SimulatedMemory {
         self.0.lock().expect("a world has one thread")
     }
 
-    /// The version in a sector, counted from the frame's first; 8 and more lie in the frames that follow.
+    /// The version in a sector, counted from the frame's first; from 8 on they lie in the following frames.
     pub fn get(&self, frame: FrameId, sector: usize) -> u32 {
         let state = self.state();
         Self::check(&state, frame, sector);
@@ -87,12 +87,13 @@ impl SimulatedMemory {
         self.state().steps_to_crash = Some(steps);
     }
 
-    /// Whether the daemon has crashed: all that the cache has done since is void.
+    /// Whether the daemon has crashed: all later steps of the cache have no effect.
     pub fn has_crashed(&self) -> bool {
         self.state().crash_image.is_some()
     }
 
-    /// Goes back to the moment of the crash; keeps the current contents if the daemon did not crash within its step.
+    /// Restores the contents at the time of the crash; keeps the current contents if the daemon did not crash within
+    /// its step.
     pub fn restore_crash_image(&self) {
         let mut state = self.state();
         state.steps_to_crash = None;
@@ -108,7 +109,7 @@ impl SimulatedMemory {
         records.filter_map(|(frame, record)| record.map(|record| (frame, record))).collect()
     }
 
-    /// The records no longer say anything of sectors from `end` on.
+    /// Removes the sectors from `end` on from all records.
     pub fn forget_beyond(&self, end: u64) {
         for record in self.state().current.records.iter_mut().flatten() {
             let within = sectors_within(end, record.page);
@@ -160,7 +161,7 @@ impl FrameMemory for SimulatedMemory {
         state.step();
         let count = count as usize;
         assert!(state.current.records[count..].iter().all(Option::is_none), "a record of a frame without memory");
-        // The memory of the others goes at once.
+        // The memory of the other frames is freed immediately.
         state.current.versions[count..].fill([GARBAGE; 8]);
         state.current.in_use = count;
     }

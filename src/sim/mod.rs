@@ -1,16 +1,17 @@
 //! The simulator: runs the page cache through random orders of events, one world for each seed.
 //!
-//! The seed decides everything: the cache's settings, the guest's requests, the latency and the order of store
+//! The seed determines everything: the cache's settings, the guest's requests, the latency and the order of store
 //! operations, transient and permanent faults, torn writes, crashes of the daemon and power cuts. A world has two
 //! phases:
 //!
-//! - Safety: the guest sends random requests while the disk fails at random and daemons crash. Every few
-//!   steps the cache's invariants are recounted. The data oracle (`oracle.rs`) checks what each read returns and what a
-//!   power cut would leave; the failure oracle (`failure_oracle.rs`) checks that no request fails without a reason.
-//! - Liveness: daemons no longer crash. In some worlds the disk first breaks, and every request must complete anyway,
-//!   with success or with an error. Then the disk is healed: every request must complete, a FLUSH must succeed, and
-//!   after it a power cut must leave all that the guest wrote. At no time may a request wait for an event that cannot
-//!   come.
+//! - Safety: the guest sends random requests while the disk fails at random and daemons crash. Every few steps the
+//!   cache's invariants are recounted. The data oracle (`oracle.rs`) checks the result of each read and the state that
+//!   would remain after a power cut; the failure oracle (`failure_oracle.rs`) checks that no request fails without a
+//!   reason.
+//! - Liveness: daemons no longer crash. In some worlds the disk first breaks, and every request must still complete,
+//!   with success or with an error. Then the disk is healed: every request must complete, a FLUSH must succeed, and a
+//!   power cut after it must leave all data that the guest wrote. At no time may a request wait for an event that
+//!   cannot occur.
 //!
 //! [`PlantedBug`]s prove that the oracles detect bugs: each is a bug in the cache that a test enables, and the
 //! simulator must find it.
@@ -39,21 +40,21 @@ use world::World;
 
 /// Steps of the safety phase.
 const STEPS: u64 = 1500;
-/// Seeds that every run of the tests tries.
+/// Seeds that every test run uses.
 const FIXED_SEEDS: u64 = 700;
-/// The same with an operator who freezes the cache; `make sim` tries more.
+/// The same with an operator that freezes the cache; `make sim` runs more.
 const FREEZE_SEEDS: u64 = 200;
 /// The same with an image that grows.
 const GROWTH_SEEDS: u64 = 200;
-/// The same with an operator who changes the size of the cache.
+/// The same with an operator that changes the size of the cache.
 const SIZE_SEEDS: u64 = 200;
 
-/// What happened in worlds.
+/// Counts of events in worlds.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
     /// Requests of guests that completed.
     requests: u64,
-    /// Operations that disks were sent.
+    /// Operations that were submitted to disks.
     operations: u64,
     /// Daemons that died.
     deaths: u64,
@@ -87,7 +88,7 @@ fn run(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<Counts> {
     })
 }
 
-/// Runs a world of `steps` steps that takes its decisions from `script` first.
+/// Runs a world of `steps` steps that takes its first decisions from `script`.
 ///
 /// # Panics
 /// When the oracle finds a bug.
@@ -121,7 +122,7 @@ fn random_seeds_keep_every_guarantee() {
     run_all(first..first + 30);
 }
 
-/// Runs one seed with a server in place of the disk, which is restarted now and then.
+/// Runs one seed with a server in place of the disk, which is restarted occasionally.
 fn run_with_restarts(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<()> {
     run_with(planted, || World::with_restarts(seed).run(STEPS))
 }
@@ -135,7 +136,7 @@ fn a_server_that_is_restarted_loses_nothing_and_fails_nothing() {
     assert!((0..FIXED_SEEDS).any(|seed| finds(&seed)), "no seed finds a loss that is not repaired");
 }
 
-/// Runs one seed with an operator who freezes the cache between any two steps.
+/// Runs one seed with an operator that freezes the cache between any two steps.
 fn run_with_freezes(seed: u64) -> std::thread::Result<u64> {
     run_with(None, || {
         let mut world = World::with_freezes(seed);
@@ -152,7 +153,7 @@ fn freeze_all(seeds: std::ops::Range<u64>) -> u64 {
 #[test]
 fn a_frozen_disk_does_not_change_and_is_what_a_flush_leaves() {
     let freezes = freeze_all(0..FREEZE_SEEDS);
-    // A Sync fails, and its daemon dies before it learns of that.
+    // A Sync fails, and its daemon dies before the failure is reported to it.
     freeze_all(80_000_931..80_000_932);
     assert!(freezes > FREEZE_SEEDS, "only {freezes} freezes");
 }
@@ -166,7 +167,7 @@ fn run_with_growth(seed: u64, planted: Option<PlantedBug>) -> std::thread::Resul
     })
 }
 
-/// Runs seeds with growth. Returns how often a daemon has followed it, and how often one found a larger image.
+/// Runs seeds with growth. Returns how often a daemon has grown its image, and how often one found a larger image.
 fn grow_all(seeds: std::ops::Range<u64>) -> [u64; 2] {
     let run = |seed| run_with_growth(seed, None).unwrap_or_else(|_| panic!("seed {seed} with growth failed"));
     seeds.map(run).fold([0; 2], |[followed, found], [more, others]| [followed + more, found + others])
@@ -178,8 +179,8 @@ fn an_image_that_grows_keeps_every_guarantee() {
     assert!(followed > 200 && found > 200, "too little happened: {followed} {found}");
 }
 
-/// Runs one seed with an operator who changes the size of the cache between any two steps. Returns how often, and how
-/// many pages have moved for that.
+/// Runs one seed with an operator that changes the size of the cache between any two steps. Returns the number of
+/// changes, and the number of pages that have moved for them.
 fn run_with_sizes(seed: u64) -> std::thread::Result<(u64, u64)> {
     run_with(None, || {
         let mut world = World::with_sizes(seed);
@@ -188,7 +189,7 @@ fn run_with_sizes(seed: u64) -> std::thread::Result<(u64, u64)> {
     })
 }
 
-/// Runs seeds with changes of size. Returns how many there were, and how many pages have moved.
+/// Runs seeds with changes of size. Returns the number of changes, and the number of pages that have moved.
 fn resize_all(seeds: std::ops::Range<u64>) -> (u64, u64) {
     seeds.fold((0, 0), |(sizes, pages), seed| {
         let (more, moved) = run_with_sizes(seed).unwrap_or_else(|_| panic!("seed {seed} with sizes failed"));

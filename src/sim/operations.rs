@@ -1,4 +1,4 @@
-//! What is in flight in a simulated world: the guest's requests and the cache's store operations.
+//! The operations in flight in a simulated world: the guest's requests and the cache's store operations.
 
 use crate::cache::StoreOpRef;
 use crate::units::{ExtentKind, FrameId, OpKind, SectorSpan, Tick, Unmap};
@@ -17,7 +17,7 @@ pub(super) enum GuestOp {
     },
     Discard,
     Flush,
-    /// Not of the guest, but of the host's operator.
+    /// Sent by the host's operator, not by the guest.
     Freeze {
         until_us: u64,
         holds_reads: bool,
@@ -48,17 +48,17 @@ pub(super) struct GuestRequest {
     /// The step at which the guest sent it.
     pub sent_step: u64,
     pub sent_at: Tick,
-    /// Sectors that the cache has admitted.
+    /// Number of sectors that the cache has admitted.
     pub admitted: u32,
-    /// Sectors that are copied or have failed.
+    /// Number of sectors that are copied or have failed.
     pub settled: u64,
     /// The cache failed a part of it.
     pub failed: bool,
     /// The copy of a write's data from the guest stopped early.
     pub copy_failed: bool,
-    /// What it may read (a read), or what it makes durable (a flush).
+    /// The versions that a read may return, or that a flush makes durable.
     pub known: Knowledge,
-    /// A read: what it has read so far, by sector.
+    /// For a read: the versions read so far, by sector.
     pub seen: Vec<Option<u32>>,
 }
 
@@ -83,11 +83,11 @@ pub(super) struct DiskOp {
     pub span: SectorSpan,
     first_sector: u8,
     frames: Vec<FrameId>,
-    /// Write: the frames' contents at submission. They must not change until it completes.
+    /// For a write: the frames' contents at submission. They must not change until it completes.
     pub content: Vec<u32>,
-    /// Map: its result, if it was taken at submission.
+    /// For a map: its result, if it was determined at submission.
     pub map: Option<Vec<(u64, ExtentKind)>>,
-    /// Sync: its start on the disk's clock.
+    /// For a Sync: its start on the disk's clock.
     pub began: u64,
     /// When it takes effect on disk and memory.
     pub effect_at: u64,
@@ -98,7 +98,7 @@ pub(super) struct DiskOp {
 }
 
 impl DiskOp {
-    /// An operation as the cache submits it; the disk's first sector is sector `base` of the image.
+    /// A store operation of the cache; the disk's first sector is sector `base` of the image.
     pub fn new(op: &StoreOpRef<'_>, base: u64) -> Self {
         let frames = op.frames.to_vec();
         Self {

@@ -5,14 +5,14 @@
 
 use crate::units::SectorSpan;
 
-/// A write to a sector, as the guest knows it. Times are steps of the world.
+/// A write to a sector from the guest's point of view. Times are steps of the world.
 #[derive(Clone, Copy, Debug)]
 struct PossibleWrite {
     version: u32,
     ended: Option<u64>,
 }
 
-/// Versions of a sector, most often few: then without an allocation.
+/// Versions of a sector, usually so few that they need no allocation.
 #[derive(Clone, Debug, Default)]
 struct Versions {
     first: [u32; 3],
@@ -48,20 +48,20 @@ impl FromIterator<u32> for Versions {
 struct Sector {
     /// The writes whose version a read may return.
     current: Vec<PossibleWrite>,
-    /// The versions that the sector may hold after a power cut; `None`: any, because it was discarded and no later
-    /// write is stable.
+    /// The versions that the sector may hold after a power cut; `None`: any version, because it was discarded and no
+    /// later write is stable.
     durable: Option<Versions>,
-    /// Discarded, and not written since: a read may return anything.
+    /// Discarded, and not written since: a read may return any version.
     unconstrained: bool,
 }
 
-/// What the guest knows of the disk.
+/// The guest's knowledge of the disk.
 #[derive(Debug)]
 pub(super) struct Oracle {
     sectors: Vec<Sector>,
 }
 
-/// The versions that a request may find, by sector, as known when it was sent; `None`: any.
+/// The versions that a request may find, by sector, according to the knowledge when it was sent; `None`: any.
 #[derive(Clone, Debug)]
 pub(super) struct Knowledge {
     first: usize,
@@ -69,12 +69,12 @@ pub(super) struct Knowledge {
 }
 
 impl Oracle {
-    /// A disk of `count` sectors that hold version 0.
+    /// The oracle of a disk of `count` sectors that hold version 0.
     pub fn new(count: usize) -> Self {
         Self::of(&vec![0; count])
     }
 
-    /// A disk that holds these versions.
+    /// The oracle of a disk that holds these versions.
     pub fn of(versions: &[u32]) -> Self {
         let sector = |&version: &u32| Sector {
             current: vec![PossibleWrite { version, ended: Some(0) }],
@@ -84,7 +84,7 @@ impl Oracle {
         Self { sectors: versions.iter().map(sector).collect() }
     }
 
-    /// The disk has become larger, and holds these versions there.
+    /// The disk has grown by sectors that hold these versions.
     pub fn grow(&mut self, versions: &[u32]) {
         self.sectors.append(&mut Self::of(versions).sectors);
     }
@@ -125,8 +125,8 @@ impl Oracle {
         }
     }
 
-    /// A read that was sent at `sent` has returned `seen`. If no write ended or was in flight since, the guest knows
-    /// now which of several versions the sector holds.
+    /// A read that was sent at `sent` has returned `seen`. If no write ended or was in flight since, only that version
+    /// remains possible.
     pub fn narrow(&mut self, span: SectorSpan, seen: &[Option<u32>], sent: u64) {
         for (sector, seen) in self.sectors_of(span).iter_mut().zip(seen) {
             let quiet = sector.current.iter().all(|c| c.ended.is_some_and(|ended| ended < sent));
@@ -139,7 +139,7 @@ impl Oracle {
         }
     }
 
-    /// Every write that ended before `step` is durable by now: the age limit says so.
+    /// Every write that ended before `step` must be durable, because of the age limit.
     pub fn complete_age(&mut self, step: u64) {
         for sector in &mut self.sectors {
             let quiet = sector.current.iter().all(|c| c.ended.is_some_and(|ended| ended < step));
@@ -157,7 +157,7 @@ impl Oracle {
         }
     }
 
-    /// What a request that is sent now may find in `count` sectors from `first`.
+    /// The versions that a request sent now may find in `count` sectors from `first`.
     pub fn knowledge(&self, first: usize, count: usize) -> Knowledge {
         let allowed = |sector: &Sector| {
             (!sector.unconstrained).then(|| sector.current.iter().map(|candidate| candidate.version).collect())
@@ -165,8 +165,8 @@ impl Oracle {
         Knowledge { first, allowed: self.sectors[first..first + count].iter().map(allowed).collect() }
     }
 
-    /// A FLUSH succeeds: after a power cut a sector may hold only what it held when the FLUSH was sent (`at_send`), or
-    /// a later write.
+    /// A FLUSH succeeds: after a power cut a sector may hold only the versions that it could hold when the FLUSH was
+    /// sent (`at_send`), or a later write.
     pub fn complete_flush(&mut self, at_send: &Knowledge) {
         for (sector, allowed) in self.sectors.iter_mut().zip(&at_send.allowed) {
             if allowed.is_some() {
@@ -182,14 +182,14 @@ impl Oracle {
 }
 
 impl Knowledge {
-    /// The guest sends a write while the request is in flight: the request may see the new version too.
+    /// The guest sends a write while the request is in flight: the request may also find the new version.
     pub fn add_candidate(&mut self, span: SectorSpan, version: u32) {
         for allowed in self.overlap(span).iter_mut().flatten() {
             allowed.push(version);
         }
     }
 
-    /// The guest sends a discard while the request is in flight: the request may see anything there.
+    /// The guest sends a discard while the request is in flight: the request may find any version there.
     pub fn forget(&mut self, span: SectorSpan) {
         self.overlap(span).fill(None);
     }

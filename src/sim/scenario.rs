@@ -1,4 +1,5 @@
-//! What the seed decides before a world starts: the cache's settings, and how guest, disk and daemon behave.
+//! The decisions that the seed makes before a world starts: the cache's settings, and the behaviour of guest, disk and
+//! daemon.
 
 use crate::cache::{ErrorPolicy, PolicyKind, Settings};
 use crate::prng::Prng;
@@ -6,32 +7,32 @@ use crate::units::{ImageHoles, OpKind};
 
 use super::disk::SyncFailure;
 
-/// How guest, disk and daemon behave in one world.
+/// The behaviour of guest, disk and daemon in one world.
 #[derive(Debug)]
 pub(super) struct Scenario {
-    /// Of 100 store operations, how many fail.
+    /// Of 100 store operations, the number that fail.
     pub fault_percent: u64,
-    /// The longest that a store operation takes.
+    /// The longest time of a store operation.
     pub latency_us_max: u64,
-    /// How many requests the guest keeps in flight at most.
+    /// Most requests that the guest keeps in flight.
     pub requests_max: usize,
     /// The guest sends reads and writes that overlap requests in flight.
     pub overlap: bool,
     /// Daemons crash.
     pub daemon_crashes: bool,
-    /// Steps between two crashes, on average; `None` where daemons do not crash, and in the liveness phase.
+    /// Steps between two crashes, on average; `None` if daemons do not crash, and in the liveness phase.
     pub steps_per_crash: Option<u64>,
     /// After a crash the front-end submits the requests in flight again. Otherwise they never complete.
     pub resubmits: bool,
-    /// Of 100 requests, how many zero a range.
+    /// Of 100 requests, the number that zero a range.
     pub zero_percent: u64,
     /// Operations that always fail, until the world heals the disk.
     pub broken: &'static [FailureClass],
-    /// What a failed Sync loses.
+    /// The writes that a failed Sync loses.
     pub sync_failure: SyncFailure,
     /// A write or zero that fails with an I/O error is the sign of a reset: the disk has lost its write cache.
     pub failed_write_resets: bool,
-    /// The guest learns of some completions later than the cache has reported them.
+    /// Some completions reach the guest later than the cache reports them.
     pub late_answers: bool,
     /// The next daemon has other settings than the one that crashed.
     pub settings_change: bool,
@@ -41,16 +42,16 @@ pub(super) struct Scenario {
     pub readers: bool,
     /// Some crashes are power cuts.
     pub power_cuts: bool,
-    /// The operator stops the daemon for a while (SIGSTOP).
+    /// The operator stops the daemon for some time (SIGSTOP).
     pub stops: bool,
-    /// How many zeroed ranges the memory can note.
+    /// Number of zeroed ranges that the memory can record.
     pub zero_slots: usize,
-    /// The disk is a server that is restarted now and then, and loses its write cache: the next Sync says so. Nothing
-    /// else fails.
+    /// The disk is a server that is occasionally restarted, and loses its write cache: the next Sync reports that.
+    /// Nothing else fails.
     pub restarts: bool,
-    /// An operator freezes the cache now and then.
+    /// An operator occasionally freezes the cache.
     pub freezes: bool,
-    /// An operator changes the size of the cache now and then.
+    /// An operator occasionally changes the size of the cache.
     pub live_sizes: bool,
 }
 
@@ -82,7 +83,7 @@ impl Scenario {
         }
     }
 
-    /// The disk is a server that is restarted now and then.
+    /// The disk is a server that is occasionally restarted.
     pub fn with_restarts(self) -> Self {
         let sync_failure = SyncFailure::Resets;
         Self { restarts: true, fault_percent: 0, failed_write_resets: false, sync_failure, ..self }
@@ -131,7 +132,7 @@ pub(super) fn change_settings(settings: &mut Settings, prng: &mut Prng) {
     settings.readahead_pages_max = prng.pick(&[0, 4, 64, 512]);
     settings.retain = prng.percent(90);
     settings.dirty_age_us = prng.pick(&[10_000, 1_000_000]);
-    // With every frame dirty, a block that is larger than before could not be completed.
+    // If every frame were dirty, a block that is larger than before could not be completed.
     if settings.dirty_pages_max <= settings.frames / 2 {
         settings.block_sectors = prng.pick(&[1, 2, 8]);
         settings.dirty_pages_max = prng.pick(&[settings.frames / 4, settings.frames / 2]);
@@ -149,7 +150,7 @@ pub(super) fn settings(prng: &mut Prng) -> Settings {
     // A device can neither map holes nor reserve space.
     let can_map = sparse || allocate || prng.percent(50);
     let block_sectors = prng.pick(&[1, 1, 2, 8]);
-    // Memory may have to be aligned to more than the image's size is a multiple of: then its end cuts a block.
+    // Memory may require a larger alignment than the image's size has: then the image ends within a block.
     let (least, most) = match prng.below(20) {
         _ if many_groups => (130_000, 200_000),
         0 => (20_000, 60_000),

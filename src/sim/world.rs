@@ -1,6 +1,6 @@
 //! One simulated world: a guest, the page cache, a disk and a clock, all driven by one seed.
 //!
-//! The world calls the cache as `device/` and `cached_image.rs` do, but the seed decides the order: copies are late,
+//! The world calls the cache like `device/` and `cached_image.rs`, but the seed determines the order: copies are late,
 //! store operations complete in any order, fail, and tear their writes.
 
 mod checks;
@@ -28,16 +28,17 @@ use super::scenario::{BREAKAGES, Scenario, settings};
 use growth::Growth;
 use sizes::SizeChanges;
 
-/// In some worlds page numbers exceed 32 bits. (A multiple of the regions in which the cache asks for holes and space.)
+/// In some worlds page numbers exceed 32 bits. (A multiple of the regions by which the cache requests hole maps and
+/// space.)
 const HIGH_SECTOR: u64 = 1 << 37;
 
-/// The invariants are recounted once in so many steps: what breaks one does not mend it by itself.
+/// The invariants are recounted once per this many steps: a violation does not disappear again.
 const STEPS_PER_CHECK: u64 = 4;
 
-/// Steps between two times that the daemon is stopped, on average.
+/// Steps between two stops of the daemon, on average.
 const STEPS_PER_STOP: u64 = 200;
 
-/// What the guest does meanwhile.
+/// The behaviour of the guest in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guest {
     /// It submits new requests.
@@ -46,7 +47,7 @@ enum Guest {
     Waiting,
 }
 
-/// A reset of the disk by a write that fails: what the cache knows of it.
+/// A reset of the disk that a failing write indicates: whether the cache has been informed of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reset {
     /// The write is in flight.
@@ -55,7 +56,7 @@ enum Reset {
     Heard(u64),
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct World {
     prng: Prng,
@@ -66,16 +67,16 @@ pub(super) struct World {
     /// While the daemon is read-only: the memory that the last writer left.
     memory_of_writer: Option<SimulatedMemory>,
     disk: SimulatedDisk,
-    /// The guest uses the end of the image, from this sector on; disk and oracle know no other.
+    /// The guest uses the end of the image, from this sector on; disk and oracle contain only that part.
     base: u64,
     oracle: Oracle,
     failures: FailureOracle,
-    /// The last reset, until a FLUSH has succeeded that was sent after the cache had heard of it: meanwhile a power cut
-    /// may cost what earlier FLUSHes promised.
+    /// The last reset, until a FLUSH has succeeded that was sent after the reset was reported to the cache: until then
+    /// a power cut may lose data that earlier FLUSHes covered.
     reset: Option<Reset>,
     now_us: u64,
     step: u64,
-    /// Counts what moves requests on: admissions, copies, completions, and operations of the store.
+    /// Counts the progress of requests: admissions, copies, completions, and operations of the store.
     progress: u64,
     /// The version of the last write.
     version: u32,
@@ -84,18 +85,19 @@ pub(super) struct World {
     operations: BTreeMap<u32, DiskOp>,
     /// Pieces to copy, with their requests.
     copies: Vec<(u64, Piece)>,
-    /// Requests that the cache has told to resume.
+    /// Requests that the cache has resumed.
     resumable: Vec<u64>,
-    /// Requests that the cache has completed and the guest does not know of yet, and whether they succeeded.
+    /// Requests that the cache has completed, but that have not completed for the guest, and whether they succeeded.
     answers: Vec<(u64, bool)>,
-    /// Prints what happens to this sector: `GENBLK_SIM_TRACE`.
+    /// Prints the events on this sector: `GENBLK_SIM_TRACE`.
     traced: Option<u64>,
     pub counts: Counts,
     /// The disk's contents since the cache was frozen.
     frozen_disk: Option<Vec<u32>>,
-    /// A Sync has failed, and its daemon died before it learned of that: no daemon knows what the disk has lost.
+    /// A Sync has failed, and its daemon died before the failure was reported to it: no daemon can know which data the
+    /// disk has lost.
     failed_unheard: bool,
-    /// How often it was frozen.
+    /// How often the cache was frozen.
     pub freezes: u64,
     /// The image grows.
     growth: Option<Growth>,
@@ -104,12 +106,12 @@ pub(super) struct World {
 }
 
 impl World {
-    /// The world of a seed.
+    /// The world for a seed.
     pub fn new(seed: u64) -> Self {
         Self::with(Prng::new(seed))
     }
 
-    /// The world that these decisions make.
+    /// The world that results from these decisions.
     pub fn with(mut prng: Prng) -> Self {
         let mut settings = settings(&mut prng);
         let sectors = settings.image_sectors as usize;
@@ -182,7 +184,7 @@ impl World {
     /// One random event, then a worker's turn; in some steps the daemon crashes.
     fn run_step(&mut self, guest: Guest) {
         self.step += 1;
-        // A crash during a Sync is the hardest case: it comes ten times as often.
+        // A crash during a Sync is the hardest case, so it occurs ten times as often.
         let is_syncing = self.operations.values().any(|op| op.kind == OpKind::Sync);
         let frequency = if is_syncing { 10 } else { 1 };
         let crashes = self.scenario.steps_per_crash.is_some_and(|steps| self.prng.below(steps / frequency) == 0);
@@ -252,7 +254,7 @@ impl World {
             start %= (sectors / 10).max(1);
         }
         if self.prng.percent(5) {
-            // The last page may be cut by the end of the image.
+            // The image may end within the last page.
             start = sectors - count;
         }
         start = self.start_near_old_end(count).unwrap_or(start);
@@ -310,7 +312,7 @@ impl World {
         }
     }
 
-    /// Hands the cache a request, or the part of it that is not admitted yet.
+    /// Passes a request to the cache, or its part that is not yet admitted.
     fn admit(&mut self, ticket: u64, attempt: Attempt) {
         let request = self.requests.get_mut(&ticket).expect("a request that is admitted is in flight");
         let name = Ticket(ticket);
@@ -355,7 +357,7 @@ impl World {
         }
     }
 
-    /// Copies one piece between guest and cache; checks what a read returns.
+    /// Copies one piece between guest and cache; checks the result of a read.
     fn copy_piece(&mut self) {
         let at = self.prng.below(self.copies.len() as u64) as usize;
         let (ticket, piece) = self.copies.swap_remove(at);
@@ -413,7 +415,7 @@ impl World {
         }
     }
 
-    /// The guest learns that a request has completed.
+    /// A request completes for the guest.
     fn answer(&mut self, ticket: u64, succeeded: bool) {
         let request = self.requests.remove(&ticket).expect("I10: a request completes once");
         self.counts.requests += 1;
@@ -448,8 +450,8 @@ impl World {
         }
     }
 
-    /// Lets the next operation take effect or complete, or moves the clock to the cache's next deadline. Returns false
-    /// if the cache learns nothing: a worker would sleep on.
+    /// Performs the next effect or completion of an operation, or moves the clock to the cache's next deadline. Returns
+    /// false if nothing is reported to the cache: a worker would continue to sleep.
     fn advance_time(&mut self) -> bool {
         let next_event = |op: &DiskOp| if op.failed.is_none() { op.effect_at } else { op.ends_at };
         let next = self.operations.iter().map(|(&tag, op)| (next_event(op), tag)).min();
@@ -509,7 +511,7 @@ impl World {
         self.cache.complete(tag, &outcome, Tick::from_us(self.now_us));
     }
 
-    /// Ends a worker's turn: submits the operations that the cache asks for, and handles its notices.
+    /// Ends a worker's turn: submits the operations that the cache requests, and handles its notices.
     fn end_turn(&mut self) {
         self.cache.pump(Tick::from_us(self.now_us));
         if self.memory.has_crashed() {
@@ -549,14 +551,14 @@ impl World {
                 let frame_sectors = (0..count).map(|n| op.frame_sector(n));
                 op.content = frame_sectors.map(|(frame, at)| self.memory.get(frame, at)).collect();
                 assert!(!op.content.contains(&GARBAGE), "a write to the disk contains garbage");
-                // A Discard that completes after its daemon's crash frees space that the next daemon believes
+                // A Discard that completes after its daemon's crash frees space that the next daemon regards as
                 // allocated.
                 let space_is_promised = self.settings.allocate && !self.scenario.daemon_crashes;
                 let has_space = !space_is_promised || self.disk.has_space(first, count);
                 assert!(has_space, "a completed write may fail for lack of space: {:?}", op.span);
             }
             OpKind::Sync => op.began = self.disk.begin_sync(),
-            // The map may be taken at submission or at completion: both are correct.
+            // The map may be determined at submission or at completion: both are correct.
             OpKind::Map if self.prng.percent(50) => op.map = Some(self.disk.map(first, count)),
             _ => {}
         }

@@ -1,7 +1,7 @@
-//! The front-end and the operator: connections, vrings that start and stop, the cache mode, guest memory; orderly ends
-//! and upgrades of the daemon, and power cuts.
+//! The front-end and the operator: connections, vrings that start and stop, the cache mode, guest memory; orderly
+//! shutdowns and upgrades of the daemon, and power cuts.
 //!
-//! Commands go to the workers as `vhost/` sends them, and are polled instead of waited for.
+//! Commands are sent to the workers as by `vhost/`, but their replies are polled instead of waited for.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -20,22 +20,22 @@ use crate::units::Fault;
 use crate::virtio::GuestRam;
 use crate::virtio::split::QueuePosition;
 
-/// How often the last flush of a daemon is tried on an image that fails.
+/// How often a daemon attempts its last flush on a failing image.
 pub(super) const LAST_FLUSHES_MAX: u32 = 4;
 
-/// Of 100 looks at a hand-over that is not complete, how many abandon it.
+/// Probability, in percent, that a check of an incomplete hand-over abandons it.
 const ABANDON_PERCENT: u64 = 3;
 
-/// What follows when vrings have stopped.
+/// The step after the vrings have stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
-    /// This one starts again.
+    /// The vring with this index starts again.
     Restart(usize),
     /// The front-end connects again, with new descriptors.
     Reconnect,
-    /// The daemon ends, with everything on the image.
+    /// The daemon shuts down, with all data on the image.
     Shutdown,
-    /// The daemon ends and leaves its cache to the next one. If that takes long, it is abandoned.
+    /// The daemon shuts down and leaves its cache to the next one. If that takes long, it is abandoned.
     HandOver,
 }
 
@@ -50,7 +50,7 @@ enum Task {
     Resuming(Receiver<()>),
     LastFlush(Receiver<Result<(), Fault>>, OracleSnapshot, u32),
     Exiting,
-    /// The workers are to end with requests in flight; what had happened when they were last told so.
+    /// The workers are to end with requests in flight; the state of progress when the command was last sent.
     Abandoning([u64; 3]),
 }
 
@@ -75,13 +75,13 @@ impl FrontEndConnection {
         (self.connected, self.task) = (false, None);
     }
 
-    /// Whether every vring runs, and no action is in progress.
+    /// Whether every vring runs and no action is in progress.
     pub fn is_serving(&self) -> bool {
         self.connected && self.task.is_none()
     }
 }
 
-/// The reply, if it has arrived. A worker that drops its end without a reply has died.
+/// The reply, if it has arrived. A worker that drops its end without a reply has panicked.
 fn reply<T>(receiver: &Receiver<T>) -> Option<T> {
     match receiver.try_recv() {
         Ok(value) => Some(value),
@@ -109,7 +109,7 @@ impl World {
         if let Some(life) = &self.life {
             life.connect();
         }
-        // With requests in flight the region is the old one.
+        // With requests in flight the region stays the same.
         if self.session.inflight.is_none() && self.prng.percent(self.scenario.inflight_percent) {
             let bytes = self.rings.len() * ring_bytes(self.scenario.queue_size);
             self.session.inflight = Some(Arc::new(MmapRegion::new(bytes).expect("memory for an inflight region")));
@@ -129,7 +129,7 @@ impl World {
                 .map(|region| InflightTracker::new(Arc::clone(region), index * ring_bytes(size), size));
             let mut next_avail = ring.stopped_at;
             if tracker.as_ref().is_some_and(InflightTracker::is_initialized) {
-                // Front-ends send different bases; the region and the used ring determine the right one.
+                // Front-ends send different bases; the region and the used ring determine the actual one.
                 next_avail = self.prng.pick(&[next_avail, ring.used_idx(), ring.avail_idx()]);
             }
             let position = QueuePosition { next_avail, next_used: ring.used_idx() };
@@ -144,7 +144,7 @@ impl World {
             receivers.push(control.request(|reply| WorkerCommand::Start(index, Box::new(setup), reply)));
         }
         if self.prng.percent(10) {
-            // A front-end may send its memory table before the worker has looked at the rings.
+            // A front-end may send its memory table before the worker has read the rings.
             receivers.extend(self.send_memory());
         }
         self.session.task = Some(Task::Starting(receivers));
@@ -206,7 +206,7 @@ impl World {
         }
     }
 
-    /// The device is in write-through mode.
+    /// The device has switched to write-through mode.
     fn switched(&mut self, snapshot: &OracleSnapshot, flushed: Result<(), Fault>) {
         self.write_through = Some(self.periods);
         if flushed.is_ok() {
@@ -300,7 +300,7 @@ impl World {
         ended
     }
 
-    /// A vring has stopped: it has completed every request that it took.
+    /// A vring has stopped, so it must have completed every request that it took.
     fn check_stopped(&mut self, index: usize, position: Option<QueuePosition>) {
         let ring = &mut self.rings[index];
         let position = position.expect("the vring was running");
@@ -321,7 +321,7 @@ impl World {
                 self.connect();
             }
             Next::Shutdown => self.start_last_flush(0),
-            // As the service does with a cache that cannot be handed over.
+            // As the service does with a cache that it cannot hand over.
             Next::HandOver if !self.scenario.survives => self.start_last_flush(0),
             Next::HandOver => self.exit(),
         }
@@ -342,7 +342,7 @@ impl World {
             assert!(self.image.has_failed(), "the last flush fails for no reason");
             return self.start_last_flush(tries + 1);
         } else if !self.scenario.survives {
-            // It ends with its writes.
+            // The daemon dies, and its unwritten data with it.
             return self.daemon_died();
         }
         self.exit();
@@ -370,13 +370,13 @@ impl World {
     }
 
     /// A hand-over has taken too long. Workers end with their requests in flight if an inflight region has them for the
-    /// next daemon; else once they have completed them, so the front-end can go on where the used ring ends.
+    /// next daemon; otherwise after completing them, so that the front-end can continue at the end of the used ring.
     fn abandon_daemon(&mut self, last: [u64; 3]) -> bool {
         let life = self.life.as_ref().expect("a daemon ends");
         if !life.has_ended() {
             let used = self.rings.iter().map(|ring| u64::from(ring.used_idx())).sum();
             let state = [self.now_us + 1, self.image.activity(), used];
-            // Once: a worker that cannot end now ends as soon as it can.
+            // Only once: a worker that cannot end now ends as soon as it can.
             if last == [0; 3] {
                 life.workers.abandon(Untracked::Wait);
             }

@@ -1,37 +1,37 @@
-//! The image grows: somebody makes it larger between any two steps, and the daemon is told later, or dies before. The
-//! next daemon serves it as large as it finds it.
+//! The image grows: another process makes it larger between any two steps, and the daemon is notified later, or dies
+//! before that. The next daemon serves it with its present size.
 
 use super::guest::{SECTORS_MAX, written};
 use super::world::World;
 use crate::prng::Prng;
 use crate::units::{ImageHoles, SECTOR_BYTES, SECTORS_PER_PAGE};
 
-/// Of 1000 steps, how many make the disk larger, and how many tell a daemon that does not know yet.
+/// Of 1000 steps, the number that make the disk larger, and the number that notify a daemon of a growth.
 const GROW_PER_MILLE: u64 = 4;
 const FOLLOW_PER_MILLE: u64 = 50;
-/// Of 100 daemons, how many find a larger disk than their predecessors.
+/// Of 100 daemons, the number that find a larger disk than their predecessors.
 const BETWEEN_LIVES_PERCENT: u64 = 10;
 /// How often an image grows at most, and by how many sectors.
 const TIMES_MAX: u32 = 10;
 const ADDED_MAX: [u64; 3] = [8, 64, 600];
-/// Of 100 sizes, how many are a multiple of the page: a daemon follows only from one of them to another.
+/// Of 100 sizes, the number that are a multiple of the page: a daemon can only grow from one such size to another.
 const WHOLE_PAGES_PERCENT: u64 = 90;
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Growth {
     prng: Prng,
-    /// Of 100 pages that are added, how many are holes.
+    /// Of 100 added pages, the number that are holes.
     hole_percent: u64,
     times_left: u32,
-    /// First sector of what was added last.
+    /// First sector of the part that was added last.
     added_at: u64,
-    /// Number of sectors that a daemon served last.
+    /// Number of sectors that the last daemon served.
     served: u64,
 }
 
 impl Growth {
-    /// For an image of `served` sectors.
+    /// The growth of an image of `served` sectors.
     pub fn new(seed: u64, served: u64) -> Self {
         let mut prng = Prng::new(seed ^ 0x6772_6f77);
         let hole_percent = prng.pick(&[0, 50, 100]);
@@ -45,7 +45,7 @@ fn is_whole_pages(sectors: u64) -> bool {
 }
 
 impl World {
-    /// In some steps, the disk grows, or the daemon is told.
+    /// In some steps, the disk grows, or the daemon is notified.
     pub fn grow_or_follow(&mut self) {
         let Some(growth) = &mut self.growth else { return };
         if growth.prng.below(1000) < GROW_PER_MILLE {
@@ -55,14 +55,14 @@ impl World {
         }
     }
 
-    /// Somebody makes the disk larger; what is added may be holes, zeros, or other data.
+    /// Makes the disk larger; the added part may be holes, zeros, or other data.
     fn grow_disk(&mut self) {
         let Some(growth) = self.growth.as_mut().filter(|growth| growth.times_left > 0) else { return };
         growth.times_left -= 1;
         let before = self.image.values().len() as u64;
         let most = growth.prng.pick(&ADDED_MAX);
         let mut after = before + growth.prng.between(1, most);
-        // An image of large blocks ends with one of them.
+        // An image of large blocks ends at the end of a block.
         if self.settings.block_sectors > 1 || growth.prng.percent(WHOLE_PAGES_PERCENT) {
             after = after.next_multiple_of(SECTORS_PER_PAGE);
         }
@@ -81,7 +81,7 @@ impl World {
         self.directory.grow_image(after * SECTOR_BYTES);
     }
 
-    /// The daemon serves the disk at its present size, if it can follow.
+    /// The daemon serves the disk with its present size, if it can grow to it.
     fn follow_growth(&mut self) {
         let (served, present) = (self.settings.image_sectors, self.image.values().len() as u64);
         let Some(life) = self.life.as_ref().filter(|_| present > served) else { return };
@@ -96,7 +96,7 @@ impl World {
         }
     }
 
-    /// Between two daemons the disk may grow; the next one serves it at its present size.
+    /// Between two daemons the disk may grow; the next one serves it with its present size.
     pub fn find_growth(&mut self) {
         let Some(growth) = &mut self.growth else { return };
         if growth.prng.percent(BETWEEN_LIVES_PERCENT) {
@@ -105,7 +105,7 @@ impl World {
         self.serve_whole_image();
     }
 
-    /// A daemon serves the image.
+    /// Records the size with which a daemon serves the image.
     pub fn note_served(&mut self) {
         let sectors = self.settings.image_sectors;
         self.directory.keep_growth();
@@ -117,12 +117,13 @@ impl World {
         self.image.serve_all();
     }
 
-    /// Whether the image is larger than the last daemon served it.
+    /// Whether the image has grown since the last daemon served it.
     pub fn has_grown(&self) -> bool {
         self.growth.as_ref().is_some_and(|growth| growth.served < self.image.values().len() as u64)
     }
 
-    /// The next daemon cannot tell whether the cache belongs to the image: the operator makes that as large as it was.
+    /// The next daemon cannot determine whether the cache belongs to the image: the operator restores the image's old
+    /// size.
     pub fn undo_growth(&mut self) {
         let served = self.growth.as_ref().expect("the image has grown").served;
         self.image.shrink(served);
@@ -134,7 +135,7 @@ impl World {
         self.serve_whole_image();
     }
 
-    /// Where a request begins, about where the image ended before.
+    /// Start of a request, near the former end of the image.
     pub fn start_near_old_end(&mut self) -> Option<u64> {
         let growth = self.growth.as_mut().filter(|growth| growth.added_at > 0)?;
         let start = (growth.added_at + growth.prng.below(SECTORS_MAX)).saturating_sub(SECTORS_MAX / 2);

@@ -1,7 +1,7 @@
 //! The guest's driver: split virtqueues in guest memory, and the requests in flight on them.
 //!
-//! It keeps to the protocol of notifications: it kicks only when the device asks for it, and looks at a used ring only
-//! after an interrupt. So a lost kick or interrupt hangs a request, which the world notices.
+//! It observes the notification protocol: it kicks only when the device requests it, and reads a used ring only after
+//! an interrupt. So a lost kick or interrupt hangs a request, which the world detects.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -31,19 +31,19 @@ const STATUS: u64 = 16;
 const INDIRECT_TABLE: u64 = 32;
 const DATA: u64 = 512;
 const SLOT_BYTES: u64 = DATA + SECTORS_MAX * SECTOR_SIZE as u64;
-/// What a read's buffer holds before the read.
+/// Contents of a read's buffer before the read.
 const UNREAD: SectorValue = 0xbad_bad_bad;
-/// What a status byte holds before the request completes.
+/// Contents of a status byte before the request completes.
 const NO_STATUS: u8 = 0xff;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// What the guest asks for.
+/// The action that the guest requests.
 #[derive(Clone, Debug)]
 pub(super) enum GuestAction {
     Read,
-    /// With the number that makes its values unique.
+    /// With a number that makes its values unique.
     Write(u64),
     Zero {
         unmap: bool,
@@ -58,7 +58,7 @@ pub(super) struct Submitted {
     pub id: RequestId,
     pub action: GuestAction,
     pub span: SectorSpan,
-    /// The device was in write-through mode when the request was submitted: which period of that.
+    /// The period of write-through mode in which the request was submitted, if any.
     pub write_through: Option<u64>,
 }
 
@@ -95,11 +95,11 @@ pub(super) struct Ring {
     chains: BTreeMap<u16, Chain>,
     kick: EventFd,
     call: EventFd,
-    /// The daemon died before it interrupted the driver: the next one must.
+    /// The daemon died before it interrupted the driver, so the next one must.
     pub awaits_interrupt: bool,
     /// The position at which the ring was last stopped, for the front-end.
     pub stopped_at: u16,
-    /// The available index when it was last told to stop.
+    /// The available index when it last received the command to stop.
     pub available_at_stop: u16,
 }
 
@@ -219,7 +219,7 @@ impl Ring {
         !self.free.is_empty()
     }
 
-    /// Makes a request available, and kicks if the device asks for that.
+    /// Makes a request available, and kicks if the device requests that.
     pub fn submit(&mut self, request: Submitted, prng: &mut Prng) {
         let head = *self.free.last().expect("the caller has asked has_space()");
         let buffers = self.write_buffers(head, &request, prng);
@@ -246,7 +246,7 @@ impl Ring {
         }
     }
 
-    /// Kicks, as a front-end does with a ring that starts.
+    /// Kicks, like a front-end for a ring that starts.
     pub fn kick(&self) {
         self.kick.write(1).expect("an eventfd takes a count");
     }
@@ -324,7 +324,7 @@ impl Ring {
         interrupted
     }
 
-    /// Takes the completed requests off the used ring, and asks for an interrupt for the next one.
+    /// Takes the completed requests from the used ring, and requests an interrupt for the next one.
     pub fn reap(&mut self) -> Vec<Completed> {
         let mut completed = Vec::new();
         loop {

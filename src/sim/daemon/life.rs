@@ -1,5 +1,5 @@
 //! One life of the simulated daemon: real workers, a real cached image and a real arena in a file, on a simulated
-//! image. It ends in order, or by a panic of [`DaemonDied`].
+//! image. It ends with a shutdown, or by a panic of [`DaemonDied`].
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -39,18 +39,18 @@ const CACHE_FEATURES: u64 = 1 << 9 | 1 << 11;
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
-    /// How often a daemon has found a restored image.
+    /// Number of times that a daemon has found a restored image.
     restores: Cell<u32>,
-    /// When the image's file was modified last, before it grew by what no daemon has served.
+    /// The modification time of the image's file before it grew beyond the size that a daemon has served.
     modified: Cell<Option<SystemTime>>,
 }
 
 impl Directory {
-    /// With a file `image` of this length in it: the arena belongs to that file.
+    /// Creates a file `image` of this length in it, to which the arena belongs.
     pub fn new(image_bytes: u64) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        // Of one length: a header has its path word by word, and the daemon may die between any two.
+        // Paths have the same length: a header stores its path word by word, and the daemon may die between two words.
         let path = PathBuf::from(format!("/dev/shm/genblk-sim-{:010}-{number:06}", std::process::id()));
         fs::create_dir(&path).expect("a directory in shared memory");
         let directory = Self { path, restores: Cell::new(0), modified: Cell::new(None) };
@@ -58,7 +58,7 @@ impl Directory {
         directory
     }
 
-    /// Somebody makes the image's file larger.
+    /// Makes the image's file larger, as another process would.
     pub fn grow_image(&self, image_bytes: u64) {
         let image = self.open_image();
         let modified = image.metadata().and_then(|metadata| metadata.modified()).expect("a file has times");
@@ -66,7 +66,7 @@ impl Directory {
         self.modified.set(self.modified.get().or(Some(modified)));
     }
 
-    /// Makes the image's file as long as it was, with the time that it had.
+    /// Restores the former length and modification time of the image's file.
     pub fn undo_growth(&self, image_bytes: u64) {
         let image = self.open_image();
         image.set_len(image_bytes).expect("the file can shrink");
@@ -75,7 +75,7 @@ impl Directory {
         }
     }
 
-    /// A daemon serves the image: what it has grown by stays.
+    /// A daemon serves the image: its growth is final.
     pub fn keep_growth(&self) {
         self.modified.set(None);
     }
@@ -88,12 +88,12 @@ impl Directory {
         self.path.join("image")
     }
 
-    /// Removes the arena, as a power cut does.
+    /// Removes the arena, as a power cut would.
     pub fn remove_arena(&self) {
         let files = fs::read_dir(&self.path).expect("the directory");
         let arenas = files.flatten().map(|entry| entry.path()).filter(|path| path.is_dir());
         arenas.for_each(|path| fs::remove_dir_all(path).expect("a directory of the world"));
-        // The record tells of an earlier boot then; without one, the next daemon takes it so.
+        // The record is then of an earlier boot; without a record, the next daemon treats it the same way.
         let image = File::options().read(true).write(true).open(self.image()).expect("the image's file");
         xattr::remove(&image, ATTRIBUTE).expect("the file system of the world has attributes");
     }
@@ -112,15 +112,15 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // What cannot be removed stays.
+        // Anything that cannot be removed stays.
         let _ = fs::remove_dir_all(&self.path);
     }
 }
 
-/// How long after a daemon's death a backup is restored.
+/// Time between a daemon's death and the restoring of a backup.
 const RESTORED_LATER: Duration = Duration::from_secs(10);
 
-/// Runs code of the daemon. An error: the daemon has died in it.
+/// Runs code of the daemon. An error: the daemon died in it.
 pub(super) fn in_daemon<R>(act: impl FnOnce() -> R) -> Result<R, DaemonDied> {
     catch_unwind(AssertUnwindSafe(act)).map_err(|panic| match panic.downcast::<DaemonDied>() {
         Ok(_) => DaemonDied,
@@ -132,15 +132,15 @@ pub(super) fn in_daemon<R>(act: impl FnOnce() -> R) -> Result<R, DaemonDied> {
 #[derive(Debug)]
 struct Thread {
     worker: Worker,
-    /// Its last turn had nothing to do. The guest may act before it goes to sleep.
+    /// Its last turn had nothing to do. The guest may act before the worker sleeps.
     idle: bool,
     asleep: bool,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Life {
-    // Dropped in this order, as in service::Running.
+    // Dropped in this order, like service::Running.
     threads: Vec<Thread>,
     pub device: Arc<Device>,
     pub workers: Workers,
@@ -153,7 +153,7 @@ pub(super) struct Life {
 struct HeldImage {
     image: SimulatedImage,
     file: Arc<FileImage>,
-    /// The daemon has died: it records nothing any more.
+    /// The daemon has died: it records nothing more.
     is_dead: AtomicBool,
 }
 
@@ -171,7 +171,7 @@ impl Backing for HeldImage {
     }
 }
 
-/// What a daemon is started with.
+/// The configuration of a daemon.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Configuration<'a> {
     pub directory: &'a Directory,
@@ -188,9 +188,9 @@ pub(super) struct Configuration<'a> {
 }
 
 impl Life {
-    /// Starts a daemon: recovers the cache that the previous one left. `None`: a read-only daemon is refused beside a
-    /// dirty cache, and any daemon beside a dirty cache of an image that was restored since, or that has grown since
-    /// and has no page that tells whether nothing else has happened to it.
+    /// Starts a daemon: recovers the cache that the previous one left. `None`: the start was rejected. That happens to
+    /// a read-only daemon if there is a dirty cache, and to any daemon if there is a dirty cache of an image that was
+    /// restored since, or that has grown since and has no page that proves that nothing else has changed.
     pub fn start(configuration: &Configuration, image: &SimulatedImage) -> Result<Option<Self>, DaemonDied> {
         let Configuration {
             directory,
@@ -211,8 +211,8 @@ impl Life {
         let options = OpenOptions { direct: false, ..OpenOptions::default() };
         let open = || FileImage::open(&config.image, &options).expect("the image's file");
         let mut file = open();
-        // The file holds the image while a daemon starts: clean pages are compared with it, and the dirty pages of a
-        // cache that does not fit are written to it.
+        // The file has the contents of the image while a daemon starts: clean pages are compared with it, and the dirty
+        // pages of a cache with another size are written to it.
         let frames = directory.arena_frames().unwrap_or(0);
         let through_file = !read_only && frames != 0 && frames != u64::from(settings.frames);
         let values = if through_file { image.reopened() } else { image.values() };
@@ -221,7 +221,7 @@ impl Life {
             fs::write(&config.image, bytes).expect("the image's file");
         }
         if *is_restored {
-            // Not at a moment that could be one of the last daemon's own writes, nor near the last restore.
+            // Not at a time that could be that of one of the last daemon's writes, nor near the last restore.
             directory.restores.set(directory.restores.get() + 1);
             let later = SystemTime::now() + RESTORED_LATER * directory.restores.get();
             let restored = File::options().write(true).open(&config.image).expect("the image's file");
@@ -234,7 +234,7 @@ impl Life {
         if through_file {
             let bytes = fs::read(&config.image).expect("the image's file");
             let values = bytes.chunks(SECTOR_SIZE).map(|sector| value_of(sector).expect("whole sectors"));
-            // The old arena is replaced only when its pages are durable.
+            // The old arena is replaced only after its pages are durable.
             let synced = arena.is_ok() || directory.arena_frames() != Some(frames);
             image.replace(&values.collect::<Vec<_>>(), synced);
         }
@@ -270,7 +270,7 @@ impl Life {
         self.device.start_with_features(Some(CACHE_FEATURES));
     }
 
-    /// The image has grown to `size_bytes` bytes: the guest may use it up to there.
+    /// The image has grown to `size_bytes` bytes: the guest may use it up to its new end.
     pub fn grow(&self, size_bytes: u64) -> Result<(), DaemonDied> {
         in_daemon(|| {
             self.cached.grow(size_bytes).expect("a size that a cache can follow");
@@ -278,7 +278,7 @@ impl Life {
         })
     }
 
-    /// A turn of a worker, or its sleep. Returns whether it did anything.
+    /// Takes a turn of a worker, or lets it sleep. Returns whether it did anything.
     pub fn step(&mut self, worker: usize, now: Tick) -> Result<bool, DaemonDied> {
         let Thread { worker, idle, asleep } = &mut self.threads[worker];
         in_daemon(|| {
@@ -306,7 +306,7 @@ impl Life {
         })
     }
 
-    /// When a worker that sleeps wakes up by itself.
+    /// When a sleeping worker wakes up without an event.
     pub fn next_due(&self) -> Option<Tick> {
         self.threads.iter().filter(|thread| thread.asleep).filter_map(|thread| thread.worker.next_due()).min()
     }
@@ -322,19 +322,19 @@ impl Life {
         self.threads.iter().all(|thread| thread.worker.is_exiting())
     }
 
-    /// Ends in order: what a drop of the daemon does.
+    /// Shuts down, as a drop of the daemon does.
     pub fn end(self, image: &SimulatedImage) -> Result<(), DaemonDied> {
         image.end_operations(true);
         in_daemon(|| drop(self))
     }
 
-    /// Ends in order, with operations of the disk in flight.
+    /// Shuts down with operations of the disk in flight.
     pub fn leave(self, image: &SimulatedImage) -> Result<(), DaemonDied> {
         image.end_operations(false);
         in_daemon(|| drop(self))
     }
 
-    /// The daemon has died: its memory and descriptors are freed, and nothing else happens.
+    /// Disposes of a daemon that has died: its memory and descriptors are freed, without any other effect.
     pub fn bury(self, image: &SimulatedImage) {
         crash_after(None);
         image.end_operations(false);

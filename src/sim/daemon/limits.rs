@@ -1,23 +1,23 @@
-//! The operator limits the guest's rate, and changes the limits at any moment.
+//! The operator limits the guest's rate, and changes the limits at any time.
 
 use super::world::World;
 use crate::device::limits::{RateLimit, RateLimits};
 use crate::prng::Prng;
 
-/// The limits in force, and what they allow.
+/// The present limits, and the requests that they allow.
 #[derive(Debug)]
 pub(super) struct LimitedRate {
     prng: Prng,
     limits: RateLimits,
-    /// When they were set, and how many requests had completed then.
+    /// When they were set, and the number of requests that had completed then.
     from_us: u64,
     completed: u64,
-    /// How many requests were taken before, at most.
+    /// Upper bound of the number of requests that were taken before.
     taken: u64,
 }
 
 impl LimitedRate {
-    /// Limits in a third of the worlds.
+    /// Limits, in a third of the worlds.
     pub fn new(seed: u64) -> Option<Self> {
         let prng = Prng::new(seed ^ 0x11317);
         let limits = RateLimits::default();
@@ -35,7 +35,7 @@ impl LimitedRate {
 }
 
 impl World {
-    /// Now and then the operator sets other limits.
+    /// Occasionally the operator sets other limits.
     pub fn change_limits(&mut self) {
         if let Some(limited) = &mut self.limited
             && self.life.is_some()
@@ -46,7 +46,7 @@ impl World {
         }
     }
 
-    /// Puts the limits in force: in a new daemon, or after a change.
+    /// Applies the limits, to a new daemon or after a change.
     pub fn set_limits(&mut self) {
         let in_flight = self.rings.iter().map(|ring| ring.in_flight() as u64).sum();
         if let (Some(limited), Some(life)) = (&mut self.limited, &self.life) {
@@ -56,13 +56,13 @@ impl World {
         }
     }
 
-    /// A request that the limits count has completed.
+    /// A request that counts against the limits has completed.
     pub fn check_limits(&mut self) {
         self.limited_completed += 1;
         let Some(LimitedRate { limits, from_us, completed, taken, .. }) = &self.limited else { return };
         let rate = limits.total.requests;
         let us = self.now_us - from_us + u64::from(limits.burst_ms) * 1000;
-        // Each ring may have one request more: tokens of a stopped one are returned.
+        // Each ring may have one more request: tokens of a stopped ring are returned.
         let allowed = taken + rate * us / 1_000_000 + self.rings.len() as u64 + 1;
         let count = self.limited_completed - completed;
         assert!(rate == 0 || count <= allowed, "{count} requests in {us} us with a limit of {rate}/s");

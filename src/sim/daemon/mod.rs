@@ -1,13 +1,13 @@
-//! The simulator of the whole daemon: one seed decides all that happens to it, on one thread.
+//! The simulator of the whole daemon: one seed determines all events, on one thread.
 //!
-//! Everything between guest memory and the image is the daemon's own code: workers with their rings, inflight marks,
+//! Everything between guest memory and the image is the daemon's real code: workers with their rings, inflight marks,
 //! mailboxes and wakers, the cached image, the arena in a file with its ledger, and recovery. Simulated are the disk
 //! (`store.rs`), the guest's driver (`guest.rs`), the front-end and the operator (`control.rs`), and the clock. The
 //! world (`world.rs`) decides which worker takes a turn next, and what the others do in between.
 //!
 //! A daemon dies at a random [`crash_point`](crate::fault_injection::crash_point): between two stores to memory that
-//! outlives it. Its successor gets the arena and the inflight region as they are then. The oracle (`oracle.rs`) judges
-//! what the guest sees.
+//! outlives it. Its successor gets the arena and the inflight region in that state. The oracle (`oracle.rs`) checks the
+//! results that the guest gets.
 //!
 //! `make sim SEED=n` replays one seed here too.
 
@@ -73,7 +73,7 @@ fn seeds_from_the_environment() {
     }
 }
 
-/// The bugs around the cache.
+/// Planted bugs outside the cache.
 const PLANTED: [PlantedBug; 10] = [
     PlantedBug::InflightClearedBeforePublishing,
     PlantedBug::ZeroesNotFlushed,

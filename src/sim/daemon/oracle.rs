@@ -1,23 +1,24 @@
-//! Judges what a guest sees, sector by sector.
+//! Checks the results that a guest gets, sector by sector.
 //!
 //! Reads and writes of a sector must be linearizable: each takes effect at one moment between its submission and its
-//! completion, and a read returns the last effect before it. The oracle keeps every order of effects that explains what
-//! was seen so far ([`History`]), and fails when none is left (Wing and Gong, "Testing and verifying concurrent
+//! completion, and a read returns the last effect before it. The oracle keeps every order of effects that explains all
+//! results so far ([`History`]), and fails when none is left (Wing and Gong, "Testing and verifying concurrent
 //! objects", 1993; here online, and for one register at a time).
 //!
-//! Besides, each sector has the set of values that a power cut may leave (virtio 1.2, section 5.2.6.2). It grows with
-//! every write. A write that a FLUSH, or write-through mode, has made durable removes those that ended before it began.
+//! In addition, each sector has the set of values that may remain after a power cut (virtio 1.2, section 5.2.6.2). It
+//! grows with every write. A write that a FLUSH, or write-through mode, has made durable removes the values of writes
+//! that ended before it started.
 
 use crate::units::SectorSpan;
 
-/// The value of a sector. A write gives each of its sectors a value of its own; zeros are 0.
+/// The value of a sector. A write gives each of its sectors a unique value; zeros are 0.
 pub(super) type SectorValue = u64;
 /// Any value: the sector was discarded.
 pub(super) const ANY: SectorValue = u64::MAX;
-/// More failed writes than this to a sector, with no success after them, and nothing is known of it any more.
+/// After more failed writes than this to a sector, with no success after them, its value counts as unknown.
 const FAILED_MAX: usize = 2;
 
-/// Names a request of the guest.
+/// Identifies a request of the guest.
 pub(super) type RequestId = u64;
 
 /// A write, zero or discard that may take effect.
@@ -26,15 +27,15 @@ struct Effect {
     id: RequestId,
     value: SectorValue,
     submitted: u64,
-    /// When it failed: it may have an effect until a later write succeeds.
+    /// When it failed: it may still take effect until a later write succeeds.
     failed: Option<u64>,
 }
 
-/// Orders of effects that explain what was seen, as far as they matter for what follows.
+/// An order of effects that explains the results so far, reduced to the state that matters from now on.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct History {
     current: SectorValue,
-    /// For each read in flight the values that the sector has had since, in the order of their numbers.
+    /// For each read in flight, in the order of their numbers: the values that the sector has had since its submission.
     visible: Vec<Vec<SectorValue>>,
     /// Effects in flight that have taken place.
     applied: Vec<RequestId>,
@@ -52,7 +53,7 @@ impl History {
         }
     }
 
-    /// The continuations in which effects in flight take place, the last of them one that `is_last` accepts.
+    /// The continuations in which effects in flight take place, with a last one that `is_last` accepts.
     fn continuations(&self, effects: &[Effect], is_last: &dyn Fn(&Effect) -> bool, found: &mut Vec<Self>) {
         for effect in effects {
             if self.applied.contains(&effect.id) {
@@ -69,7 +70,7 @@ impl History {
     }
 }
 
-/// A value that a power cut may leave.
+/// A value that may remain after a power cut.
 #[derive(Clone, Copy, Debug)]
 struct Survivor {
     id: RequestId,
@@ -98,7 +99,7 @@ impl Sector {
         Self { histories: vec![history], effects: Vec::new(), reads: Vec::new(), survivors: vec![survivor] }
     }
 
-    /// The values that the sector may have now; `None` while more effects are in flight.
+    /// The values that the sector may have now; `None` while too many effects are in flight.
     fn possible(&self) -> Option<Vec<SectorValue>> {
         self.effects.is_empty().then(|| self.histories.iter().map(|history| history.current).collect())
     }
@@ -110,7 +111,7 @@ impl Sector {
         }
     }
 
-    /// Ends a read; `seen` is what it returned, if it succeeded. Returns whether some history explains that.
+    /// Ends a read; `seen` is the value that it returned, if it succeeded. Returns whether some history explains that.
     fn end_read(&mut self, id: RequestId, seen: Option<SectorValue>) -> bool {
         let at = self.reads.iter().position(|&read| read == id).expect("a read begins before it ends");
         if let Some(seen) = seen {
@@ -138,7 +139,7 @@ impl Sector {
         self.survivors.push(Survivor { id, value, submitted, ended: None, succeeded: false });
     }
 
-    /// The effect of a request is over, in one way or another.
+    /// A request has ended, successfully or not.
     fn end_survivor(&mut self, id: RequestId, now: u64, succeeded: bool) {
         for survivor in self.survivors.iter_mut().filter(|survivor| survivor.id == id) {
             (survivor.ended, survivor.succeeded) = (Some(now), succeeded);
@@ -150,7 +151,7 @@ impl Sector {
         self.survivors.retain(|survivor| survivor.ended.is_none_or(|ended| ended >= submitted));
     }
 
-    /// A FLUSH is complete that was sent at `at`, when the sector had one of the values `possible`.
+    /// A FLUSH has completed that was sent at `at`, when the sector had one of the values `possible`.
     fn flush(&mut self, at: u64, possible: Option<&[SectorValue]>) {
         let ended_before = |survivor: &Survivor| survivor.ended.is_some_and(|ended| ended <= at);
         let covered = self.survivors.iter().filter(|survivor| survivor.succeeded && ended_before(survivor));
@@ -190,7 +191,7 @@ impl Sector {
         }
     }
 
-    /// The effects of these requests in the past have taken place by now, or never will.
+    /// The effects of these requests have taken place already, or never will.
     fn settle(&mut self, requests: &[RequestId]) {
         let open: Vec<Effect> = self.effects.iter().filter(|effect| requests.contains(&effect.id)).copied().collect();
         let mut at = 0;
@@ -201,7 +202,7 @@ impl Sector {
         }
     }
 
-    /// The requests are lost.
+    /// These requests are lost.
     fn lose(&mut self, lost: &[RequestId], now: u64) {
         self.settle(lost);
         lost.iter().for_each(|&id| self.end_survivor(id, now, false));
@@ -209,7 +210,7 @@ impl Sector {
         self.merge();
     }
 
-    /// The requests are executed again.
+    /// These requests are executed again.
     fn repeat(&mut self, repeated: &[RequestId]) {
         self.settle(repeated);
         for history in &mut self.histories {
@@ -218,7 +219,7 @@ impl Sector {
         self.merge();
     }
 
-    /// The requests may be executed again.
+    /// These requests may be executed again.
     fn may_repeat(&mut self, requests: &[RequestId]) {
         let mut once = self.clone();
         once.settle(requests);
@@ -235,7 +236,7 @@ impl Sector {
         }
     }
 
-    /// Drops histories that do not differ.
+    /// Removes duplicate histories.
     fn merge(&mut self) {
         if self.histories.len() > 1 {
             self.histories.sort_unstable();
@@ -244,33 +245,33 @@ impl Sector {
     }
 }
 
-/// What the guest knew of the disk when it sent a FLUSH.
+/// The guest's knowledge of the disk when it sent a FLUSH.
 #[derive(Clone, Debug)]
 pub(super) struct OracleSnapshot {
     at: u64,
     possible: Vec<Option<Vec<SectorValue>>>,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Oracle {
     sectors: Vec<Sector>,
-    /// Counts what happens.
+    /// Counts events.
     clock: u64,
 }
 
 impl Oracle {
-    /// A disk that holds these values, which are durable.
+    /// The oracle of a disk with these values, which are durable.
     pub fn new(values: impl Iterator<Item = SectorValue>) -> Self {
         Self { sectors: values.map(Sector::holding).collect(), clock: 1 }
     }
 
-    /// The disk has become larger, and holds these values there, which are durable.
+    /// The disk has grown by sectors with these values, which are durable.
     pub fn grow(&mut self, values: &[SectorValue]) {
         self.sectors.extend(values.iter().copied().map(Sector::holding));
     }
 
-    /// The disk has become as small as it was before.
+    /// The disk has shrunk to its former size.
     pub fn shrink(&mut self, sectors: u64) {
         self.sectors.truncate(sectors as usize);
     }
@@ -280,7 +281,7 @@ impl Oracle {
         &mut self.sectors[span.start as usize..span.end() as usize]
     }
 
-    /// The most effects in flight that any sector of `span` has.
+    /// The largest number of effects in flight on any sector of `span`.
     pub fn contention(&self, span: SectorSpan) -> usize {
         let sectors = &self.sectors[span.start as usize..span.end() as usize];
         sectors.iter().map(|sector| sector.effects.len() + sector.reads.len()).max().unwrap_or(0)
@@ -305,7 +306,7 @@ impl Oracle {
         }
     }
 
-    /// A write is sent; `value` gives the value of each sector.
+    /// A write is submitted; `value` returns the value for each sector.
     pub fn begin_write(&mut self, id: RequestId, span: SectorSpan, value: impl Fn(u64) -> SectorValue) {
         self.clock += 1;
         let submitted = self.clock;
@@ -314,7 +315,8 @@ impl Oracle {
         }
     }
 
-    /// A write succeeds. If it is `durable`, a power cut leaves it, or a write that it did not follow.
+    /// A write succeeds. If it is `durable`, only its values or those of writes that it did not follow may remain after
+    /// a power cut.
     pub fn complete_write(&mut self, id: RequestId, span: SectorSpan, durable: bool) {
         self.clock += 1;
         let now = self.clock;
@@ -334,26 +336,26 @@ impl Oracle {
         self.over(span).iter_mut().for_each(|sector| sector.fail_effect(id, now));
     }
 
-    /// The requests are lost: what they have not done by now they never do.
+    /// These requests are lost: effects that have not taken place never will.
     pub fn lose_writes(&mut self, lost: &[RequestId]) {
         self.clock += 1;
         let now = self.clock;
         self.sectors.iter_mut().for_each(|sector| sector.lose(lost, now));
     }
 
-    /// The next daemon executes the requests again, whatever they have done already.
+    /// The next daemon executes these requests again, whether or not they have already taken effect.
     pub fn repeat_writes(&mut self, repeated: &[RequestId]) {
         self.sectors.iter_mut().for_each(|sector| sector.repeat(repeated));
     }
 
-    /// These requests may be executed again, whatever they have done already.
+    /// These requests may be executed again, whether or not they have already taken effect.
     pub fn may_repeat_writes(&mut self, requests: &[RequestId]) {
         if !requests.is_empty() {
             self.sectors.iter_mut().for_each(|sector| sector.may_repeat(requests));
         }
     }
 
-    /// What a FLUSH that is sent now must make durable.
+    /// The state that a FLUSH sent now must make durable.
     pub fn snapshot(&mut self) -> OracleSnapshot {
         self.clock += 1;
         OracleSnapshot { at: self.clock, possible: self.sectors.iter().map(Sector::possible).collect() }
@@ -369,20 +371,21 @@ impl Oracle {
         }
     }
 
-    /// Checks that a power cut may leave `value` in a sector.
+    /// Checks that `value` may remain in a sector after a power cut.
     pub fn check_survivor(&self, at: usize, value: SectorValue) {
         let sector = &self.sectors[at];
         let allowed = sector.survivors.iter().any(|survivor| is(survivor.value, value));
         assert!(allowed, "a power cut leaves {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
     }
 
-    /// Whether a sector may hold this value now, as far as the guest knows.
+    /// Whether a sector may hold this value now, according to all results so far.
     pub fn may_hold(&self, at: usize, value: SectorValue) -> bool {
         let sector = &self.sectors[at];
         sector.histories.iter().any(|history| is(history.current, value)) || !sector.effects.is_empty()
     }
 
-    /// Checks that a quiet disk, whose cache is written, holds what the guest would read.
+    /// Checks that the image, with no request in flight and the cache written back, has a value that the guest could
+    /// read.
     pub fn check_quiet(&self, at: usize, value: SectorValue) {
         let sector = &self.sectors[at];
         assert!(self.may_hold(at, value), "the image holds {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);

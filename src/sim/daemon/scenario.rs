@@ -1,4 +1,4 @@
-//! What the seed decides before a world starts.
+//! The decisions that the seed makes before a world starts.
 
 use super::store::Behaviour;
 use crate::cache::{ErrorPolicy, PolicyKind, Settings};
@@ -7,38 +7,38 @@ use crate::prng::Prng;
 use crate::store::Limits;
 use crate::units::{ImageHoles, PAGE_BYTES, SECTOR_BYTES};
 
-/// How guest, front-end, disk and daemon behave in one world.
+/// The behaviour of guest, front-end, disk and daemon in one world.
 #[derive(Debug)]
 pub(super) struct Scenario {
     pub workers: usize,
     pub rings: usize,
     pub queue_size: u16,
     pub event_idx: bool,
-    /// How many requests the guest keeps in flight at most.
+    /// Most requests that the guest keeps in flight.
     pub requests_max: usize,
     /// The guest sends requests that overlap others in flight.
     pub overlap: bool,
-    /// Requests begin in this many sectors of the image.
+    /// Requests start in this many sectors of the image.
     pub hot_sectors: u64,
-    /// Crash points that a daemon passes before it dies, at most; `None`: daemons do not die.
+    /// Most crash points that a daemon passes before it dies; `None`: daemons do not die.
     pub crash_points_max: Option<u64>,
-    /// How often the front-end keeps an inflight region, of 100 connections.
+    /// Of 100 connections, the number in which the front-end keeps an inflight region.
     pub inflight_percent: u64,
-    /// Of 1000 steps, how many are one of the front-end's or operator's actions.
+    /// Of 1000 steps, the number that are an action of the front-end or the operator.
     pub control_permille: u64,
-    /// The power is cut.
+    /// Power cuts occur.
     pub power_cuts: bool,
-    /// Of 100 requests, how many are reads, writes, zeros and discards; the rest are FLUSHes.
+    /// Of 100 requests, the numbers of reads, writes, zeros and discards; the rest are FLUSHes.
     pub mix: [u64; 4],
     /// The configured cache mode is write-back.
     pub writeback: bool,
     /// Successors have caches of another size.
     pub resizes: bool,
-    /// The cache outlives its daemon (`survive = "always"`). Otherwise a loss marker does (`"never"`).
+    /// The cache outlives its daemon (`survive = "always"`). Otherwise only a loss marker does (`"never"`).
     pub survives: bool,
-    /// Of 100 successors, how many are read-only.
+    /// Of 100 successors, the number that are read-only.
     pub reader_percent: u64,
-    /// The operator stops the daemon for a while (SIGSTOP).
+    /// The operator stops the daemon for some time (SIGSTOP).
     pub freezes: bool,
     pub behaviour: Behaviour,
     pub hole_percent: u64,
@@ -76,7 +76,7 @@ impl Scenario {
     }
 }
 
-/// The bounds of the workers: as they are, or so small that most requests take several turns.
+/// The bounds of the workers: the defaults, or so small that most requests take several turns.
 pub(super) fn budget(prng: &mut Prng) -> Budget {
     if prng.percent(40) {
         return Budget::default();
@@ -91,7 +91,7 @@ pub(super) fn budget(prng: &mut Prng) -> Budget {
     }
 }
 
-/// Whether disks lose what was not synced when a Sync fails.
+/// Whether disks lose unsynced writes when a Sync fails.
 const DISK_RESETS: bool = true;
 
 /// Random settings of a cache, with the limits of the image that it caches.
@@ -126,7 +126,7 @@ pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
         page_key: 0,
         hold_us: prng.pick(&[10_000, 10_000_000]),
     };
-    // An image that ends within a block has smaller blocks, and needs memory that is aligned to more.
+    // An image that ends within a block has smaller blocks, and needs memory with a larger alignment.
     let transfer_bytes = u32::from(block_sectors) * SECTOR_BYTES as u32;
     let ends_within_block = !image_sectors.is_multiple_of(u64::from(block_sectors));
     let limits = Limits {

@@ -4,7 +4,7 @@
 //! write may or may not reach the medium. A Sync covers the operations whose events were reaped before it was
 //! submitted, and no other.
 //!
-//! A sector holds a [`SectorValue`] that fills its 512 bytes, so that a mixture of two is seen.
+//! A [`SectorValue`] fills all 512 bytes of its sector, so that a mixture of two values is detected.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,33 +19,33 @@ use crate::prng::Prng;
 use crate::store::{Backing, Event, Extent, IoRequest, Limits, Refused, Segment, StoreQueue};
 use crate::units::{ExtentKind, Fault, OpKind, SECTOR_BYTES, SECTOR_SIZE, SectorSpan, Unmap};
 
-/// What memory holds after a read that failed. A guest that sees it was given garbage.
+/// Contents of memory after a failed read. A guest that reads it has received garbage.
 const GARBAGE: SectorValue = 0xdead_dead_dead_dead;
 const WORDS: usize = SECTOR_SIZE / 8;
 const SECTORS_PER_PAGE: usize = 8;
 
-/// A sector that holds `value`.
+/// A sector filled with `value`.
 pub(super) fn sector_of(value: SectorValue) -> [u8; SECTOR_SIZE] {
     let mut bytes = [0; SECTOR_SIZE];
     bytes.chunks_mut(8).for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
     bytes
 }
 
-/// The value of a sector; `None`: it is a mixture.
+/// The value of a sector; `None`: a mixture of values.
 pub(super) fn value_of(sector: &[u8]) -> Option<SectorValue> {
     let mut words = sector.chunks(8).map(|word| SectorValue::from_le_bytes(word.try_into().expect("eight bytes")));
     let first = words.next()?;
     words.all(|word| word == first).then_some(first)
 }
 
-/// How the disk behaves.
+/// The behaviour of the disk.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Behaviour {
-    /// The longest time to an effect, and from there to its event.
+    /// The longest time until an effect, and from there to its event.
     pub latency_us_max: u64,
-    /// Of 100 operations, how many fail.
+    /// Of 100 operations, the number that fail.
     pub fault_percent: u64,
-    /// A Sync that fails loses every write that no Sync covered; reads return the old data at once.
+    /// A failed Sync loses every unsynced write; reads return the old data immediately.
     pub resets: bool,
 }
 
@@ -68,14 +68,14 @@ struct DiskOperation {
     began: u64,
     effect_at: u64,
     event_at: u64,
-    /// What its event reports, once it has taken effect.
+    /// The result for its event, once it has taken effect.
     outcome: Option<Event>,
 }
 
 #[derive(Debug)]
 struct EventQueue {
     wake: EventFd,
-    /// With the operations that they report.
+    /// The events, each with its operation.
     events: Vec<(u64, Event)>,
     in_flight: usize,
 }
@@ -102,7 +102,7 @@ struct MediumState {
     changes_forbidden: bool,
 }
 
-/// See the module. Clones share the disk.
+/// See the documentation of the module. Clones share the disk.
 #[derive(Clone, Debug)]
 pub(super) struct SimulatedImage {
     limits: Limits,
@@ -163,7 +163,7 @@ impl SimulatedImage {
         disk.next_id + disk.reaped
     }
 
-    /// Lets everything happen that is due at `now_us`.
+    /// Performs all effects and events that are due at `now_us`.
     pub fn advance(&self, now_us: u64) {
         let mut disk = self.disk();
         disk.now_us = now_us;
@@ -174,13 +174,13 @@ impl SimulatedImage {
         }
     }
 
-    /// When something happens next.
+    /// The time of the next effect or event.
     pub fn next_event(&self) -> Option<u64> {
         self.disk().next_event().map(|(at, _)| at)
     }
 
-    /// The daemon's queues no longer exist, and report no more operations. Of those in flight all take effect after an
-    /// orderly end, and any after the daemon's death.
+    /// The daemon's queues no longer exist, and report no more operations. All operations in flight take effect after
+    /// an orderly end, and any subset of them after the daemon's death.
     pub fn end_operations(&self, orderly: bool) {
         let mut disk = self.disk();
         for operation in std::mem::take(&mut disk.operations) {
@@ -189,13 +189,13 @@ impl SimulatedImage {
             }
         }
         disk.queues.clear();
-        // The kernel has completed them before the next daemon can open the image.
+        // The kernel has completed the operations before the next daemon can open the image.
         let clock = disk.clock;
         disk.unsynced.iter_mut().flatten().for_each(|write| write.heard = write.heard.or(Some(clock)));
     }
 
     /// Makes the disk larger, by sectors of these values; pages of zeros for which `hole` returns true are holes. The
-    /// daemon serves no more of it before it is told.
+    /// daemon does not serve the new part before it is notified.
     pub fn grow(&self, values: &[SectorValue], hole: impl FnMut(usize) -> bool) {
         let mut disk = self.disk();
         let sectors = disk.current.len() + values.len();
@@ -207,7 +207,7 @@ impl SimulatedImage {
         disk.fill_holes();
     }
 
-    /// Makes the disk as small as it was before: nothing has used what was added.
+    /// Shrinks the disk to its former size; the added part was never used.
     pub fn shrink(&self, sectors: u64) {
         let mut disk = self.disk();
         let sectors = sectors as usize;
@@ -217,7 +217,7 @@ impl SimulatedImage {
         disk.hole.truncate(sectors.div_ceil(SECTORS_PER_PAGE));
     }
 
-    /// A daemon opens the image at its present size.
+    /// A daemon opens the image with its present size.
     pub fn serve_all(&self) {
         self.limits.size_bytes.set(self.disk().current.len() as u64 * SECTOR_BYTES);
     }
@@ -227,7 +227,7 @@ impl SimulatedImage {
         self.disk().current.clone()
     }
 
-    /// Whether the values of these sectors cannot be lost any more, except by later writes.
+    /// Whether the values of these sectors can no longer be lost, except by later writes.
     pub fn is_durable(&self, span: SectorSpan) -> bool {
         let disk = self.disk();
         let mut sectors = (span.start..span.end()).map_while(|sector| usize::try_from(sector).ok());
@@ -237,7 +237,7 @@ impl SimulatedImage {
         })
     }
 
-    /// As [`SimulatedImage::values`], after the host has dropped what a failed Sync has left in its memory.
+    /// Like [`SimulatedImage::values`], after the host has dropped the pages that a failed Sync has left in its memory.
     pub fn reopened(&self) -> Vec<SectorValue> {
         let mut disk = self.disk();
         let MediumState { current, durable, unsynced, .. } = &mut *disk;
@@ -250,7 +250,7 @@ impl SimulatedImage {
         disk.current.clone()
     }
 
-    /// Writes that reach the image by another way, and are durable if `synced`.
+    /// Writes that reach the image outside the daemon, and are durable if `synced`.
     pub fn replace(&self, values: &[SectorValue], synced: bool) {
         let mut disk = self.disk();
         let (clock, id) = (disk.clock, disk.next_id);
@@ -268,7 +268,7 @@ impl SimulatedImage {
         }
     }
 
-    /// What a power cut at this moment may leave, a value for each sector.
+    /// A state that may remain after a power cut now: a value for each sector.
     pub fn after_power_cut(&self) -> Vec<SectorValue> {
         let mut disk = self.disk();
         let MediumState { prng, durable, unsynced, .. } = &mut *disk;
@@ -281,7 +281,7 @@ impl SimulatedImage {
         durable.iter().zip(unsynced.iter()).map(left).collect()
     }
 
-    /// The power is cut, and this is what it leaves.
+    /// Cuts the power; `left` remains.
     pub fn cut_power(&self, left: &[SectorValue]) {
         let mut disk = self.disk();
         disk.operations.clear();
@@ -300,7 +300,7 @@ impl MediumState {
         self.operations.iter().enumerate().map(|(index, operation)| (time(operation), index)).min()
     }
 
-    /// Lets the next effect or event happen.
+    /// Performs the next effect or event.
     fn step(&mut self) {
         let (_, index) = self.next_event().expect("the caller has seen it");
         let mut operation = self.operations.swap_remove(index);
@@ -314,14 +314,14 @@ impl MediumState {
         }
     }
 
-    /// The effect of an operation, on disk and memory, and its event.
+    /// Performs the effect of an operation on disk and memory, and returns its event.
     fn apply(&mut self, operation: &DiskOperation) -> Event {
         let DiskOperation { id, request, began, .. } = operation;
         let tag = request.tag;
         let first = (request.offset / SECTOR_BYTES) as usize;
         let count = (request.len / SECTOR_BYTES) as usize;
         let percent = match self.behaviour.fault_percent {
-            // Syncs are rare and their failures matter most: they fail more often.
+            // Syncs are rare and their failures matter most, so they fail more often.
             1.. if request.op == OpKind::Sync => 20,
             percent => percent,
         };
@@ -350,7 +350,7 @@ impl MediumState {
             }
             OpKind::Map if !failed => return Event::Mapped { tag, extents: self.extents(first, count) },
             OpKind::Zero { .. } | OpKind::Discard if failed => {
-                // A failed one is torn, and destroys the contents of sectors.
+                // A failed operation is torn, and destroys the contents of sectors.
                 for sector in first..first + count {
                     if self.prng.percent(50) {
                         (self.current[sector], self.durable[sector]) = (0, 0);
@@ -398,8 +398,8 @@ impl MediumState {
         if self.behaviour.resets {
             return self.lose_unsynced();
         }
-        // As kernels do with pages whose write-back fails: reads still return them, and no later Sync covers them. A
-        // discard has no such pages.
+        // Like kernels with pages whose write-back fails: reads still return them, and no later Sync covers them. A
+        // discard leaves no such pages.
         for (durable, unsynced) in self.durable.iter_mut().zip(&mut self.unsynced) {
             let is_covered = |write: &Unsynced| write.heard.is_some_and(|at| at < began);
             if unsynced.iter().rfind(|write| is_covered(write)).is_some_and(|write| write.is_discard) {
@@ -409,14 +409,14 @@ impl MediumState {
         }
     }
 
-    /// Loses what is not durable.
+    /// Loses all data that is not durable.
     fn lose_unsynced(&mut self) {
         self.current.copy_from_slice(&self.durable);
         self.unsynced.iter_mut().for_each(Vec::clear);
         self.fill_holes();
     }
 
-    /// A page with data is no hole.
+    /// A page with data is not a hole.
     fn fill_holes(&mut self) {
         for (hole, page) in self.hole.iter_mut().zip(self.current.chunks(SECTORS_PER_PAGE)) {
             *hole &= page.iter().all(|value| *value == 0);
@@ -544,7 +544,7 @@ impl StoreQueue for SimulatedQueue {
         self.image.disk().queues.get(self.index).map_or(0, |queue| queue.in_flight)
     }
 
-    /// The simulated kernel completes what is in flight at any later time.
+    /// The simulated kernel completes operations in flight at any later time.
     fn drain(&mut self, _patience: Duration) -> bool {
         true
     }

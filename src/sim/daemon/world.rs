@@ -24,14 +24,14 @@ use crate::units::{SectorSpan, Tick};
 
 /// Rounds of the last phase after which a request in flight counts as stuck.
 const ROUNDS_MAX: u32 = 100_000;
-/// Turns in a row of a worker at one moment, each with work and without any progress, after which it counts as
-/// spinning. Fewer are right: a background sweep that makes room for delayed writes passes all dirty groups twice, in
-/// 64 turns each.
+/// Consecutive turns of a worker at one time, each with work but without progress, after which it counts as spinning.
+/// Fewer are legitimate: a background sweep that makes room for delayed writes passes all dirty groups twice, in 64
+/// turns each.
 const IDLE_TURNS_MAX: u32 = 200;
-/// Effects and reads in flight that a sector has at most: the oracle tries all their orders.
+/// Most effects and reads in flight on a sector: the oracle tries all their orders.
 const CONTENTION_MAX: usize = 3;
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct World {
     pub prng: Prng,
@@ -43,36 +43,36 @@ pub(super) struct World {
     pub memory: Arc<GuestMemoryMmap<()>>,
     pub rings: Vec<Ring>,
     pub oracle: Oracle,
-    /// The daemon, while one lives.
+    /// The daemon, while it lives.
     pub life: Option<Life>,
     pub session: FrontEndConnection,
     pub now_us: u64,
     /// The present period in write-through mode.
     pub write_through: Option<u64>,
     pub periods: u64,
-    /// Actions of the front-end and the operator that began or advanced.
+    /// Actions of the front-end and the operator that started or advanced.
     control_steps: u64,
-    /// The daemon is stopped for so many steps.
+    /// The daemon is stopped for this many steps.
     frozen_steps: u64,
     /// The daemon serves the image read-only.
     pub is_reader: bool,
     /// The last daemon lost completed writes with its cache.
     lost_data: bool,
-    /// By worker: the state after its last turn, of all that counts as progress, and its turns since without any.
+    /// By worker: the state of progress after its last turn, and the number of turns since without progress.
     last_progress: Vec<([u64; 6], u32)>,
-    /// Writes that were lost with their daemon.
+    /// Writes that were lost together with their daemon.
     lost: Vec<RequestId>,
     pub next_id: RequestId,
     /// Number of completed requests.
     pub completed: u64,
     /// Number of daemons that have died.
     pub deaths: u64,
-    /// Somebody restores backups of the image between daemons; with a generator of its own.
+    /// Backups of the image are restored between daemons; it has a random generator of its own.
     restores: Option<Prng>,
-    /// The image grows; not where backups are restored, because only a sample tells an image of another size from a
-    /// restored one.
+    /// The image grows. Not in worlds in which backups are restored, because only a sample distinguishes an image of
+    /// another size from a restored one.
     pub growth: Option<Growth>,
-    /// What the image held at some moment.
+    /// The contents of the image at some time.
     pub backup: Option<Vec<u64>>,
     /// The backup was restored, and no daemon has started since.
     is_restored: bool,
@@ -83,7 +83,7 @@ pub(super) struct World {
 }
 
 impl World {
-    /// What happened so far.
+    /// The counts of all events so far.
     pub fn counts(&self) -> Counts {
         Counts { requests: self.completed, operations: self.image.submitted(), deaths: self.deaths }
     }
@@ -131,7 +131,7 @@ impl World {
         }
     }
 
-    /// Runs `steps` random steps; then nothing fails any more, and all must end well.
+    /// Runs `steps` random steps; after them nothing fails any more, and everything must complete.
     pub fn run(&mut self, steps: u64) {
         for _ in 0..steps {
             self.step();
@@ -146,7 +146,7 @@ impl World {
         self.resume();
         self.complete_all_requests();
         self.read_everything();
-        // It may still report failures of before, which may also have stopped the device.
+        // The daemon may still report earlier failures, which may also have stopped the device.
         let flushed = (0..LAST_FLUSHES_MAX).any(|_| {
             let flushed = self.flush();
             if !flushed {
@@ -160,7 +160,7 @@ impl World {
         for (sector, value) in self.image.values().into_iter().enumerate() {
             self.oracle.check_quiet(sector, value);
         }
-        // A successor finds the same.
+        // A successor finds the same state.
         self.daemon_died();
         self.complete_all_requests();
         self.read_everything();
@@ -188,7 +188,7 @@ impl World {
                 self.handle_interrupt(ring);
             }
             85..95 if self.scenario.freezes && self.prng.percent(2) => {
-                // SIGSTOP: the disk and the guest go on.
+                // SIGSTOP: the disk and the guest continue.
                 self.frozen_steps = self.prng.below(100);
                 self.now_us += self.prng.pick(&[0, 1000, 1_000_000, 100_000_000]);
             }
@@ -201,7 +201,7 @@ impl World {
         }
     }
 
-    /// When the next event is due that needs no further action.
+    /// When the next event is due without any further action.
     fn next_event(&self) -> Option<u64> {
         let due = self.life.as_ref().and_then(Life::next_due).map(|due| due.since_us(Tick::ZERO));
         [self.image.next_event(), due].into_iter().flatten().min()
@@ -226,7 +226,7 @@ impl World {
         }
     }
 
-    /// A worker that `stepped`, because it had work, makes progress soon or finds no more work at this moment.
+    /// A worker that `stepped` must soon make progress or find no more work at this time.
     fn check_progress(&mut self, worker: usize, stepped: bool) {
         let used = self.rings.iter().map(|ring| u64::from(ring.used_idx())).sum();
         let state = [self.now_us, self.image.activity(), self.next_id, self.deaths, self.control_steps, used];
@@ -246,7 +246,7 @@ impl World {
         self.find_growth();
         crash_after(self.scenario.crash_points_max.map(|max| self.prng.below(max)));
         if self.scenario.reader_percent > 0 {
-            // A reader fails writes, and a writer does not.
+            // A reader fails writes; a writer does not.
             self.judge_completed();
         }
         self.is_reader = self.prng.percent(self.scenario.reader_percent);
@@ -266,12 +266,12 @@ impl World {
             Ok(None) => {
                 crash_after(None);
                 if std::mem::take(&mut self.is_restored) {
-                    // The operator throws away the cache, which does not belong to the image any more.
+                    // The operator discards the cache, which no longer belongs to the image.
                     self.directory.remove_arena();
                 } else if self.has_grown() && !self.is_reader {
                     self.undo_growth();
                 }
-                // The operator tries again.
+                // The operator retries.
             }
             Ok(Some(life)) => {
                 self.is_restored = false;
@@ -280,7 +280,7 @@ impl World {
                     self.backup = Some(self.image.values());
                 }
                 self.check_loss_marker(&life);
-                // A guest whose data may be lost has reset the device.
+                // A guest whose data may be lost resets the device.
                 let reset = || life.cached.arena().clear_data_loss();
                 let alive = self.scenario.survives || in_daemon(reset).is_ok();
                 self.life = Some(life);
@@ -300,7 +300,7 @@ impl World {
         }
     }
 
-    /// The daemon has died, between two stores to memory that outlives it.
+    /// The daemon has died between two stores to memory that outlives it.
     pub fn daemon_died(&mut self) {
         self.deaths += 1;
         if let Some(life) = self.life.take() {
@@ -318,7 +318,8 @@ impl World {
         self.restore_backup();
     }
 
-    /// The next daemon executes the requests in flight again. What completed in this life is judged before.
+    /// The next daemon executes the requests in flight again. The results of those that completed in this life are
+    /// checked first.
     pub fn expect_repetition(&mut self) {
         self.judge_completed();
         let repeated: Vec<RequestId> =
@@ -326,8 +327,8 @@ impl World {
         self.oracle.repeat_writes(&repeated);
     }
 
-    /// These rings may have drained: then a long request that the device had begun was cut short, and is executed again
-    /// from its beginning.
+    /// These rings may have drained: then a long request that the device had started was ended early, and is executed
+    /// again from its beginning.
     pub fn expect_long_requests_again(&mut self, rings: Range<usize>) {
         let budget = self.budget;
         let not_completed = self.rings[rings].iter().flat_map(Ring::not_completed);
@@ -336,7 +337,7 @@ impl World {
         self.oracle.may_repeat_writes(&repeated);
     }
 
-    /// The driver looks at every ring, as it may do at any time.
+    /// The driver reads every ring, as it may do at any time.
     fn judge_completed(&mut self) {
         for ring in 0..self.rings.len() {
             let completed = self.rings[ring].reap();
@@ -345,8 +346,8 @@ impl World {
         }
     }
 
-    /// The cache is lost with its daemon, and what the disk has not made durable with it. (Of that the disk may keep as
-    /// much as after a power cut.)
+    /// The cache is lost with its daemon, and all data that the disk has not made durable. (The disk may keep some of
+    /// it, as after a power cut.)
     fn lose_cache(&mut self) {
         let left = self.check_power_cut();
         let lost = |(sector, value): (usize, &u64)| !self.oracle.may_hold(sector, *value);
@@ -354,7 +355,7 @@ impl World {
         self.forget_all_but(&left);
     }
 
-    /// A loss marker tells of completed writes that the last daemon has lost.
+    /// A loss marker must report completed writes that the last daemon has lost.
     fn check_loss_marker(&mut self, life: &Life) {
         let has_data_loss = life.cached.arena().has_data_loss();
         assert!(has_data_loss || !self.lost_data, "a daemon lost completed writes, and no marker tells");
@@ -372,7 +373,7 @@ impl World {
         }
     }
 
-    /// Between two daemons somebody copies a backup over the image, and the guest starts with it.
+    /// Between two daemons a backup is copied over the image, and the guest starts with it.
     fn restore_backup(&mut self) {
         let is_due = self.scenario.survives && self.restores.as_mut().is_some_and(|prng| prng.percent(10));
         if let Some(backup) = self.backup.clone().filter(|_| is_due) {
@@ -382,7 +383,7 @@ impl World {
         }
     }
 
-    /// The power is cut: only the disk is left.
+    /// Cuts the power: only the disk remains.
     pub fn cut_power(&mut self) {
         let left = self.check_power_cut();
         if let Some(life) = self.life.take() {
@@ -395,7 +396,7 @@ impl World {
         self.forget_all_but(&left);
     }
 
-    /// The disk holds what is `left`, and the guest restarts.
+    /// The disk has the contents `left`, and the guest restarts.
     fn forget_all_but(&mut self, left: &[u64]) {
         self.image.cut_power(left);
         self.rings.iter_mut().for_each(|ring| drop(ring.reset()));
@@ -405,7 +406,7 @@ impl World {
         self.write_through = (!self.scenario.writeback).then_some(self.periods);
     }
 
-    /// Checks what a power cut at this moment may leave; returns it.
+    /// Checks a state that may remain after a power cut now, and returns it.
     fn check_power_cut(&self) -> Vec<u64> {
         let left = self.image.after_power_cut();
         left.iter().enumerate().for_each(|(sector, &value)| self.oracle.check_survivor(sector, value));
@@ -455,7 +456,7 @@ impl World {
         true
     }
 
-    /// The driver looks at a ring, if it was interrupted.
+    /// The driver reads a ring, if it was interrupted.
     fn handle_interrupt(&mut self, ring: usize) -> bool {
         if !self.rings[ring].take_interrupt() {
             return false;

@@ -1,18 +1,19 @@
-//! What must hold in a simulated world: progress, the age limit, and what a power cut leaves.
+//! The conditions that a simulated world must satisfy: progress, the age limit, and the state after a power cut.
 
 use crate::cache::{Attempt, Health};
 use crate::units::{SectorSpan, Tick};
 
 use super::{Guest, GuestOp, World};
 
-/// The longest pause before the cache tries a disk again that has failed.
+/// The longest pause before the cache retries a failed disk.
 const RETRY_PAUSE_US_MAX: u64 = 5_000_000;
 /// Steps of the liveness phase after which a request that is still in flight counts as stuck.
 const LIVENESS_STEPS_MAX: u64 = 200_000;
-/// Turns in a row at one moment, due and without any progress, after which a worker counts as spinning. Fewer are
-/// right: a background sweep that makes room for delayed writes passes all dirty groups twice, in 64 turns each.
+/// Consecutive turns at one time, due but without progress, after which a worker counts as spinning. Fewer are
+/// legitimate: a background sweep that makes room for delayed writes passes all dirty groups twice, in 64 turns each.
 const IDLE_TURNS_MAX: u32 = 200;
-/// Write-back of all that is dirty at the age limit, and the Sync after it, take no longer than so many operations.
+/// The write-back of all dirty data at the age limit, and the Sync after it, take at most as long as this many
+/// operations.
 const AGE_SLACK: u64 = 100;
 
 impl World {
@@ -26,8 +27,8 @@ impl World {
         }
     }
 
-    /// The guest stops for longer than the age limit: then all that it has written is durable, without a FLUSH. Says
-    /// nothing of worlds whose disk fails, or whose daemon crashed: there it may take longer.
+    /// The guest pauses for longer than the age limit: then all data that it has written must be durable, without a
+    /// FLUSH. Not checked in worlds whose disk fails or whose daemon crashed: there it may take longer.
     pub(super) fn check_age_limit(&mut self) {
         let may_be_late = self.scenario.daemon_crashes || self.scenario.freezes;
         if self.failures.has_failed() || may_be_late || self.prng.percent(50) {
@@ -52,13 +53,13 @@ impl World {
         !self.operations.is_empty() || self.cache.next_deadline().is_some_and(|at| at < Tick::from_us(end_us))
     }
 
-    /// Whether the cache wants a turn now.
+    /// Whether the cache requests a turn now.
     pub(super) fn is_turn_due(&self) -> bool {
         self.cache.next_deadline().is_some_and(|at| at <= Tick::from_us(self.now_us))
     }
 
-    /// Takes turns as a worker does that sleeps only if nothing is due: each of the first few makes progress, or none
-    /// is due any more.
+    /// Takes turns like a worker that sleeps only if nothing is due: each of the first few must make progress, unless
+    /// none is due any more.
     pub(super) fn take_immediate_turns(&mut self) {
         let mut idle_turns = 0;
         while !self.memory.has_crashed() && (!self.resumable.is_empty() || self.is_turn_due()) {
@@ -78,8 +79,8 @@ impl World {
     }
 
     /// A request in flight waits for an operation, for a copy, or for the cache's next deadline. A deadline counts if
-    /// it is due, or if the disk is failing and the deadline ends the pause before the next try. That a due deadline
-    /// leads on is for [`World::take_immediate_turns`] to check.
+    /// it is due, or if the disk is failing and the deadline ends the pause before the next attempt.
+    /// [`World::take_immediate_turns`] checks that a due deadline makes progress.
     pub(super) fn assert_progress_possible(&self) {
         let by_guest = !self.copies.is_empty() || !self.resumable.is_empty() || !self.answers.is_empty();
         let is_active = !self.operations.is_empty() || by_guest;
@@ -90,14 +91,14 @@ impl World {
         let thaws = self.cache.is_frozen();
         let progresses = is_active || due || retries || thaws || self.requests.is_empty();
         assert!(progresses, "liveness: no operation and no deadline will serve {:?}", self.requests);
-        // Timers are for pauses after a failure, and for writes that wait in memory. A FLUSH on a healthy disk waits
-        // for none.
+        // Timers are for pauses after a failure, and for writes that wait in memory. A FLUSH on a healthy disk must not
+        // wait for one.
         let flushes = self.requests.values().any(|request| request.op == GuestOp::Flush);
         let waits_for_timer = flushes && !is_active && !due && !thaws && !self.failures.has_failed();
         assert!(!waits_for_timer, "a FLUSH waits until {deadline:?}, now {}: {:?}", self.now_us, self.requests);
     }
 
-    /// Checks what a power cut at this moment may leave on the disk, and returns it. The world itself goes on
+    /// Checks a state that may remain on the disk after a power cut now, and returns it. The world itself continues
     /// unchanged.
     pub(super) fn check_power_cut(&mut self) -> Vec<u32> {
         let Self { disk, prng, .. } = self;

@@ -1,4 +1,4 @@
-//! What store operations do to the disk of a simulated world, and which of them fail.
+//! The effects of store operations on the disk of a simulated world, and the choice of those that fail.
 
 use crate::units::{OpKind, Unmap};
 
@@ -8,7 +8,7 @@ use super::super::scenario::FailureClass;
 use super::{Reset, World};
 
 impl World {
-    /// The world of a seed, whose disk is a server that is restarted now and then.
+    /// The world for a seed, with a disk that is a server which is occasionally restarted.
     pub fn with_restarts(seed: u64) -> Self {
         let world = Self::new(seed);
         Self { scenario: world.scenario.with_restarts(), ..world }
@@ -20,7 +20,7 @@ impl World {
             return op.kind == OpKind::Sync && self.prng.percent(30);
         }
         let percent = match self.scenario.fault_percent {
-            // Syncs are rare and their failures matter most: they fail more often.
+            // Syncs are rare and their failures matter most, so they fail more often.
             1.. if op.kind == OpKind::Sync => 30,
             percent => percent,
         };
@@ -28,14 +28,14 @@ impl World {
         is_broken || self.prng.percent(percent)
     }
 
-    /// What an operation does to disk and memory, even if its daemon has crashed.
+    /// Performs the effect of an operation on disk and memory, even if its daemon has crashed.
     pub(super) fn apply_to_disk(&mut self, op: &DiskOp, failed: bool) {
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
             OpKind::Read => {
                 for n in 0..count {
                     let (frame, at) = op.frame_sector(n);
-                    // After a failed read the memory may hold anything.
+                    // After a failed read the memory may have any contents.
                     self.memory.set(frame, at, if failed { GARBAGE } else { self.disk.read(first + n) });
                 }
             }
@@ -59,7 +59,7 @@ impl World {
             OpKind::Allocate if !failed => self.disk.allocate(first, count),
             OpKind::Zero { .. } if self.scenario.failed_write_resets => self.reset_disk(),
             OpKind::Zero { .. } | OpKind::Discard if failed => {
-                // A failed one is torn.
+                // A failed operation is torn.
                 for sector in first..first + count {
                     if self.prng.percent(50) {
                         self.disk.tear(sector);

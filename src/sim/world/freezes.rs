@@ -4,23 +4,23 @@ use crate::units::SectorSpan;
 
 use super::{Guest, GuestOp, Scenario, World};
 
-/// Of 1000 steps, how many begin a freeze while there is none, and end one while there is one.
+/// Of 1000 steps, the number that start a freeze if there is none, or end one.
 const BEGIN_PER_MILLE: u64 = 10;
 const END_PER_MILLE: u64 = 8;
 /// How long a freeze may last, in microseconds.
 const TIMES_US: [u64; 3] = [50, 10_000, 10_000_000];
 
 impl World {
-    /// The world of a seed, with an operator who freezes the cache.
+    /// The world for a seed, with an operator that freezes the cache.
     pub fn with_freezes(seed: u64) -> Self {
         let world = Self::new(seed);
         Self { scenario: Scenario { freezes: true, ..world.scenario }, ..world }
     }
 
-    /// Begins or ends a freeze, in some steps.
+    /// Starts or ends a freeze, in some steps.
     ///
-    /// => None begins while the guest waits for its requests: each makes the cache retry at once on a disk that fails,
-    ///    and the time for which requests are held passes only in pauses.
+    /// => None starts while the guest waits for its requests: each freeze makes the cache retry immediately on a
+    ///    failing disk, and the hold time of requests passes only in pauses.
     pub(super) fn freeze_or_thaw(&mut self, guest: Guest) {
         let freezes = self.requests.values().any(|request| matches!(request.op, GuestOp::Freeze { .. }));
         if self.cache.is_frozen() || freezes {
@@ -34,7 +34,7 @@ impl World {
         }
     }
 
-    /// While the cache is frozen, the disk does not change by a sector, and a power cut loses nothing of it.
+    /// While the cache is frozen, no sector of the disk may change, and a power cut must lose nothing.
     pub(super) fn check_frozen(&mut self) {
         if !self.cache.is_frozen() {
             self.frozen_disk = None;
@@ -49,7 +49,7 @@ impl World {
             }
             None => {
                 let left = self.check_power_cut();
-                // What a failed Sync has lost of an earlier daemon's writes, nobody can write again.
+                // Data of an earlier daemon's writes that a failed Sync has lost cannot be written again.
                 let lost = left.iter().zip(&current).position(|(left, current)| left != current);
                 let is_durable = lost.is_none() || self.failures.has_failed() || self.failed_unheard;
                 assert!(is_durable, "a frozen disk is not durable in sector {lost:?} at step {}", self.step);

@@ -1,33 +1,33 @@
-//! Growth of a simulated world's image: somebody makes the disk larger between any two steps, and the daemon follows
-//! later, or dies before. The next daemon serves the image as large as it finds it.
+//! Growth of a simulated world's image: the disk grows between any two steps, and the daemon grows its image later, or
+//! dies before that. The next daemon serves the image with its present size.
 
 use crate::prng::Prng;
 use crate::units::{ImageHoles, SECTORS_PER_PAGE};
 
 use super::World;
 
-/// Of 1000 steps, how many make the disk larger, and how many make a daemon follow that has not yet.
+/// Of 1000 steps, the number that make the disk larger, and the number that let a daemon apply a growth.
 const GROW_PER_MILLE: u64 = 8;
 const FOLLOW_PER_MILLE: u64 = 100;
-/// Of 100 daemons, how many find a larger disk than their predecessors.
+/// Of 100 daemons, the number that find a larger disk than their predecessors.
 const BETWEEN_LIVES_PERCENT: u64 = 10;
 /// How often an image grows at most.
 const TIMES_MAX: u32 = 20;
-/// Of 100 sizes, how many are a multiple of the page: a daemon follows only from one of them to another.
+/// Of 100 sizes, the number that are a multiple of the page: a daemon can only grow from one such size to another.
 const WHOLE_PAGES_PERCENT: u64 = 95;
-/// By how many sectors: up to a page, some pages, and more than a region of the map of holes.
+/// Largest growth in sectors: up to a page, some pages, and more than a region of the hole map.
 const SECTORS_MAX: [u64; 3] = [8, 100, 1200];
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Growth {
     prng: Prng,
-    /// Of 100 pages that are added, how many are holes.
+    /// Of 100 added pages, the number that are holes.
     hole_percent: u64,
     times_left: u32,
-    /// First sector of what was added last.
+    /// First sector of the part that was added last.
     added_at: u64,
-    /// How often a daemon has followed, and how often one began with another size.
+    /// How often a daemon has applied a growth, and how often one started with another size.
     followed: u64,
     found: u64,
 }
@@ -46,18 +46,18 @@ fn is_whole_pages(sectors: u64) -> bool {
 }
 
 impl World {
-    /// The world of a seed, with an image that grows; in some of them, an operator freezes the cache too.
+    /// The world for a seed, with an image that grows; in some worlds, an operator also freezes the cache.
     pub fn with_growth(seed: u64) -> Self {
         let world = if seed.is_multiple_of(4) { Self::with_freezes(seed) } else { Self::new(seed) };
         Self { growth: Some(Growth::new(seed)), ..world }
     }
 
-    /// How often a daemon has followed the growth of the image, and how often one found a larger image.
+    /// How often a daemon has applied a growth of the image, and how often one found a larger image.
     pub fn growths(&self) -> [u64; 2] {
         self.growth.as_ref().map_or([0; 2], |growth| [growth.followed, growth.found])
     }
 
-    /// Where a request of so many sectors begins in some cases: about where the image ended before.
+    /// In some cases, the start of a request of this many sectors near the former end of the image.
     pub(super) fn start_near_old_end(&mut self, count: u64) -> Option<u64> {
         let growth = self.growth.as_ref()?;
         let start = growth.added_at.saturating_sub(count / 2).min(self.served_sectors() - count);
@@ -69,7 +69,7 @@ impl World {
         self.settings.image_sectors - self.base
     }
 
-    /// In some steps, the disk grows, or the daemon follows.
+    /// In some steps, the disk grows, or the daemon applies the growth.
     pub(super) fn grow_or_follow(&mut self) {
         let Some(growth) = &mut self.growth else { return };
         if growth.prng.below(1000) < GROW_PER_MILLE {
@@ -79,7 +79,7 @@ impl World {
         }
     }
 
-    /// Somebody makes the disk larger; what is added may be holes, zeros, or other data.
+    /// Makes the disk larger; the added part may be holes, zeros, or other data.
     fn grow_disk(&mut self) {
         let Some(growth) = self.growth.as_mut().filter(|growth| growth.times_left > 0) else { return };
         growth.times_left -= 1;
@@ -101,7 +101,7 @@ impl World {
         growth.added_at = before;
     }
 
-    /// The daemon serves the disk at its present size, if it can follow.
+    /// The daemon serves the disk with its present size, if it can grow to it.
     fn follow_growth(&mut self) {
         let (served, present) = (self.served_sectors(), self.disk.sectors() as u64);
         if present > served && is_whole_pages(served) && is_whole_pages(present) {
@@ -111,8 +111,8 @@ impl World {
         }
     }
 
-    /// Between two daemons the disk may grow; the next one serves its present size, and forgets what the records
-    /// say of sectors beyond the old end.
+    /// Between two daemons the disk may grow; the next one serves its present size, and ignores the records of sectors
+    /// beyond the old end.
     pub(super) fn grow_between_lives(&mut self) {
         let Some(growth) = &mut self.growth else { return };
         if growth.prng.percent(BETWEEN_LIVES_PERCENT) {

@@ -1,4 +1,4 @@
-//! The daemons of a simulated world, one after the other: what the next one finds, and what becomes of the requests in
+//! The daemons of a simulated world, one after the other: the state that the next one finds, and the requests in
 //! flight.
 
 use crate::cache::{Attempt, PageCache};
@@ -9,11 +9,11 @@ use super::super::oracle::Oracle;
 use super::super::scenario::{FRAMES, change_settings};
 use super::{GuestOp, Reset, World};
 
-/// Of 100 crashes in a world with power cuts, how many are one.
+/// Of 100 crashes in a world with power cuts, the number that are power cuts.
 const POWER_CUT_PERCENT: u64 = 20;
-/// A long stop: longer than any hold, and than any pause before the next try.
+/// A long stop: longer than any hold, and than any pause before a retry.
 const STOP_US: u64 = 60_000_000;
-/// Of 100 successors in a world where they differ, how many have a cache of another size, or are read-only.
+/// Of 100 successors in a world in which they differ, the number that have a cache of another size, or are read-only.
 const OTHER_KIND_PERCENT: u64 = 30;
 
 impl World {
@@ -41,7 +41,7 @@ impl World {
         self.resumable.clear();
         self.answers.clear();
         if let Some(memory) = self.memory_of_writer.take() {
-            // The daemon that crashed was read-only: its memory is not restored.
+            // The crashed daemon was read-only: its memory is not restored.
             self.memory = memory;
         }
         self.check_records();
@@ -68,7 +68,7 @@ impl World {
         }
     }
 
-    /// The daemon is stopped for a while; the disk is not.
+    /// The daemon is stopped for some time; the disk is not.
     pub(super) fn stop_daemon(&mut self) {
         let before = Tick::from_us(self.now_us);
         let stopped_us = self.prng.pick(&[1000, STOP_US]);
@@ -84,7 +84,7 @@ impl World {
         self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
     }
 
-    /// No record says that a sector beyond the end of the image is dirty.
+    /// Checks that no record marks a sector beyond the end of the image as dirty.
     fn check_records(&self) {
         let end = self.settings.image_sectors;
         for (_, record) in self.memory.records() {
@@ -94,15 +94,15 @@ impl World {
         }
     }
 
-    /// Whether the memory holds nothing that the disk lacks.
+    /// Whether the disk has all data of the memory.
     fn is_clean(&self) -> bool {
         self.memory.pending_zeroes().is_empty()
             && self.memory.records().iter().all(|(_, record)| record.dirty.is_empty())
     }
 
-    /// Writes the memory to the disk as recovery does: the noted zeros, then the dirty pages, then a Sync. Any of them
-    /// may fail, or its daemon may die: then the next one finds the same memory. After a success the next one has a
-    /// cache of another size, and empty.
+    /// Writes the memory to the disk like recovery: the recorded zeros, then the dirty pages, then a Sync. Any of them
+    /// may fail, or its daemon may die: then the next one finds the same memory. After a success the next one has an
+    /// empty cache of another size.
     fn resize_cache(&mut self) {
         let frames = self.prng.pick(&FRAMES);
         if frames == self.settings.frames || self.prng.percent(self.scenario.fault_percent) {
@@ -134,8 +134,8 @@ impl World {
         self.memory = SimulatedMemory::new(self.settings.frames_max, self.scenario.zero_slots);
     }
 
-    /// Starts a daemon that serves the image read-only, to another guest. It may do so only beside a clean cache, which
-    /// it leaves as it is.
+    /// Starts a daemon that serves the image read-only, to another guest. That is only allowed if there is no dirty
+    /// cache, and leaves the cache unchanged.
     fn start_reader(&mut self) {
         self.lose_requests();
         let memory = SimulatedMemory::new(self.settings.frames_max, self.scenario.zero_slots);
@@ -156,13 +156,13 @@ impl World {
         self.memory_of_writer.is_some()
     }
 
-    /// A reader's operations change nothing on the disk.
+    /// Checks that a reader's operations do not change the disk.
     pub(super) fn check_operation(&self, kind: OpKind) {
         let reads = matches!(kind, OpKind::Read | OpKind::Map | OpKind::Sync);
         assert!(reads || !self.is_reader(), "a read-only daemon submits {kind:?}");
     }
 
-    /// The power is cut: only the disk is left, and all caches start empty.
+    /// Cuts the power: only the disk remains, and all caches start empty.
     fn cut_power(&mut self) {
         let left = self.check_power_cut();
         self.requests.clear();
@@ -172,8 +172,8 @@ impl World {
         self.start_writer();
     }
 
-    /// The requests in flight never complete. Their writes may have reached cache and disk in part, and do not any
-    /// more.
+    /// The requests in flight never complete. Parts of their writes may have reached cache and disk; no further parts
+    /// will.
     fn lose_requests(&mut self) {
         for request in std::mem::take(&mut self.requests).into_values() {
             match request.op {

@@ -1,17 +1,17 @@
-//! Changes of size in a simulated world: at any step an operator may change the number of frames that the cache has.
+//! Changes of size in a simulated world: in any step an operator may change the number of frames of the cache.
 
 use super::super::memory::SimulatedMemory;
 use super::super::scenario::Scenario;
 use super::World;
 
-/// Of 1000 steps, how many change the size.
+/// Of 1000 steps, the number that change the size.
 const CHANGES_PER_MILLE: u64 = 15;
 /// Numbers of frames to choose from.
 const SIZES: [u32; 6] = [12, 13, 24, 48, 100, 160];
 /// Most turns that a change of size may take while nothing is in flight.
 const TURNS_MAX: u32 = 10_000;
 
-/// How often the size was changed, and how many pages have moved for that in the last daemon.
+/// Number of changes of the size, and number of pages that have moved for them in the last daemon.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in super::super) struct SizeChanges {
     pub sizes: u64,
@@ -19,7 +19,7 @@ pub(in super::super) struct SizeChanges {
 }
 
 impl World {
-    /// The world of a seed, with an operator who changes the size of the cache.
+    /// The world for a seed, with an operator that changes the size of the cache.
     pub fn with_sizes(seed: u64) -> Self {
         let world = Self::new(seed);
         let mut world = Self { scenario: Scenario { live_sizes: true, ..world.scenario }, ..world };
@@ -27,7 +27,7 @@ impl World {
         world
     }
 
-    /// Gives the cache, which has done nothing yet, as much memory as it may ever use.
+    /// Gives a new cache as much memory as it may ever use.
     fn reserve_frames(&mut self) {
         let largest = SIZES.into_iter().max().expect("there are sizes");
         self.settings.frames_max = self.settings.frames.max(largest);
@@ -47,14 +47,14 @@ impl World {
         self.sizes.sizes += 1;
     }
 
-    /// Nothing is in flight, and the disk is healthy: the size is soon what it should be.
+    /// Nothing is in flight, and the disk is healthy: the size must soon be the requested one.
     pub(super) fn check_size(&mut self) {
         if !self.scenario.live_sizes {
             return;
         }
         for turn in 0..TURNS_MAX {
             if turn % 100 == 0 {
-                // What had failed before the disk was healed may have stopped the store.
+                // Failures before the disk was healed may have stopped the store.
                 self.cache.resume();
             }
             if self.cache.is_resized() {

@@ -224,7 +224,7 @@ pub struct Header {
     pub image: ImageFacts,
     /// Number of frames for which there is room; 0 in a loss marker.
     pub frames: u64,
-    /// How many of them, the first ones, have memory.
+    /// Number of frames that have memory, counted from the first.
     pub reserved: u64,
     /// The host's boot ID when the arena was created: memory does not survive a boot.
     pub boot: [u8; 16],
@@ -458,7 +458,7 @@ pub(super) fn note_boot_id(boot: [u8; 16]) {
 
 /// A record as a word of the ledger; 0 for an empty record.
 pub(super) fn encode_record(record: FrameRecord) -> u64 {
-    debug_assert!(record.page.0 >> PAGE_BITS == 0, "Arena::persistent() refuses images of more than 2^40 pages");
+    debug_assert!(record.page.0 >> PAGE_BITS == 0, "Arena::persistent() rejects images of more than 2^40 pages");
     if record.is_empty() {
         return 0;
     }

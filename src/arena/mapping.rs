@@ -74,7 +74,7 @@ impl Mapping {
         // SAFETY: it replaces a part of the reservation above, which nothing else uses.
         let mapped = unsafe { map(base, bytes, protection, flags, file.as_raw_fd()) };
         // SAFETY: both ranges still belong to the reservation. (If map() failed, the range between them may be unmapped
-        // already and belong to another mapping by now, so it is left alone.)
+        // already and belong to another mapping, so it is left alone.)
         unsafe {
             unmap(start, before);
             unmap(base.wrapping_add(bytes), reserved - before - bytes);

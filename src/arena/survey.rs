@@ -15,7 +15,7 @@ use crate::sys::process::effective_uid;
 use crate::tenure::token::age_of;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
-/// How many bytes of the ledger are read at once.
+/// Number of bytes of the ledger that are read at a time.
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// A summary of a cache file.

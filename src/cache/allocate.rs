@@ -87,7 +87,7 @@ pub(super) struct SpaceAllocations {
 }
 
 impl SpaceAllocations {
-    /// For a cache of `frames` frames.
+    /// A table for a cache of `frames` frames.
     pub fn new(frames: u32) -> Self {
         let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;
         let trimmed_max = (frames / FRAMES_PER_TRIMMED).clamp(TRIMMED_MIN, TRIMMED_MAX);

@@ -72,7 +72,7 @@ fn whole_pages(span: SectorSpan, image_sectors: u64) -> PageSpan {
 }
 
 impl HoleMap {
-    /// For an image of `image_sectors` sectors, and a cache of `frames` frames.
+    /// A map for an image of `image_sectors` sectors, and a cache of `frames` frames.
     pub fn new(image: ImageHoles, image_sectors: u64, frames: u32) -> Self {
         let empty = MappedRegion { number: 0, state: MapState::Empty, bits: [0; REGION_WORDS] };
         let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;

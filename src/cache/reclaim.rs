@@ -1,4 +1,4 @@
-//! The reserve of free frames. The end of each turn refills it, so that a request normally finds a frame at once.
+//! The reserve of free frames. The end of each turn refills it, so that a request normally finds a frame immediately.
 
 use crate::units::{PageId, PageNo, low_u32};
 

@@ -36,7 +36,7 @@ pub(super) struct Runs {
 }
 
 impl Runs {
-    /// For a cache of `frames` frames.
+    /// A table for a cache of `frames` frames.
     pub fn new(frames: u32) -> Self {
         let runs_max = (frames / FRAMES_PER_RUN).clamp(RUNS_MIN, RUNS_MAX) as usize;
         Self { runs: BTreeMap::new(), runs_max, victim: 0 }

@@ -11,7 +11,7 @@ use super::PageCache;
 pub struct StoreOpRef<'a> {
     /// The tag to pass to [`PageCache::complete`].
     pub tag: u32,
-    /// What to do.
+    /// The kind of the operation.
     pub kind: OpKind,
     /// The range of the image: block-aligned, except at the image's end. Empty for a Sync.
     pub span: SectorSpan,

@@ -253,7 +253,7 @@ fn a_run_of_blocks_that_lie_in_two_pages_each_takes_one_write() {
 #[test]
 fn parts_of_pages_that_do_not_adjoin_are_written_apart() {
     let mut cache = cache_of(4096, 1 << 20);
-    // The ends of pages 1 and 2, with clean sectors between them; page 4 whole, beside a part of page 5 that does not
+    // The ends of pages 1 and 2, with clean sectors between them; page 4 whole, next to a part of page 5 that does not
     // adjoin; both ends of page 8.
     for (start, count) in [(14, 2), (22, 2), (32, 8), (41, 3), (64, 1), (71, 1)] {
         write(&mut cache, start, count);

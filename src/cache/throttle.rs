@@ -81,7 +81,7 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    /// For a store of unknown speed.
+    /// A throttle for a store of unknown speed.
     pub fn new(target_us: u64, pages_max: u32) -> Self {
         let speed = Speed { pages: FIRST_PAGES_PER_SECOND, operations: FIRST_OPERATIONS_PER_SECOND };
         let (busy_since, sample) = (None, WriteSample::default());

@@ -64,7 +64,7 @@ pub(super) struct MemoryKeeper {
 }
 
 impl MemoryKeeper {
-    /// For a cache that has or will soon have `frames` frames; starts the thread, which confines itself if `confines`.
+    /// Starts the thread for a cache that has or will soon have `frames` frames. It confines itself if `confines`.
     pub fn start(name: &str, arena: &Arc<Arena>, mailboxes: &Arc<Mailboxes>, frames: usize, confines: bool) -> Self {
         Self { frames, thread: Some(memory_thread(name, arena, mailboxes, frames, confines)) }
     }

@@ -29,7 +29,7 @@ struct Recorded(AtomicU32);
 
 impl Backing for Recorded {
     fn limits(&self) -> &Limits {
-        unreachable!("nothing asks for them")
+        unreachable!("no caller needs them")
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {

@@ -136,7 +136,7 @@ mod tests {
 
     impl Backing for Remote {
         fn limits(&self) -> &Limits {
-            unreachable!("nothing asks for them")
+            unreachable!("no caller needs them")
         }
 
         fn attach(&self) -> Result<Box<dyn StoreQueue>> {

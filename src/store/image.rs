@@ -228,7 +228,7 @@ impl OpenImage {
         Ok((file, known))
     }
 
-    /// Whether another open file description holds the I/O lock. A file system without locks cannot tell.
+    /// Whether another open file description holds the I/O lock. Always false on a file system without locks.
     pub(super) fn is_io_locked(&self, io_lock: IoLock) -> bool {
         sys::file::is_byte_locked(&self.file, io_lock.0).unwrap_or(false)
     }

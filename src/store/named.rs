@@ -115,15 +115,14 @@ pub trait NamedImage: Backing {
         Ok(())
     }
 
-    /// The image once more, for the process that serves it: an open file description of its own with the image's lock
-    /// and the I/O lock, or a way to ask for connections, and what was found out about the image.
+    /// Opens the image again for the process that serves it: a separate open file description with the image's lock and
+    /// the I/O lock, or a way to request connections, and the properties that were determined when it was opened.
     ///
     /// => While that process, or the kernel on its behalf, may still access the image, [`NamedImage::is_io_locked`]
     ///    returns true for this lock.
     ///
     /// # Errors
-    /// Those of the store; [`io::ErrorKind::Unsupported`] for one whose images only the process can serve that has
-    /// opened them.
+    /// Errors of the store; [`io::ErrorKind::Unsupported`] if only the process that opened an image can serve it.
     fn hand_out(&self, _fence: IoLock) -> io::Result<(File, ImageParts)> {
         Err(io::ErrorKind::Unsupported.into())
     }

@@ -143,7 +143,7 @@ mod tests {
         let own = opcode::Read::new(IMAGE, byte.as_mut_ptr(), 1).build();
         assert_eq!((run(&mut ring, &own), byte), (1, [0]));
         let other = opcode::Read::new(Fd(file.as_raw_fd()), byte.as_mut_ptr(), 1).build();
-        assert_eq!(run(&mut ring, &other), -libc::EACCES, "by number, even the image is refused");
+        assert_eq!(run(&mut ring, &other), -libc::EACCES, "the image, named by its descriptor");
     }
 
     #[test]

@@ -373,7 +373,7 @@ impl Drop for UringQueue {
             let ring = self.ring.submitter();
             if let Err(error) = ring.unregister_files().and_then(|()| self.buffers.release(&ring)) {
                 let label = self.image.label();
-                log::debug!("{label}: cannot unregister the ring's file and buffers at once: {error}");
+                log::debug!("{label}: cannot unregister the ring's file and buffers immediately: {error}");
             }
             return;
         }

@@ -95,7 +95,7 @@ pub unsafe fn transfer(file: &File, direction: Direction, segments: &[Segment], 
     let array = segments.as_ptr().cast::<libc::iovec>();
     let count = libc::c_int::try_from(segments.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let moved = retry_eintr(|| match direction {
-        // SAFETY: a Segment is an iovec (asserted beside it); the caller guarantees that the memory is valid.
+        // SAFETY: a Segment is an iovec (asserted next to it); the caller guarantees that the memory is valid.
         Direction::Read => unsafe { libc::preadv(fd, array, count, offset) },
         // SAFETY: as above.
         Direction::Write => unsafe { libc::pwritev(fd, array, count, offset) },

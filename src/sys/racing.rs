@@ -80,7 +80,7 @@ unsafe fn copy_line(source: *const u8, target: *mut u8) {
             options(nostack, preserves_flags)
         );
     };
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     unsafe {
         std::ptr::copy_nonoverlapping(source, target, LINE_BYTES);
@@ -105,7 +105,7 @@ unsafe fn copy_rest(source: *const u8, target: *mut u8, len: usize) {
             options(nostack, preserves_flags)
         );
     };
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     unsafe {
         std::ptr::copy_nonoverlapping(source, target, len);
@@ -151,7 +151,7 @@ pub unsafe fn zero(target: *mut u8, len: usize) {
             options(nostack, preserves_flags)
         );
     };
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     unsafe {
         std::ptr::write_bytes(target, 0, len);

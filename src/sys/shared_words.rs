@@ -83,7 +83,7 @@ impl SharedWords {
 
 impl Drop for SharedWords {
     fn drop(&mut self) {
-        // SAFETY: base and length are those of the mapping; nothing uses it after the value is gone.
+        // SAFETY: base and length are those of the mapping; nothing uses it after the value is dropped.
         unsafe { libc::munmap(self.base.cast(), self.count * size_of::<AtomicU64>()) };
     }
 }

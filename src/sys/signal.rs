@@ -102,7 +102,7 @@ pub fn on_bus_error(hook: BusErrorHook) -> io::Result<()> {
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handle as *const () as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND;
-    // SAFETY: the handler has the signature that SA_SIGINFO asks for; with a null pointer nothing is written.
+    // SAFETY: the handler has the signature that SA_SIGINFO requires; with a null pointer nothing is written.
     match unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -175,7 +175,7 @@ pub fn send_with_files(socket: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_
     if !numbers.is_empty() {
         message.msg_control = control.as_mut_ptr().cast();
         message.msg_controllen = space;
-        // SAFETY: the control buffer has room for one header with `numbers_bytes` bytes of data, as CMSG_SPACE says.
+        // SAFETY: the control buffer has room for a header with `numbers_bytes` bytes of data, by CMSG_SPACE.
         unsafe {
             let header = libc::CMSG_FIRSTHDR(&raw const message);
             (*header).cmsg_level = libc::SOL_SOCKET;

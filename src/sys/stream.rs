@@ -25,7 +25,7 @@ const SO_PEERPIDFD: libc::c_int = 77;
 pub unsafe fn send(socket: RawFd, segments: &[Segment]) -> io::Result<usize> {
     let message = message_of(segments);
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
-    // SAFETY: a Segment is an iovec (asserted beside it); the caller vouches for the memory.
+    // SAFETY: a Segment is an iovec (asserted next to it); the caller guarantees that the memory is valid.
     retry_eintr(|| unsafe { libc::sendmsg(socket, &raw const message, flags) }).map(isize::cast_unsigned)
 }
 

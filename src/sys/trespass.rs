@@ -35,7 +35,7 @@ pub fn attempt(action: &str) -> io::Result<()> {
         "connect" => UnixStream::connect(env::var(SOCKET).unwrap_or_default()).map(drop),
         "tcp" => TcpStream::connect("127.0.0.1:9").map(drop),
         "exec" => exec(),
-        // SAFETY: plain system calls. The child process of fork() ends at once; PTRACE_SEIZE stops nobody.
+        // SAFETY: plain system calls. The child process of fork() ends immediately; PTRACE_SEIZE stops no process.
         "fork" => check(unsafe {
             let pid = libc::fork();
             if pid == 0 {

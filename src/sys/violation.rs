@@ -72,7 +72,7 @@ pub fn report_violations() -> io::Result<()> {
     action.sa_sigaction = on_violation as *const () as usize;
     // One-shot: a violation within the handler ends the process immediately.
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND | libc::SA_ONSTACK;
-    // SAFETY: the handler has the signature that SA_SIGINFO asks for; with a null pointer nothing is written.
+    // SAFETY: the handler has the signature that SA_SIGINFO requires; with a null pointer nothing is written.
     match unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -36,8 +36,8 @@ unsafe impl Sync for GuestRegion {}
 fn in_bounds_mask(offset: usize, bytes: usize) -> usize {
     #[cfg_attr(miri, allow(unused_mut, reason = "Miri does not support assembler"))]
     let mut offset = offset;
-    // SAFETY: no instructions. The block only hides from the compiler what the caller has checked of the offset: else
-    // it would know the result.
+    // SAFETY: no instructions. The block only hides from the compiler that the caller has checked the offset: otherwise
+    // it would optimise the mask away.
     #[cfg(not(miri))]
     unsafe {
         std::arch::asm!("/* {0} */", inout(reg) offset, options(pure, nomem, nostack, preserves_flags));

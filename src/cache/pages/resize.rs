@@ -17,7 +17,7 @@ impl Pages {
 
     /// Uses more frames, up to the first `limit` ones.
     ///
-    /// => They have memory.
+    /// => Their memory is allocated.
     pub fn add_frames(&mut self, limit: u32) {
         if limit > self.table.capacity() {
             self.table.grow(limit);

@@ -369,6 +369,6 @@ fn device_of(cached: &CachedImage, workers: usize, writeback: bool, read_only: b
     let counters = Counters::new(workers).expect("memory for counters");
     let mut device =
         Device::new("sim".to_owned(), Arc::clone(cached.arena()), disk, parameters, writeback, 0, counters);
-    Arc::get_mut(&mut device).expect("nothing else has it yet").budget = budget;
+    Arc::get_mut(&mut device).expect("it is not shared yet").budget = budget;
     device
 }

@@ -358,7 +358,7 @@ impl World {
     /// A loss marker must report completed writes that the last daemon has lost.
     fn check_loss_marker(&mut self, life: &Life) {
         let has_data_loss = life.cached.arena().has_data_loss();
-        assert!(has_data_loss || !self.lost_data, "a daemon lost completed writes, and no marker tells");
+        assert!(has_data_loss || !self.lost_data, "a daemon lost completed writes, and no marker reports it");
         self.lost_data = false;
     }
 

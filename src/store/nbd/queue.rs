@@ -48,7 +48,7 @@ pub(super) struct NbdQueue {
     connection: Option<Connection>,
     /// Establishes new connections. Without one, the first connection that breaks is the last one.
     reconnector: Option<Reconnector>,
-    /// The reconnector was asked for a connection, and the epoll descriptor watches it.
+    /// A connection was requested from the reconnector, and the epoll descriptor watches it.
     is_connecting: bool,
     /// When the last connection broke, and the ID of the break; `None` before the first one.
     last_break: Option<(Instant, BreakId)>,

@@ -260,7 +260,7 @@ impl World {
             match client.receive(&bytes[taken..], self.now) {
                 Ok(0) => break,
                 Ok(count) => taken += count,
-                Err(Violation(why)) => panic!("the client refuses a good server: {why}"),
+                Err(Violation(why)) => panic!("the client rejects a correct server: {why}"),
             }
         }
         wire.to_client.drain(..taken);

@@ -25,7 +25,7 @@ pub(super) struct Slot {
     pub phase: Phase,
     /// A part of it was sent, on any connection.
     pub was_sent: bool,
-    /// Of the request in flight.
+    /// The cookie of the request in flight.
     pub cookie: u64,
     /// Bytes of the range that earlier requests have completed.
     pub done: u64,

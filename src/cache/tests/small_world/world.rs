@@ -239,7 +239,7 @@ impl<'a> World<'a> {
             let request = self.requests.len() - 1;
             let held: u32 = self.pieces.iter().filter(|(of, _)| *of == request).map(|(_, piece)| piece.count).sum();
             let at_once = self.requests[request].done.count_ones() + held;
-            assert_eq!(at_once, self.sectors_at_once(), "sectors that need not wait are ready at once");
+            assert_eq!(at_once, self.sectors_at_once(), "sectors that need not wait are ready immediately");
         }
         if self.scene.direction == Direction::Read {
             self.each_page(

@@ -195,6 +195,9 @@ impl Requests {
             self.finish_if_settled(cache, slot);
             return 1;
         }
+        if pending.is_cut {
+            return 1;
+        }
         if pending.request.kind == RequestKind::Flush {
             pending.stage = Stage::Flush;
             cache.flush(ticket);
@@ -264,14 +267,14 @@ impl Requests {
         };
         let has_rest = pending.settled() < pending.total() && u64::from(pending.admitted()) < pending.total();
         let is_listed = pending.stalled || pending.continuing;
-        if has_rest && !is_listed && pending.outstanding() <= window / 2 {
+        if has_rest && !is_listed && !pending.is_cut && pending.outstanding() <= window / 2 {
             pending.continuing = true;
             self.continuing.push_back(slot);
         }
     }
 
     /// Ends long requests and DISCARDs whose rings drain after their admitted part: the rings need not complete the
-    /// rest.
+    /// rest, and the cache admits no more of it.
     ///
     /// => A long request was taken last from its ring. It has not completed, so it can be executed again. A repeated
     ///    long write may overwrite the data of an overlapping write that completed meanwhile. Both were in flight, and
@@ -294,7 +297,12 @@ impl Requests {
                 kind => kind == RequestKind::Discard,
             };
             let has_rest = pending.stage == Stage::Data && u64::from(pending.admitted()) < pending.total();
-            if !is_long || !has_rest || pending.outstanding() > 0 || self.finished.contains(&slot) {
+            if !is_long || !has_rest || self.finished.contains(&slot) {
+                continue;
+            }
+            let pending = &mut self.pending[slot];
+            pending.is_cut = true;
+            if pending.outstanding() > 0 {
                 continue;
             }
             if pending.stalled && !cache.withdraw(self.pending.ticket(slot)) && !self.resumed.contains(&slot) {

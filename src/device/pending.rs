@@ -40,6 +40,8 @@ pub(super) struct Pending {
     pub stalled: bool,
     /// It is in the list of requests to continue.
     pub continuing: bool,
+    /// Its ring drains: the cache admits no more of it.
+    pub is_cut: bool,
     /// Its share of the load of its ring.
     pub load: u64,
     /// Its final status; [`Status::Ok`] until something fails.
@@ -140,6 +142,7 @@ impl PendingTable {
                 settled: 0,
                 stalled: false,
                 continuing: false,
+                is_cut: false,
                 load: 0,
                 status: Status::Ok,
                 write_through: false,
@@ -155,7 +158,7 @@ impl PendingTable {
         (pending.ring, pending.stage, pending.since) = (ring, Stage::Data, since);
         (pending.admitted, pending.settled, pending.status) = (0, 0, Status::Ok);
         (pending.write_through, pending.delay_us) = (false, 0);
-        (pending.stalled, pending.continuing, pending.load) = (false, false, 0);
+        (pending.stalled, pending.continuing, pending.is_cut, pending.load) = (false, false, false, 0);
         pending.ranges.clear();
         slot
     }

@@ -150,6 +150,11 @@ impl World {
         self.session.task = Some(Task::Starting(receivers));
     }
 
+    /// The front-end stops a vring, which starts again when it has stopped.
+    pub fn stop_ring(&mut self, ring: usize) {
+        self.stop_rings(ring..ring + 1, Next::Restart(ring));
+    }
+
     fn stop_rings(&mut self, indices: std::ops::Range<usize>, next: Next) {
         for ring in &mut self.rings[indices.clone()] {
             ring.available_at_stop = ring.avail_idx();
@@ -177,7 +182,7 @@ impl World {
             0..35 => {}
             35..55 => {
                 let ring = self.prng.below(self.rings.len() as u64) as usize;
-                self.stop_rings(ring..ring + 1, Next::Restart(ring));
+                self.stop_ring(ring);
             }
             55..65 => self.set_memory(),
             65..80 => self.stop_rings(all, Next::Reconnect),

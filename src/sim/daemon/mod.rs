@@ -12,6 +12,7 @@
 //! `make sim SEED=n` replays one seed here too.
 
 mod control;
+mod drain;
 mod growth;
 mod guest;
 mod life;

@@ -207,7 +207,7 @@ impl World {
         [self.image.next_event(), due].into_iter().flatten().min()
     }
 
-    fn step_worker(&mut self, worker: usize) -> bool {
+    pub fn step_worker(&mut self, worker: usize) -> bool {
         if self.life.is_none() {
             self.start_daemon();
             return true;
@@ -438,7 +438,7 @@ impl World {
     }
 
     /// Submits a request if its ring has space.
-    fn submit(&mut self, ring: usize, action: GuestAction, span: SectorSpan) -> bool {
+    pub fn submit(&mut self, ring: usize, action: GuestAction, span: SectorSpan) -> bool {
         if !self.rings[ring].has_space() {
             return false;
         }

@@ -142,6 +142,7 @@ fn a_system_call_that_a_thread_does_not_need_ends_the_daemon_with_a_line_that_na
         Trespass::new(kind, "open", "landlock").assert_failed_with(libc::EACCES);
         Trespass::new(kind, "open", "seccomp").assert_failed_with(libc::EACCES);
         Trespass::new(kind, "open", ALL_FENCES).assert_succeeded();
+        Trespass::new(kind, "stat", "").assert_failed_with(libc::EACCES);
     }
 }
 
@@ -231,6 +232,16 @@ fn a_confined_thread_returns_memory_to_the_system() {
     }
     for kind in ["worker", "control", "store", "memory", "log"] {
         Trespass::new(kind, "free", "").assert_succeeded();
+    }
+}
+
+#[test]
+fn a_confined_thread_may_do_what_the_libraries_do_late_or_rarely() {
+    if !can_trespass() {
+        return;
+    }
+    for kind in ["opener", "main", "worker", "control", "store", "memory", "log", "watchdog"] {
+        Trespass::new(kind, "runtime", "").assert_succeeded();
     }
 }
 

@@ -22,9 +22,19 @@ enum Call {
     Any(libc::c_long),
     /// If the bits `mask` of argument `argument` are one of `values`.
     If { number: libc::c_long, argument: u8, mask: u64, values: &'static [u64] },
+    /// If argument 1 is a path, and not an empty one for an open file by argument `flags`.
+    OfPath { number: libc::c_long, flags: u8 },
 }
 
-use Call::{Any, If};
+use Call::{Any, If, OfPath};
+
+impl Call {
+    fn number(&self) -> libc::c_long {
+        match *self {
+            Any(number) | If { number, .. } | OfPath { number, .. } => number,
+        }
+    }
+}
 
 /// A call that is allowed if argument `argument`, an int, is one of `values`.
 const fn one_of(number: libc::c_long, argument: u8, values: &'static [u64]) -> Call {
@@ -161,6 +171,9 @@ const DESCRIPTORS: &[Call] = &[
     // An open file: with an empty path.
     If { number: libc::SYS_newfstatat, argument: 3, mask: EMPTY_PATH, values: &[EMPTY_PATH] },
     If { number: libc::SYS_statx, argument: 2, mask: EMPTY_PATH, values: &[EMPTY_PATH] },
+    // Without a path, by which the standard library finds out whether the kernel has the call, after it has failed for
+    // an open file (ESTALE of NFS, EIO). It fails with EFAULT.
+    If { number: libc::SYS_statx, argument: 1, mask: u64::MAX, values: &[0] },
 ];
 
 /// Waiting in epoll, and wakers.
@@ -253,7 +266,7 @@ const THREADS: &[Call] = &[
     Any(libc::SYS_rseq),
 ];
 
-/// Paths, all of which fail; see [`failing`].
+/// Paths, all of which fail; see [`failing`]. realpath(3) of an older C library asks for the status of each part of one.
 const PATHS: &[Call] = &[
     Any(libc::SYS_openat),
     #[cfg(target_arch = "x86_64")]
@@ -261,6 +274,17 @@ const PATHS: &[Call] = &[
     Any(libc::SYS_readlinkat),
     #[cfg(target_arch = "x86_64")]
     Any(libc::SYS_readlink),
+    #[cfg(target_arch = "x86_64")]
+    Any(libc::SYS_stat),
+    #[cfg(target_arch = "x86_64")]
+    Any(libc::SYS_lstat),
+    OfPath { number: libc::SYS_newfstatat, flags: 3 },
+    OfPath { number: libc::SYS_statx, flags: 2 },
+    #[cfg(target_arch = "x86_64")]
+    Any(libc::SYS_access),
+    Any(libc::SYS_faccessat),
+    Any(libc::SYS_faccessat2),
+    Any(libc::SYS_getcwd),
 ];
 
 /// What every thread may do.
@@ -305,11 +329,9 @@ pub(super) fn program(kind: ThreadKind) -> Result<BpfProgram, String> {
         match *call {
             // Whatever its arguments are: a condition of another group changes nothing about that.
             Any(number) => drop(rules.insert(number, None)),
-            If { number, argument, mask, values } => {
+            If { number, .. } | OfPath { number, .. } => {
                 let Some(alternatives) = rules.entry(number).or_insert_with(|| Some(Vec::new())) else { continue };
-                for &value in values {
-                    alternatives.push(rule(argument, mask, value).map_err(|e| e.to_string())?);
-                }
+                alternatives.extend(conditions(call)?);
             }
         }
     }
@@ -328,11 +350,10 @@ pub(super) fn program(kind: ThreadKind) -> Result<BpfProgram, String> {
 pub(super) fn failing(kind: ThreadKind) -> Result<Vec<BpfProgram>, String> {
     let mut programs = Vec::new();
     let mut fail = |calls: &[Call], errno: i32| {
-        let numbers = calls.iter().map(|call| match *call {
-            Any(number) | If { number, .. } => (number, Vec::new()),
-        });
+        let rules = calls.iter().map(|call| conditions(call).map(|rules| (call.number(), rules)));
         let action = SeccompAction::Errno(errno.cast_unsigned());
-        compile(numbers.collect(), SeccompAction::Allow, action).map(|program| programs.push(program))
+        let rules: Result<BTreeMap<_, _>, String> = rules.collect();
+        compile(rules?, SeccompAction::Allow, action).map(|program| programs.push(program))
     };
     if kind.starts_threads() {
         fail(&[Any(libc::SYS_clone3)], libc::ENOSYS)?;
@@ -343,9 +364,20 @@ pub(super) fn failing(kind: ThreadKind) -> Result<Vec<BpfProgram>, String> {
     Ok(programs)
 }
 
-fn rule(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
-    let matches = SeccompCmpOp::MaskedEq(mask);
-    SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Qword, matches, value)?])
+/// The rules of a call, one of which is enough; empty: it has no condition.
+fn conditions(call: &Call) -> Result<Vec<SeccompRule>, String> {
+    let is = |argument, operator, value| SeccompCondition::new(argument, SeccompCmpArgLen::Qword, operator, value);
+    let rules = match *call {
+        Any(_) => Ok(Vec::new()),
+        If { argument, mask, values, .. } => {
+            let rule = |&value: &u64| SeccompRule::new(vec![is(argument, SeccompCmpOp::MaskedEq(mask), value)?]);
+            values.iter().map(rule).collect()
+        }
+        OfPath { flags, .. } => is(1, SeccompCmpOp::Ne, 0)
+            .and_then(|path| SeccompRule::new(vec![path, is(flags, SeccompCmpOp::MaskedEq(EMPTY_PATH), 0)?]))
+            .map(|rule| vec![rule]),
+    };
+    rules.map_err(|e: seccompiler::BackendError| e.to_string())
 }
 
 fn compile(
@@ -408,11 +440,7 @@ mod tests {
         ];
         for kind in KINDS {
             let calls = EVERY_THREAD.iter().chain(groups(kind)).copied().flatten();
-            let numbers: Vec<_> = calls
-                .map(|call| match *call {
-                    Any(number) | If { number, .. } => number,
-                })
-                .collect();
+            let numbers: Vec<_> = calls.map(Call::number).collect();
             assert!(forbidden.iter().all(|number| !numbers.contains(number)), "{kind:?}");
             assert_eq!(numbers.contains(&libc::SYS_io_uring_setup), kind == ThreadKind::Opener, "{kind:?}");
             assert_eq!(numbers.contains(&libc::SYS_openat), kind.meets_paths(), "{kind:?}");

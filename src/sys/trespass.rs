@@ -1,11 +1,16 @@
 //! System calls that a confined process must not be able to make, for tests of the sandbox. Only a binary with debug
 //! assertions contains them.
 
+use std::collections::HashMap;
 use std::env;
 use std::fs::File;
 use std::io;
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use super::memory;
 
@@ -58,6 +63,8 @@ pub fn attempt(action: &str) -> io::Result<()> {
             memory::free_much();
             Ok(())
         }
+        "runtime" => use_runtime(),
+        "stat" => std::fs::metadata("/etc/passwd").map(drop),
         "code" => executable_memory(),
         // SAFETY: a plain system call.
         "dump" => match unsafe { libc::prctl(libc::PR_GET_DUMPABLE) } {
@@ -70,6 +77,36 @@ pub fn attempt(action: &str) -> io::Result<()> {
 
 fn check(result: libc::c_long) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What the C library and the standard library do late or rarely, and need of the system for that.
+fn use_runtime() -> io::Result<()> {
+    // Memory in blocks of every size, which grow: from the heap, from arenas, and in mappings of their own.
+    for bits in 4..27 {
+        let mut block: Vec<u8> = Vec::with_capacity(1 << bits);
+        block.push(1);
+        block.reserve_exact(3 << bits);
+        block.shrink_to_fit();
+        std::hint::black_box(block);
+    }
+    // A random key, locks that time out, clocks, and the text of an error.
+    std::hint::black_box(HashMap::from([(1, 2)]));
+    let (lock, condition) = (Mutex::new(()), Condvar::new());
+    let locked = lock.lock().unwrap_or_else(PoisonError::into_inner);
+    drop(condition.wait_timeout(locked, Duration::from_millis(1)));
+    thread::park_timeout(Duration::from_millis(1));
+    thread::sleep(Duration::from_millis(1));
+    thread::yield_now();
+    std::hint::black_box((Instant::now(), SystemTime::now(), io::Error::from_raw_os_error(libc::ESTALE).to_string()));
+    // The status of an open file, and what the standard library asks when that has failed for the first time.
+    io::stderr().as_fd().try_clone_to_owned().map(File::from)?.metadata()?;
+    let (path, buffer) = (std::ptr::null::<libc::c_char>(), std::ptr::null_mut::<libc::statx>());
+    // SAFETY: the kernel is given no memory, and fails with EFAULT.
+    let asked = check(unsafe { libc::syscall(libc::SYS_statx, 0, path, 0, libc::STATX_BASIC_STATS, buffer) });
+    match asked {
+        Err(e) if e.raw_os_error() == Some(libc::EFAULT) => Ok(()),
+        other => other.and(Err(io::ErrorKind::Other.into())),
+    }
 }
 
 /// Replaces the process by a shell that reports the success.

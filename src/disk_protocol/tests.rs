@@ -25,8 +25,8 @@ where
 
 #[test]
 fn recorded_messages_are_understood_and_sent_as_they_were() {
-    check_recording::<ToDisk>(TO_DISK, 15);
-    check_recording::<FromDisk>(FROM_DISK, 12);
+    check_recording::<ToDisk>(TO_DISK, 18);
+    check_recording::<FromDisk>(FROM_DISK, 15);
 }
 
 #[test]
@@ -79,6 +79,9 @@ fn record() {
         request(4, DeviceRequest::Thaw),
         request(5, DeviceRequest::Configure { settings: Box::new(settings()) }),
         request(6, DeviceRequest::Grow { size_bytes: 1 << 30 }),
+        request(7, DeviceRequest::Reserve { size_bytes: 1 << 29 }),
+        request(8, DeviceRequest::Warm { extents: vec![(0, 64), (512, 8)], time_ms: 250 }),
+        request(9, DeviceRequest::Resident { from: 1024 }),
     ];
     let error = ErrorText { kind: ErrorKind::Image, text: "the image failed".to_owned() };
     let from_disk = [
@@ -94,6 +97,9 @@ fn record() {
         reply(3, DeviceReply::Failed { fault: "I/O error".to_owned() }),
         reply(4, DeviceReply::Thawed { was_frozen: true }),
         reply(5, DeviceReply::NotServed),
+        reply(8, DeviceReply::Warmed { left: vec![(512, 8)], is_full: true }),
+        reply(9, DeviceReply::Resident { pages: vec![0, 1, 7], next: Some(2048) }),
+        reply(6, DeviceReply::Refused { why: "the guest has not read the size".to_owned() }),
     ];
     let show = |bytes: Vec<u8>| println!("{}", String::from_utf8(bytes).unwrap());
     open.chain(others).for_each(|message| show(encode(&message).unwrap()));

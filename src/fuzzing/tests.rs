@@ -137,6 +137,21 @@ fn no_message_and_no_statistics_of_a_disk_process_end_the_supervisor() {
     run("disk_protocol");
 }
 
+/// The inputs of another version would be refused at their first field, and so would nearly all mutations of them.
+#[test]
+fn the_corpus_has_every_message_that_is_recorded_of_the_present_version() {
+    let corpus = corpus("disk_protocol");
+    for (first, recording) in [
+        (0, include_str!("../disk_protocol/recorded/from_disk.3.jsonl")),
+        (1, include_str!("../disk_protocol/recorded/to_disk.3.jsonl")),
+    ] {
+        for line in recording.lines() {
+            let input = [&[first], line.as_bytes()].concat();
+            assert!(corpus.contains(&input), "fuzz/corpus/disk_protocol lacks byte {first} and {line}");
+        }
+    }
+}
+
 /// `fuzz/` has a target for each function, and no other.
 #[test]
 fn every_target_has_a_fuzzer_and_a_corpus() {

@@ -258,6 +258,7 @@ need zstd "unpacks kernel modules on Ubuntu" has zstd
 need bsdextrautils "column, for make help" has column
 need tmux "a terminal for the test of genblk top" has tmux
 need nbdkit "an NBD server, for the tests of remote images" has nbdkit
+need apparmor "its parser, for the profile of the package" has apparmor_parser
 need mount "losetup, for the benchmark's disks" has losetup
 # Root needs no helper to mount.
 [ "$(id -u)" -eq 0 ] || need fuse3 "mounts the tests' volatile disk" has fusermount3

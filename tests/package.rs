@@ -184,6 +184,12 @@ fn the_units_are_those_of_the_source_for_a_binary_of_the_package() {
     let profile = fs::read_to_string(root().join("packaging/apparmor/usr.bin.genblk")).expect("the profile");
     assert!(profile.lines().any(|line| line.starts_with("profile genblk flags=")), "{profile}");
     assert!(unit.lines().any(|line| line == "AppArmorProfile=-genblk"), "{unit}");
+    if has("apparmor_parser") {
+        // Parsed and compiled, and not loaded into the kernel.
+        let path = root().join("packaging/apparmor/usr.bin.genblk");
+        let parsed = run(Command::new("apparmor_parser").args(["-Q", "-K"]).arg(path));
+        assert!(!parsed.to_lowercase().contains("error"), "{parsed}");
+    }
     // The exporter is in the group that may read images.
     let exporter = fs::read_to_string(root().join("packaging/systemd/genblk-exporter.service")).expect("the unit");
     let hidden = exporter.lines().find_map(|line| line.strip_prefix("InaccessiblePaths=")).expect("paths");

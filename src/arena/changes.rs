@@ -16,6 +16,10 @@ pub struct IdlePoint {
     changed_bytes: u64,
 }
 
+/// Where a cache's file holds the heartbeat, for the simulator.
+#[cfg(test)]
+pub const HEARTBEAT_AT: u64 = field::HEARTBEAT as u64;
+
 impl Arena {
     /// Records that the daemon starts to change the image: these sectors, or an unknown part of them.
     ///

@@ -44,6 +44,8 @@ use crate::units::{
     SectorSpan, low_u8,
 };
 
+#[cfg(test)]
+pub use changes::HEARTBEAT_AT;
 pub use changes::IdlePoint;
 pub use file::{ArenaFile, Seen};
 pub use handed::{ArenaParts, KeptArena, ReceivedArena};

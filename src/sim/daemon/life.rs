@@ -4,6 +4,7 @@
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use super::store::{SimulatedImage, sector_of, value_of};
-use crate::arena::{AllowedOwner, ArenaFile};
+use crate::arena::{AllowedOwner, ArenaFile, HEARTBEAT_AT};
 use crate::cache::Settings;
 use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
@@ -28,6 +29,7 @@ use crate::store::{Backing, Limits, StoreQueue};
 use crate::sys::xattr;
 use crate::systemd::ServiceManager;
 use crate::tenure::record::ATTRIBUTE;
+use crate::tenure::token::wall_clock_ns;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorSpan, Tick};
 use crate::virtio::config_space::{DiscardLimits, DiskParameters};
 use crate::virtio::request::{RequestLimits, serial};
@@ -98,11 +100,28 @@ impl Directory {
         xattr::remove(&image, ATTRIBUTE).expect("the file system of the world has attributes");
     }
 
-    /// The number of frames of the arena that an earlier daemon has left; 0 of one without pages.
-    fn arena_frames(&self) -> Option<u64> {
+    /// The file of the arena that an earlier daemon has left.
+    fn arena(&self) -> Option<PathBuf> {
         let files = fs::read_dir(&self.path).expect("the directory");
         let directory = files.flatten().map(|entry| entry.path()).find(|path| path.is_dir())?;
-        let path = fs::read_dir(directory).expect("the directory").flatten().next()?.path();
+        Some(fs::read_dir(directory).expect("the directory").flatten().next()?.path())
+    }
+
+    /// Writes what the image holds to its file, which changes by that at this moment. To the next daemon it must look
+    /// as if the last one did it: that one's last change is from this moment, too, however long the simulation paused.
+    fn write_image(&self, bytes: &[u8]) {
+        fs::write(self.image(), bytes).expect("the image's file");
+        let Some(arena) = self.arena() else { return };
+        let arena = File::options().read(true).write(true).open(arena).expect("a file of the world");
+        let mut heartbeat = [0; 8];
+        if arena.read_exact_at(&mut heartbeat, HEARTBEAT_AT).is_ok() && heartbeat != [0; 8] {
+            arena.write_all_at(&wall_clock_ns().to_le_bytes(), HEARTBEAT_AT).expect("a file of the world");
+        }
+    }
+
+    /// The number of frames of the arena that an earlier daemon has left; 0 of one without pages.
+    fn arena_frames(&self) -> Option<u64> {
+        let path = self.arena()?;
         let header = ArenaFile::open_existing(&path, AllowedOwner::Own)
             .and_then(|file| file.header())
             .expect("a file of the world");
@@ -218,7 +237,7 @@ impl Life {
         let values = if through_file { image.reopened() } else { image.values() };
         let bytes: Vec<u8> = values.into_iter().flat_map(sector_of).collect();
         if fs::read(&config.image).expect("the image's file") != bytes {
-            fs::write(&config.image, bytes).expect("the image's file");
+            directory.write_image(&bytes);
         }
         if *is_restored {
             // Not at a time that could be that of one of the last daemon's writes, nor near the last restore.

@@ -85,7 +85,7 @@ pub struct CachedImage {
     /// The name of the device for which it was opened; its log lines begin with it.
     name: String,
     cache: Mutex<PageCache>,
-    /// Declared before the arena, which it uses until it is dropped.
+    /// Declared before the arena, which it uses until it is dropped itself.
     memory: Mutex<MemoryKeeper>,
     arena: Arc<Arena>,
     backing: Arc<dyn Backing>,

@@ -1,7 +1,7 @@
-//! `genblk --check`: everything that would keep a device from being served, found without serving any.
+//! `genblk --check`: finds everything that would prevent a device from being served, without serving any.
 //!
-//! A daemon may run with the same configuration meanwhile. What it uses is looked at as far as that disturbs nothing,
-//! and is no problem.
+//! A daemon with the same configuration may be running. Resources that it uses are inspected only as far as that does
+//! not disturb it, and are not reported as problems.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -22,13 +22,13 @@ use crate::sys::dir::may_create_in;
 use crate::systemd::ServiceManager;
 use crate::units::counted;
 
-/// What was found.
+/// The results of the checks.
 #[derive(Debug, Default)]
 struct Findings {
-    /// What would keep a device from being served, and the kind of the first such error.
+    /// Problems that would prevent a device from being served.
     problems: Vec<String>,
     kind: Option<ErrorKind>,
-    /// What the operator may want to know besides.
+    /// Further notes for the operator.
     notes: Vec<String>,
 }
 
@@ -46,7 +46,7 @@ impl Findings {
 }
 
 /// Opens images, sockets and memory directories as a daemon with this configuration would, and closes them again.
-/// Returns a text for the operator. `source` is where the configuration comes from.
+/// Returns a text for the operator. `source` is the origin of the configuration.
 ///
 /// # Errors
 /// One error with every problem, of the kind of the first one.
@@ -91,7 +91,7 @@ pub fn check(source: &str, config: &Config) -> Result<String> {
     }
 }
 
-/// Whether a process uses something.
+/// Whether a process uses a resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Usage {
     Free,
@@ -120,8 +120,8 @@ fn check_image(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, 
     false
 }
 
-/// Checks a device's export at a server; returns whether a daemon of this host writes to it. Daemons of other hosts
-/// cannot be seen.
+/// Checks a device's export on a server; returns whether a daemon of this host writes to it. Daemons on other hosts
+/// cannot be detected.
 fn check_export(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, findings: &mut Findings) -> bool {
     let nbd = recover::nbd_options(device);
     let options = file::OpenOptions { read_only: device.read_only, nbd, ..file::OpenOptions::default() };
@@ -174,17 +174,17 @@ fn check_socket(socket: &Socket) -> Result<Usage> {
     Ok(Usage::Free)
 }
 
-/// Whether a process listens on a socket (proc_net_unix(5)). To connect would disturb it.
+/// Whether a process listens on a socket (proc_net_unix(5)). Connecting would disturb it.
 fn is_listened_on(path: &Path) -> bool {
-    // A path may have any bytes.
+    // A path may contain any bytes.
     let sockets = fs::read("/proc/net/unix").unwrap_or_default();
     let is_ours = |line: &[u8]| listening_path(line).is_some_and(|found| Path::new(OsStr::from_bytes(found)) == path);
     sockets.split(|byte| *byte == b'\n').any(is_ours)
 }
 
-/// The path of a socket that was made to listen, from a line of /proc/net/unix (proc_net_unix(5)).
+/// The path of a listening socket, from a line of /proc/net/unix (proc_net_unix(5)).
 fn listening_path(line: &[u8]) -> Option<&[u8]> {
-    /// Of the flags: it was made to listen (__SO_ACCEPTCON).
+    /// The flag of listening sockets (__SO_ACCEPTCON).
     const LISTENING: &[u8] = b"00010000";
     /// The columns before the path.
     const COLUMNS: usize = 7;
@@ -203,7 +203,7 @@ fn listening_path(line: &[u8]) -> Option<&[u8]> {
     (flags == LISTENING).then(|| &rest[1..])
 }
 
-/// Checks that the memory for the caches of `devices`, which no process serves, is there.
+/// Checks that there is memory for the caches of `devices`, which no process serves.
 fn check_space(devices: &[&DeviceConfig], findings: &mut Findings) {
     let images: BTreeSet<PathBuf> =
         devices.iter().map(|device| device.image.canonicalize().unwrap_or(device.image.clone())).collect();
@@ -219,7 +219,7 @@ fn check_space(devices: &[&DeviceConfig], findings: &mut Findings) {
         let kept_here = recover::bytes_kept_for(memory_dir, &images);
         let file_system = file_system_of(memory_dir);
         if file_system.as_ref().is_ok_and(|found| found.is_hugetlbfs) {
-            // Its memory was taken from the host when it was configured, and is not available to others.
+            // hugetlbfs memory was reserved when the host was configured, and is not part of the available memory.
             reserved.extend(devices.iter().map(|device| device.name.as_str()));
         } else {
             kept += kept_here;

@@ -1,12 +1,12 @@
-//! The page of statistics of a device: its disk process writes it a few times a second, and the supervisor reads it.
+//! The statistics page of a device: its disk process writes it a few times a second, and the supervisor reads it.
 //!
-//! It is shared memory, and not a message, so that neither process ever waits for the other: the supervisor reads what
-//! a process that is stopped, hangs or is dead wrote last, and a supervisor that is busy makes no queue grow.
+//! It is shared memory instead of a message, so neither process ever waits for the other: the supervisor can read the
+//! last state of a process that is stopped, hangs or has died, and a busy supervisor makes no queue grow.
 //!
-//! The layout is fixed: words of 64 bits, which the table below names. A later version appends words, and never gives
-//! one another meaning: [`WORDS`] leaves room. The workers' counters follow ([`crate::counters`]), each with its own
-//! writer. The page itself is written by one thread. A sequence number, odd
-//! during a change, tells the reader whether its words belong together.
+//! The layout is fixed: words of 64 bits, listed below. A later version may append words, but never changes the meaning
+//! of one: [`WORDS`] leaves room. The workers' counters follow ([`crate::counters`]), each with its own writer. One
+//! thread writes the page itself. From a sequence number, odd during a change, the reader knows whether the words are
+//! consistent.
 
 use std::fs::File;
 use std::io;
@@ -24,35 +24,35 @@ use crate::units::{OpKind, SectorSpan, Unmap};
 pub const WORDS: usize = 1024;
 /// The first word: this layout.
 const MAGIC: u64 = u64::from_le_bytes(*b"genblkS1");
-/// How often a reader tries to get words that belong together.
+/// How often a reader tries to get consistent words.
 const ATTEMPTS: usize = 16;
 
 /// Indices of the words.
 mod word {
     pub const MAGIC: usize = 0;
     pub const SEQUENCE: usize = 1;
-    /// When the page was written last, in nanoseconds of CLOCK_MONOTONIC.
+    /// When the page was last written, in nanoseconds of CLOCK_MONOTONIC.
     pub const WRITTEN_AT: usize = 2;
-    // 3 and 4 were counters that the cache's statistics have.
+    // 3 and 4 were counters that are now in the cache's statistics.
     /// 1 if the death of the process or of the daemon would lose completed writes.
     pub const HAS_UNKEPT_DATA: usize = 5;
-    /// The operation in flight for longest: a code of its kind, 0 for none, its sectors, and since when.
+    /// The oldest operation in flight: the code of its kind (0: none), its sectors, and since when.
     pub const OLDEST_KIND: usize = 6;
     pub const OLDEST_START: usize = 7;
     pub const OLDEST_COUNT: usize = 8;
     pub const OLDEST_SINCE: usize = 9;
-    /// 1 if a front-end waits to be accepted; the process ID and the user ID of the one that is served.
+    /// 1 if a front-end waits to be accepted; the process ID and user ID of the one that is served.
     pub const IS_BUSY: usize = 10;
     pub const HOLDER_PID: usize = 11;
     pub const HOLDER_UID: usize = 12;
-    /// What raised SIGBUS: a code of [`super::CutMemory`], 0 for nothing.
+    /// The memory whose access raised SIGBUS: a code of [`super::CutMemory`]; 0: none.
     pub const CUT_MEMORY: usize = 13;
     /// 1 if a front-end is served, and its process ID and user ID.
     pub const HAS_FRONT_END: usize = 14;
     pub const FRONT_END_PID: usize = 15;
     pub const FRONT_END_UID: usize = 16;
     pub const IMAGE_BYTES: usize = 17;
-    /// 1 if the cache leaves the image alone.
+    /// 1 if the cache is frozen: it does not change the image.
     pub const IS_FROZEN: usize = 18;
     /// The cache's statistics, in the order of [`crate::cache::Stats`].
     pub const CACHE: usize = 64;
@@ -90,34 +90,34 @@ impl CutMemory {
     }
 }
 
-/// The operation that has been in flight for longest.
+/// The oldest operation in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OldestOp {
-    /// What it does.
+    /// Its kind.
     pub kind: OpKind,
-    /// The sectors that it touches.
+    /// Its sectors.
     pub span: SectorSpan,
     /// For how long it has been in flight.
     pub age: Duration,
 }
 
 impl OldestOp {
-    /// What it does, in words, for messages.
+    /// The operation in words, for messages.
     pub fn describe(&self) -> String {
         self.kind.describe(self.span)
     }
 }
 
-/// What a device does.
+/// The published state of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskState {
     /// The cache's statistics.
     pub cache: Stats,
     /// Size of the image in bytes.
     pub image_bytes: u64,
-    /// Whether the end of the daemon would lose completed writes that are only in a cache that ends with it.
+    /// Whether the end of the daemon would lose completed writes that are only in a volatile cache.
     pub has_unkept_data: bool,
-    /// The operation in flight for longest.
+    /// The oldest operation in flight.
     pub oldest: Option<OldestOp>,
     /// Process ID and user ID of the front-end that is served while another one waits to be accepted.
     pub busy_with: Option<(u32, u32)>,
@@ -135,7 +135,7 @@ pub struct StatsPage {
 }
 
 impl StatsPage {
-    /// A new page of a device with this many workers, and the file by which another process maps it.
+    /// A new page for a device with this many workers, and the file by which another process can map it.
     ///
     /// # Errors
     /// Errors of memfd_create(2) and mmap(2).
@@ -145,7 +145,7 @@ impl StatsPage {
         Ok((Self { words: Arc::new(words), workers }, file))
     }
 
-    /// The page behind a file of [`StatsPage::create`].
+    /// Maps the page in a file of [`StatsPage::create`].
     ///
     /// # Errors
     /// Errors of mmap(2); [`io::ErrorKind::InvalidData`] for a page of another layout.
@@ -162,14 +162,16 @@ impl StatsPage {
         Counters::within(Arc::clone(&self.words), WORDS, self.workers)
     }
 
-    /// Another process will write the page.
+    /// Prepares the page for another process that will write it.
     pub fn begin_process(&self) {
         self.words.store(word::WRITTEN_AT, 0);
         self.words.store(word::OLDEST_KIND, 0);
         self.words.store(word::HAS_FRONT_END, 0);
     }
 
-    /// Writes what the device does. Only one thread does so at a time.
+    /// Writes the device's state.
+    ///
+    /// => Only one thread calls this at a time.
     pub fn publish(&self, state: &DiskState) {
         let words = &*self.words;
         let sequence = words.load(word::SEQUENCE);
@@ -199,7 +201,7 @@ impl StatsPage {
         words.store(word::SEQUENCE, (sequence | 1).wrapping_add(1));
     }
 
-    /// What the device does, or did when its process wrote last. The age of an operation goes on.
+    /// The device's state when its process last wrote the page. The age of the oldest operation continues to grow.
     pub fn read(&self) -> DiskState {
         let words = &*self.words;
         for _ in 0..ATTEMPTS {
@@ -209,7 +211,7 @@ impl StatsPage {
                 return state;
             }
         }
-        // A process that died during a change left it so: each word is right by itself.
+        // The process died during a change: each word is still valid by itself.
         self.read_once()
     }
 
@@ -234,12 +236,12 @@ impl StatsPage {
         }
     }
 
-    /// When the process wrote the page last, by CLOCK_MONOTONIC; 0: never.
+    /// When the process last wrote the page, by CLOCK_MONOTONIC; 0: never.
     pub fn written_at_ns(&self) -> u64 {
         self.words.load(word::WRITTEN_AT)
     }
 
-    /// For how long the process has not written the page; `None` if it never has.
+    /// The time since the process last wrote the page; `None` if it never has.
     pub fn silent_for(&self) -> Option<Duration> {
         match self.words.load(word::WRITTEN_AT) {
             0 => None,
@@ -247,18 +249,18 @@ impl StatsPage {
         }
     }
 
-    /// Records what raised SIGBUS. May be called in a signal handler.
+    /// Records the memory whose access raised SIGBUS. May be called in a signal handler.
     pub fn note_cut_memory(&self, memory: CutMemory) {
         self.words.store(word::CUT_MEMORY, memory.code());
     }
 
-    /// Writes any word, as a process may that is taken over.
+    /// Writes any word, as a compromised process could.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn overwrite(&self, index: usize, value: u64) {
         self.words.store(index, value);
     }
 
-    /// What raised SIGBUS in the process that ended; forgets it.
+    /// Takes the record of the memory whose access raised SIGBUS in the process that ended.
     pub fn take_cut_memory(&self) -> Option<CutMemory> {
         let found = CutMemory::of(self.words.load(word::CUT_MEMORY));
         self.words.store(word::CUT_MEMORY, 0);

@@ -1,4 +1,4 @@
-//! The daemon's error type: a small stable kind to match on, a context in words, and the cause.
+//! The daemon's error type: a stable kind to match on, a context in words, and the cause.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-/// What went wrong, coarse enough to stay stable and fine enough to act on.
+/// The kind of an error: coarse enough to stay stable, and fine enough to act on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ErrorKind {
     /// The configuration or the command line is wrong (exit status 2).
@@ -15,7 +15,7 @@ pub enum ErrorKind {
     Image,
     /// Another process holds the image's lock.
     Locked,
-    /// The socket could not be bound, or a live daemon owns it.
+    /// The socket could not be bound, or a running daemon owns it.
     Socket,
     /// Memory for the cache is not available.
     Memory,
@@ -23,9 +23,9 @@ pub enum ErrorKind {
     Ledger,
     /// An operating-system facility (eventfd, epoll, io_uring, thread) failed.
     System,
-    /// The front-end broke the vhost-user protocol.
+    /// The front-end violated the vhost-user protocol.
     Protocol,
-    /// A running daemon refused what a command asked of it.
+    /// A running daemon refused the request of a command.
     Control,
     /// No daemon listens on the control socket (exit status 3).
     NoDaemon,
@@ -43,7 +43,7 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of `kind`; `context` says what failed, and names the object.
+    /// An error of `kind`; `context` describes the failure and names the object.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
         Self { kind, context: context.into(), cause: None }
     }
@@ -60,18 +60,18 @@ impl Error {
         Self { kind: self.kind, context, cause: None }
     }
 
-    /// What went wrong.
+    /// The kind of the error.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// Whether the host lacked what it needs to tell more: a descriptor, memory, or a disk that can be read.
+    /// Whether the host lacked resources: a descriptor, memory, or a readable disk. The object may be fine.
     pub fn is_lack_of_resources(&self) -> bool {
         const ERRNOS: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EIO];
         self.cause.as_ref().and_then(io::Error::raw_os_error).is_some_and(|errno| ERRNOS.contains(&errno))
     }
 
-    /// Whether the user may not do what failed.
+    /// Whether the operation failed for lack of permission.
     pub fn is_lack_of_rights(&self) -> bool {
         let refused = |cause: &io::Error| matches!(cause.raw_os_error(), Some(libc::EACCES | libc::EPERM));
         self.cause.as_ref().is_none_or(refused)

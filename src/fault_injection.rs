@@ -1,5 +1,5 @@
-//! What tests inject into the daemon: its death between two stores to memory that outlives it, and bugs that they must
-//! find. In every other build these functions are empty.
+//! Faults that tests inject into the daemon: its death between two stores to memory that outlives it, and bugs that the
+//! tests must find. In every other build these functions are empty.
 
 #[cfg(any(test, fuzzing))]
 pub use enabled::*;
@@ -29,11 +29,11 @@ pub enum PlantedBug {
     HoldNeverEnds,
     /// Time in which the daemon was stopped (SIGSTOP) counts as time in which requests were held.
     StopUsesUpHold,
-    /// Under the error policy `hold`, requests fail at once.
+    /// Under the error policy `hold`, requests fail immediately.
     HoldFailsAtOnce,
-    /// A failed Sync puts in doubt only what completed before it was sent.
+    /// A failed Sync puts only operations in doubt that completed before it was sent.
     SyncDoubtsTooLittle,
-    /// A Sync that says that the store has lost writes puts nothing in doubt.
+    /// A Sync that reports that the store has lost writes puts nothing in doubt.
     LostIsNotDoubted,
     /// A newer change does not wait for the end of the quarantine after a connection has broken.
     SuspectsNotHeld,
@@ -43,13 +43,13 @@ pub enum PlantedBug {
     FailedWriteDoubtsNothing,
     /// A write that was in flight when a Sync failed counts as stored.
     InFlightIsTrusted,
-    /// A Sync counts when it succeeds, although a write that was in flight may tell of a reset before it.
+    /// A Sync counts when it succeeds, although the result of a write in flight may still reveal an earlier reset.
     SyncCountsAtOnce,
     /// A zero is published when it completes, and not before it starts.
     ZeroIsNotedLate,
-    /// What a zero that no Sync covers has zeroed is read from the store.
+    /// A range whose zeroing no Sync covers is read from the store.
     ZeroesAreReadFromStore,
-    /// The age limit does not apply to what is written and not synced.
+    /// The age limit does not apply to pages that are written but not synced.
     AgeForgetsUnsynced,
     /// Requests that wait for space are resumed in every turn from the end of the pause on: a worker spins while the
     /// allocation is in flight.
@@ -58,7 +58,7 @@ pub enum PlantedBug {
     TailIsPublished,
 
     // Around the cache.
-    /// The inflight region says that chains have completed before the used ring shows them to the driver.
+    /// Chains are marked complete in the inflight region before the used ring shows them to the driver.
     InflightClearedBeforePublishing,
     /// In write-through mode a WRITE ZEROES completes before it is stable.
     ZeroesNotFlushed,
@@ -72,15 +72,15 @@ pub enum PlantedBug {
     NoticeDropped,
     /// A ring counts as drained while requests are in flight.
     DrainEndsEarly,
-    /// Workers that are abandoned end with requests that no inflight region has.
+    /// Abandoned workers end while they have requests that are in no inflight region.
     AbandonLosesUntracked,
-    /// A long request whose ring stops is not given back to the driver.
+    /// A long request whose ring stops is not returned to the driver.
     LongRequestForgotten,
     /// A cache of an earlier tenure counts as one of the image's last tenure.
     GenerationNotCompared,
-    /// Whatever the host tells about changes of the image counts as changes by the last daemon.
+    /// All changes of the image that the host reports count as changes by the last daemon.
     TokenNotCompared,
-    /// Every cache of an image's last tenure counts as one of the image as it is now.
+    /// Every cache of an image's last tenure counts as belonging to the image in its present state.
     ProofSkipped,
     /// Clean pages are not compared with the image.
     SampleSkipped,

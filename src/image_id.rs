@@ -1,10 +1,10 @@
-//! The identity of an image, whatever path leads to it.
+//! The identity of an image, independent of its path.
 
 use serde::{Deserialize, Serialize};
 
 /// Identifies an image, so that a new image at an old path never gets the cache of the old image.
 ///
-/// => The size is no part of it: an image that grows stays the same image.
+/// => The size is not part of it: an image that grows stays the same image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ImageId {
     /// Device number of the file system, or of the block device itself.
@@ -21,11 +21,11 @@ const NAME_FIELDS_MIN: usize = 4;
 const NAME_FIELDS_MAX: usize = 5;
 
 impl ImageId {
-    /// A name for a cache file of the image, which has `size_bytes` bytes when the file is created. Further names
-    /// follow from `serial` where a file of an earlier cache has the first one, 0.
+    /// A name for a cache file of the image, which has `size_bytes` bytes when the file is created. If a file of an
+    /// earlier cache has the first name (`serial` 0), higher serials give further names.
     ///
-    /// => The first name is the one that versions without tenures look for. Such a version finds the file, does not
-    ///    know its layout, and refuses to serve the image beside it.
+    /// => Versions without tenures search for the first name. Such a version finds the file, does not support its
+    /// layout, and refuses to serve the image.
     pub fn file_name(&self, size_bytes: u64, serial: u32) -> String {
         let Self { device, inode, born_ns } = self;
         let name = format!("{device:x}-{inode:x}-{born_ns:x}-{size_bytes:x}");

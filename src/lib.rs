@@ -1,11 +1,11 @@
-//! genblk: a vhost-user-blk server with a page cache of its own. ARCHITECTURE.md explains it; this is the map.
+//! genblk: a vhost-user-blk server with its own page cache. ARCHITECTURE.md explains it; this is the map.
 //!
-//! The modules in the order in which a request meets them, from the socket to the disk. Each carries its number in
+//! The modules in the order in which a request passes them, from the socket to the disk. Each has its number in
 //! brackets at its head:
 //!
 //! 1. [`vhost`]: the socket and the control plane. Messages of the front-end become commands to the workers: start and
 //!    stop vrings, change guest memory.
-//! 2. [`virtio`]: the guest's side, which nothing here trusts. Virtqueues, descriptor chains parsed into requests,
+//! 2. [`virtio`]: the guest's side, all of it untrusted. Virtqueues, descriptor chains parsed into requests,
 //!    guest memory, configuration space.
 //! 3. [`device`]: the workers. A turn takes requests from the vrings, admits them to the cache, copies their bytes and
 //!    completes them. Read `worker.rs` first.
@@ -14,35 +14,37 @@
 //! 5. [`cache`]: the page cache, without I/O. Decides what is read, written, synced and evicted.
 //! 6. [`store`]: the image: a raw file or block device, through io_uring or threads, or an export of an NBD server.
 //!
-//! Under the path:
+//! Below that path:
 //!
 //! - [`arena`]: the memory of the frames, with the ledger by which a cache survives the daemon.
 //! - `shared_memory`: stores to memory that outlives the process, so that tests can stop the daemon between any two.
-//! - [`broker`]: what a confined thread asks of one that may look at the host.
+//! - [`broker`]: queries of a confined thread to one that may access the host.
 //! - [`waker`]: wakes a worker from another thread.
-//! - [`counters`]: what a device has done, for other processes to read.
-//! - [`sandbox`]: what each thread gives up when it starts.
-//! - `sync`: the atomics of what `loom/` checks in every order.
+//! - [`counters`]: counters of a device's activity, for other processes to read.
+//! - [`sandbox`]: the rights that each thread drops when it starts.
+//! - `sync`: the atomics of the modules that `loom/` checks in every order.
 //! - `sys`: system calls that std does not wrap.
 //!
 //! Around it, in the order in which a daemon starts:
 //!
-//! 1. [`logging`], [`cli`], [`config`]: what the operator asks for, checked as a whole before anything starts.
+//! 1. [`logging`], [`cli`], [`config`]: the operator's configuration, checked completely before anything starts.
 //!    [`check`] tells whether it could be served.
 //! 2. [`supervisor`]: the first process. Opens devices in parallel, starts a disk process for each image and starts it
 //!    again when it dies, waits for signals, and ends each device on its own. It does all that takes a path.
 //! 3. [`recover`]: caches that an earlier daemon left. Restores them, or writes them to their images.
 //! 4. [`listener`]: the sockets' files. [`systemd`]: notifies the service manager, and keeps memory with it.
-//! 5. [`disk_protocol`]: what the supervisor and a disk process tell each other; [`disk_stats`]: what the supervisor
+//! 5. [`disk_protocol`]: the messages between the supervisor and a disk process; [`disk_stats`]: what the supervisor
 //!    reads of a device at any moment.
-//! 6. [`disk_process`]: one image and its devices, from descriptors that the supervisor has opened.
+//! 6. [`disk_process`]: one image and its devices, created from descriptors that the supervisor has opened.
 //! 7. [`service`]: one device with everything that serves it.
 //!
-//! Beside it, [`control`] lets other programs inspect and change the devices; [`client`] has the commands that use it.
+//! In addition, [`control`] lets other programs inspect and change the devices; [`client`] has the commands that use
+//! it.
 //!
-//! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart,
-//! and [`tenure`] who held an image for writing last. `sim`, for tests, runs the cache, and the whole daemon, in a
-//! simulated world; `fault_injection` lets it interfere. `fuzzing` feeds any bytes to what others control.
+//! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] identifies images,
+//! and [`tenure`] records which daemon last held an image for writing. `sim`, for tests, runs the cache, and the whole
+//! daemon, in a simulated world; `fault_injection` lets it inject faults. `fuzzing` feeds arbitrary bytes to interfaces
+//! that other parties control.
 
 pub mod arena;
 pub mod broker;

@@ -1,4 +1,4 @@
-//! The socket file of a device: created for those who may connect, and removed with the daemon.
+//! The socket file of a device: created with the configured access, and removed when the daemon ends.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
@@ -16,10 +16,10 @@ use crate::sys::socket::{bind_without_listening, connect_to_path_without_waiting
 /// The part of a mode that concerns the file's owner.
 const OWNER_RIGHTS: u32 = 0o700;
 
-/// Who may connect to a socket, apart from root.
+/// The users who may connect to a socket, apart from root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketAccess {
-    /// Mode of the socket's file. Connecting takes the right to write.
+    /// Mode of the socket's file. Connecting needs write permission.
     pub mode: u32,
     /// Group of the file; `None`: the daemon's own.
     pub group: Option<u32>,
@@ -47,7 +47,7 @@ impl SocketAccess {
     }
 }
 
-/// A socket that a daemon listens on. Dropping it removes its file, unless another process has replaced that.
+/// A socket that a daemon listens on. Dropping it removes its file, unless another process has replaced the file.
 #[derive(Debug)]
 pub struct BoundSocket {
     path: PathBuf,
@@ -56,12 +56,12 @@ pub struct BoundSocket {
 }
 
 impl BoundSocket {
-    /// Removes the file, unless it was replaced or removed already.
+    /// Removes the file, unless it was already replaced or removed.
     pub fn remove(&self) {
         let ours = self.file.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
         let there = fs::symlink_metadata(&self.path).map(|metadata| (metadata.dev(), metadata.ino()));
         if ours.is_ok_and(|ours| there.is_ok_and(|there| ours == there)) {
-            // It may vanish at the same moment.
+            // It fails if the file is removed at the same time.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -75,8 +75,8 @@ impl Drop for BoundSocket {
 
 /// Binds a listening socket for `device` at `path`, after removing a stale socket that no process listens on.
 ///
-/// => At no moment can anyone connect whom `access` excludes, whatever the umask: the file is created for its owner
-///    only, gets its group and then its mode, and listens after that.
+/// => No user excluded by `access` can connect at any time, whatever the umask: the file is created for its owner only,
+/// then gets its group and its mode, and only then does the socket listen.
 ///
 /// # Errors
 /// [`ErrorKind::Socket`] if a process listens on the path, if it is not a socket, or if a system call fails: bind(2),
@@ -87,7 +87,7 @@ pub fn bind(device: &str, path: &Path, access: SocketAccess) -> Result<(UnixList
     remove_stale(device, path)?;
     let socket = bind_without_listening(path, access.mode & OWNER_RIGHTS).map_err(refused)?;
     let bound = open_bound(path).map_err(refused)?;
-    // By the descriptor: in a directory that others can write to, the path may lead to another file by now.
+    // Through the descriptor: in a directory that others can write to, the path may already lead to another file.
     let file = format!("/proc/self/fd/{}", bound.file.as_raw_fd());
     if let Some(group) = access.group {
         let context = || format!("cannot give {shown} to group {group} (socket_group)");
@@ -111,22 +111,22 @@ fn remove_stale(device: &str, path: &Path) -> Result<()> {
             fs::remove_file(path)
                 .map_err(|e| Error::io(ErrorKind::Socket, format!("cannot remove the stale socket {shown}"), e))
         }
-        // Its daemon has just removed it.
+        // Its daemon has removed it meanwhile.
         Err((io::ErrorKind::NotFound, _)) => Ok(()),
-        // With a full queue of connections as well.
+        // A process listens. If its queue of connections is full, connect(2) gives EAGAIN instead.
         Ok(connection) => {
             let holder = peer(&connection).map_or(0, |peer| peer.pid);
             let name = name_of(holder).unwrap_or_default();
             Err(error(&format!("another process already does (pid {holder}, {name})")))
         }
         Err((io::ErrorKind::WouldBlock, _)) => Err(error("another process already does")),
-        Err((_, e)) => Err(Error::io(ErrorKind::Socket, format!("cannot listen on {shown}: it is in the way"), e)),
+        Err((_, e)) => Err(Error::io(ErrorKind::Socket, format!("cannot listen on {shown}: the path exists"), e)),
     }
 }
 
 /// The socket's file that this process has just created at `path`.
 fn open_bound(path: &Path) -> io::Result<BoundSocket> {
-    // O_PATH: a socket cannot be opened otherwise.
+    // A socket can be opened only with O_PATH.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
     let metadata = file.metadata()?;
     if !metadata.file_type().is_socket() || metadata.uid() != effective_uid() {

@@ -31,7 +31,7 @@ fn main() -> ExitCode {
 }
 
 fn run(action: Action) -> Result<()> {
-    // A write beyond RLIMIT_FSIZE fails, whichever command makes it.
+    // A write beyond RLIMIT_FSIZE must fail instead of ending the process, in every command.
     recover::ignore_file_size_signal();
     match action {
         Action::Print(text) => print(&text),
@@ -78,7 +78,7 @@ fn run(action: Action) -> Result<()> {
         Action::PrintMetrics(options) => {
             let (text, asked) = exporter::metrics(&options, TextFormat::Prometheus);
             print(&text);
-            // That it cannot be asked is a metric, and so a success.
+            // A daemon that cannot be queried is reported as a metric, so the command succeeds.
             if let Err(e) = asked {
                 eprintln!("genblk: {e}");
             }
@@ -89,14 +89,13 @@ fn run(action: Action) -> Result<()> {
     Ok(())
 }
 
-/// Body of the disk process of a device, which the supervisor has started with its end of their channel as standard
-/// input.
+/// Body of a device's disk process, which the supervisor has started with one end of their channel as standard input.
 fn serve_for_supervisor(name: &str) -> Result<()> {
     let failed = |e| Error::io(ErrorKind::System, "cannot use standard input", e);
     disk_process::main(name, io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
 }
 
-/// Runs a command for each cache file and prints its message. What fails for one does not stop the others.
+/// Runs a command for each cache file and prints its message. A failure for one file does not stop the others.
 fn each(caches: Vec<PathBuf>, command: impl Fn(PathBuf) -> Result<String>) -> Result<()> {
     let mut failed = Ok(());
     for cache in caches {
@@ -113,7 +112,7 @@ fn each(caches: Vec<PathBuf>, command: impl Fn(PathBuf) -> Result<String>) -> Re
     failed
 }
 
-/// Prints what a command has found; its error is what it could not do.
+/// Prints a command's report and returns its failures as an error.
 fn report(report: Report) -> Result<()> {
     print(&report.text);
     report.result()

@@ -1,5 +1,5 @@
-//! The names of NBD exports: `nbd://host[:port]/export` and `nbd+unix:///export?socket=/path` (the NBD URI
-//! specification, as far as genblk has it).
+//! The names of NBD exports: `nbd://host[:port]/export` and `nbd+unix:///export?socket=/path` (the part of the NBD URI
+//! specification that genblk supports).
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ const EXPORT_BYTES_MAX: usize = 4096;
 /// Bytes of a Unix socket's path: `sun_path` has 108, and one is the terminating zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
-/// Where a server listens.
+/// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ServerAddress {
     /// On a Unix domain socket.
@@ -23,14 +23,14 @@ pub enum ServerAddress {
 /// The name of an export.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NbdUri {
-    /// Where its server listens.
+    /// The address of its server.
     pub place: ServerAddress,
-    /// The export's name at the server; may be empty.
+    /// The export's name on the server; may be empty.
     pub export: String,
 }
 
 impl NbdUri {
-    /// Whether the name of an image is meant as a URI of NBD, and not as a path.
+    /// Whether the name of an image is an NBD URI and not a path.
     pub fn is_meant_by(name: &Path) -> bool {
         let scheme = name.to_str().and_then(|text| text.split_once("://"));
         scheme.is_some_and(|(scheme, _)| {
@@ -41,11 +41,11 @@ impl NbdUri {
     /// The export that `text` names.
     ///
     /// # Errors
-    /// What is wrong with the URI.
+    /// The problem with the URI.
     pub fn parse(text: &str) -> Result<Self, String> {
         let (scheme, rest) = text.split_once("://").ok_or("has no \"://\"")?;
         if rest.contains('#') {
-            return Err("has a fragment (#), which means nothing here".to_owned());
+            return Err("has a fragment (#), which is not supported".to_owned());
         }
         let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
         let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
@@ -63,7 +63,7 @@ impl NbdUri {
             }
             "nbd+unix" => unix(query)?,
             "nbds" | "nbds+unix" => {
-                return Err("asks for TLS, which genblk does not have: use nbd:// through a TLS proxy".to_owned());
+                return Err("requests TLS, which genblk does not support: use nbd:// through a TLS proxy".to_owned());
             }
             other => return Err(format!("has the unknown scheme {other:?}: nbd and nbd+unix are known")),
         };
@@ -73,7 +73,7 @@ impl NbdUri {
 
 fn tcp(authority: &str) -> Result<ServerAddress, String> {
     if authority.contains('@') {
-        return Err("has a user name, which means nothing here".to_owned());
+        return Err("has a user name, which is not supported".to_owned());
     }
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
@@ -85,7 +85,7 @@ fn tcp(authority: &str) -> Result<ServerAddress, String> {
             None => (authority, Some("")),
         },
     };
-    let port = port.ok_or("has something between the address and its port")?;
+    let port = port.ok_or("has extra characters between the address and its port")?;
     if host.is_empty() || !host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:%".contains(&b)) {
         return Err(format!("has no host that could be looked up: {host:?}"));
     }
@@ -96,7 +96,7 @@ fn tcp(authority: &str) -> Result<ServerAddress, String> {
 fn unix(query: Option<&str>) -> Result<ServerAddress, String> {
     let path = query.and_then(|query| query.strip_prefix("socket=")).filter(|path| !path.contains('&'));
     let path = decode(path.ok_or("needs one parameter, socket=PATH")?)?;
-    // A relative path would depend on the working directory: the next daemon might look for another cache.
+    // A relative path would depend on the working directory: the next daemon might search for another cache.
     if !path.starts_with('/') || path.len() > SOCKET_PATH_BYTES_MAX || path.contains('\0') {
         return Err(format!("takes an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes for its socket"));
     }
@@ -122,7 +122,7 @@ fn decode(text: &str) -> Result<String, String> {
     String::from_utf8(bytes).map_err(|_| "is not UTF-8".to_owned())
 }
 
-/// Text with percent escapes for all but what never needs one.
+/// Text with percent escapes for all characters that may need one.
 struct Encoded<'a>(&'a str);
 
 impl fmt::Display for Encoded<'_> {
@@ -138,7 +138,7 @@ impl fmt::Display for Encoded<'_> {
     }
 }
 
-/// The same text for all spellings of a URI.
+/// The canonical spelling of a URI.
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let export = Encoded(&self.export);

@@ -29,11 +29,11 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the service manager may take to close a descriptor that it does not keep: it does so in the background,
 /// after it has processed the message.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(50);
-/// How often to check whether it has.
+/// How often to check whether it has closed the descriptor.
 const CLOSE_POLL: Duration = Duration::from_millis(5);
 
-/// The connection to the service manager; see the module. The default is that of a daemon that no service manager
-/// started: notifications go nowhere, and there is no fd store.
+/// The connection to the service manager; see the module. The default is for a daemon that no service manager started:
+/// notifications have no effect, and there is no fd store.
 #[derive(Debug, Default)]
 pub struct ServiceManager {
     /// Connected to $NOTIFY_SOCKET.
@@ -47,7 +47,7 @@ pub struct ServiceManager {
 struct Passed {
     name: String,
     fd: RawFd,
-    /// Once it was taken. It stays until it is removed: a device that cannot be served takes it again.
+    /// `Some` once it was taken. It stays until it is removed, because a device that cannot be served takes it again.
     file: Option<File>,
 }
 
@@ -71,7 +71,7 @@ impl ServiceManager {
         Ok(Self { socket, passed: Mutex::new(passed.collect()) })
     }
 
-    /// Sends a state, such as `READY=1`. A failure is logged: the daemon works anyway.
+    /// Sends a state, such as `READY=1`. A failure is only logged, because the daemon works anyway.
     pub fn notify(&self, state: &str) {
         if let Some(socket) = &self.socket
             && let Err(e) = socket.send(state.as_bytes())
@@ -86,9 +86,9 @@ impl ServiceManager {
     /// => When this returns, the service manager has the file: from now on the next daemon gets it, however this one
     ///    ends.
     ///
-    /// The service manager does not report whether it keeps a descriptor, and by default a unit has no fd store. So
-    /// what it gets is a second open file description that holds a lock: while the lock is held, the description is
-    /// open somewhere.
+    /// The service manager does not report whether it keeps a descriptor, and by default a unit has no fd store. So it
+    /// gets a second open file description that holds a lock: as long as the lock is held, the service manager still
+    /// has the description open.
     ///
     /// # Errors
     /// There is no service manager, it does not reply, or it does not keep the file.

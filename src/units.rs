@@ -23,13 +23,13 @@ pub const PAGE_SIZE: usize = 4096;
 /// Sectors per page: one bit each in a [`SectorMask`].
 pub const SECTORS_PER_PAGE: u64 = PAGE_BYTES / SECTOR_BYTES;
 
-/// A size that grows while it is used, in the unit of its name. Clones share it.
+/// A size that can grow while it is used, in the unit of its name. Clones share it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(from = "u64", into = "u64")]
 pub struct LiveSize(Arc<AtomicU64>);
 
 impl LiveSize {
-    /// The size at present.
+    /// The present size.
     #[inline]
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Acquire)
@@ -260,7 +260,7 @@ pub fn low_u8(number: u64) -> u8 {
 pub struct Epoch(pub u32);
 
 impl Epoch {
-    /// Whether [`Epoch::at_or_before`] would soon take this epoch for one after `current`.
+    /// Whether [`Epoch::at_or_before`] would soon mistake this epoch for one after `current`.
     pub fn is_about_to_wrap(self, current: Self) -> bool {
         current.0.wrapping_sub(self.0) > u32::MAX / 4
     }
@@ -320,7 +320,7 @@ impl Tick {
     }
 }
 
-/// Why an operation on a store failed. `virtio::Status` says what the guest sees of it.
+/// Why an operation on a store failed. `virtio::Status` is the status that the guest gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fault {
     /// ENOSPC, EDQUOT: no space for the write.
@@ -337,8 +337,8 @@ pub enum Fault {
     Unsupported,
     /// The request was malformed (range, alignment, segment sum).
     Invalid,
-    /// Of a Sync alone: the store has lost what it had not made durable, and works again. Everything that no successful
-    /// Sync covers is in doubt.
+    /// Only for a Sync: the store has lost writes that were not durable, and works again. All writes that no successful
+    /// Sync covers are in doubt.
     Lost,
 }
 
@@ -352,7 +352,7 @@ impl fmt::Display for Fault {
             Self::TimedOut => "timed out",
             Self::Unsupported => "not supported",
             Self::Invalid => "invalid request",
-            Self::Lost => "what was not durable is lost",
+            Self::Lost => "unsynced writes lost",
         })
     }
 }
@@ -360,7 +360,7 @@ impl fmt::Display for Fault {
 impl StdError for Fault {}
 
 impl Fault {
-    /// Whether the device may have been reset, and with it have lost what it had not made durable. The other faults say
+    /// Whether the device may have been reset, and so may have lost writes that were not durable. The other faults mean
     /// that the operation could not start.
     pub fn may_be_a_reset(self) -> bool {
         matches!(self, Self::Media | Self::Fenced | Self::Gone | Self::TimedOut)
@@ -372,7 +372,7 @@ pub fn counted(number: u64, noun: &str) -> String {
     if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
 }
 
-/// What may become of a range's space on the store when the range is zeroed.
+/// Whether a range's space on the store may be freed when the range is zeroed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unmap {
     /// The store may free it (virtio: VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP).
@@ -392,7 +392,7 @@ pub enum ImageHoles {
     Possible,
 }
 
-/// What a part of an image is.
+/// The status of a part of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {
     /// Any contents.
@@ -408,16 +408,16 @@ pub enum OpKind {
     Read,
     /// Write memory to the range.
     Write,
-    /// Make durable every write whose completion was seen before this operation was submitted.
+    /// Make all writes durable whose completion was seen before this operation was submitted.
     Sync,
     /// Make the range read as zeros.
     Zero {
-        /// What may become of the range's space.
+        /// Whether the range's space may be freed.
         unmap: Unmap,
     },
     /// Drop the range's contents; reads of it return undefined data afterwards.
     Discard,
-    /// Report which parts of the range are data and which are holes, and how far the last of them reaches.
+    /// Report which parts of the range are data and which are holes, and where the last part ends.
     Map,
     /// Allocate space for the holes of the range.
     Allocate,
@@ -428,7 +428,7 @@ pub enum OpKind {
 pub enum Urgency {
     /// A request waits for it.
     Demand,
-    /// No request does yet: readahead or write-back.
+    /// No request waits for it yet: readahead or write-back.
     Background,
 }
 
@@ -474,7 +474,7 @@ impl From<OpKind> for OpClass {
 impl OpKind {
     /// The operation on `span` in words, for messages.
     pub fn describe(self, span: SectorSpan) -> String {
-        // They may be any numbers: the statistics may come from a disk process that was taken over.
+        // They may be any numbers: the statistics may come from a compromised disk process.
         let [bytes, at] = [span.count, span.start].map(|sectors| sectors.saturating_mul(SECTOR_BYTES));
         match self {
             Self::Sync => self.with_article().to_owned(),
@@ -490,8 +490,8 @@ impl OpKind {
             Self::Sync => "a sync",
             Self::Zero { .. } => "a write-zeroes",
             Self::Discard => "a discard",
-            Self::Map => "a search for holes",
-            Self::Allocate => "a reservation of space",
+            Self::Map => "a query for holes",
+            Self::Allocate => "an allocation of space",
         }
     }
 
@@ -501,24 +501,24 @@ impl OpKind {
     }
 }
 
-/// What a frame holds, as recorded beside its memory for a later daemon that restores the cache.
+/// The contents of a frame, as recorded in the ledger for a later daemon that restores the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameRecord {
     /// The page whose bytes the frame holds.
     pub page: PageNo,
-    /// Sectors whose bytes in the frame are current; none: the frame holds nothing.
+    /// Sectors whose bytes in the frame are current; none: the frame is empty.
     pub valid: SectorMask,
     /// Sectors that may not be durable on the store: not written, or written and not synced. A subset of `valid`.
     pub dirty: SectorMask,
 }
 
 impl FrameRecord {
-    /// The record of a frame that no longer holds anything of `page`.
+    /// The record of a frame that no longer holds `page`.
     pub fn empty(page: PageNo) -> Self {
         Self { page, valid: SectorMask::NONE, dirty: SectorMask::NONE }
     }
 
-    /// Whether the frame holds nothing.
+    /// Whether the frame is empty.
     pub fn is_empty(&self) -> bool {
         self.valid.is_empty()
     }
@@ -540,7 +540,7 @@ mod tests {
         assert!(last.at_or_before(last.next()) && !last.next().at_or_before(last) && last.at_or_before(last));
     }
 
-    /// The rule moves an epoch up well before the comparison would take it for a later one.
+    /// The rule advances an old epoch well before the comparison would mistake it for a later one.
     #[test]
     fn an_epoch_is_about_to_wrap_before_it_compares_as_later() {
         for current in [Epoch(0), Epoch(7), Epoch(u32::MAX)] {

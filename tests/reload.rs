@@ -14,7 +14,7 @@ use common::operator::{call, genblk, names, start, state, stdout_of, table};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 
-/// The value of a key of `d0` in force.
+/// The current value of a key of `d0`.
 #[track_caller]
 fn value(control: &Path, key: &str) -> String {
     let text = stdout_of(&genblk(control, &["config", "d0"]));
@@ -137,10 +137,7 @@ fn a_reload_tells_of_keys_that_wait_and_of_those_that_a_command_has_set() {
     configure(&daemon, &control, &table(daemon.directory(), "d0", "image", "poll_us = 9\nworkers = 2\n"));
     let text = stdout_of(&genblk(&control, &["reload"]));
     assert!(text.contains("d0: pending until detach and attach: workers\n"), "{text}");
-    assert!(
-        text.contains("d0: as set by a command until an orderly stop, whatever the file says: poll_us\n"),
-        "{text}"
-    );
+    assert!(text.contains("d0: set by a command, which overrides the file until a clean stop: poll_us\n"), "{text}");
     let pending = || call(&control, "List", &json!({}))["parameters"]["devices"][0]["pending"].clone();
     assert_eq!(pending(), json!(["workers"]));
     assert!(stdout_of(&genblk(&control, &["list"])).contains("d0: pending until detach and attach: workers"));
@@ -148,7 +145,7 @@ fn a_reload_tells_of_keys_that_wait_and_of_those_that_a_command_has_set() {
     assert!(metrics.contains("genblk_device_pending_keys{device=\"d0\"} 1\n"), "{metrics}");
     configure(&daemon, &control, &table(daemon.directory(), "d0", "image", ""));
     stdout_of(&genblk(&control, &["reload"]));
-    assert_eq!(pending(), json!([]), "the file asks for what is in force");
+    assert_eq!(pending(), json!([]), "the file has the current value");
 }
 
 #[test]

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use super::ControlClient;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Attaches devices of the TOML file at `path`: its `[[device]]` tables, or one device whose keys are at the top.
-/// `names` chooses among them, unless it is empty. The file may be a daemon's configuration. Returns what to print.
+/// Attaches devices of the TOML file at `path`: its `[[device]]` tables, or one device whose keys are at the top level.
+/// `names` selects devices; empty: all. The file may be a daemon's configuration. Returns the text to print.
 ///
 /// # Errors
 /// [`ErrorKind::Config`] if the file cannot be read, and those of [`ControlClient::call`]. The devices before the one
@@ -38,12 +38,12 @@ fn devices(table: &toml::Table) -> std::result::Result<Vec<Value>, String> {
     let value = serde_json::to_value(table).map_err(|e| e.to_string())?;
     let mut devices = match value {
         Value::Object(mut object) => {
-            // Of the daemon's own configuration. It has no meaning for a device.
+            // The file may be the daemon's own configuration, whose [control] table does not concern a device.
             let is_configuration = object.remove("control").is_some();
             match object.remove("device") {
                 Some(_) if !object.is_empty() => {
                     let names: Vec<_> = object.keys().map(String::as_str).collect();
-                    return Err(format!("has {} beside [[device]] tables", names.join(", ")));
+                    return Err(format!("has {} outside the [[device]] tables", names.join(", ")));
                 }
                 Some(Value::Array(devices)) => devices,
                 Some(_) => return Err("write [[device]] above each device".to_owned()),
@@ -92,7 +92,7 @@ mod tests {
         let here = env::current_dir().unwrap().join("a.img");
         assert_eq!(read("image = \"a.img\"").unwrap()[0]["image"], json!(here));
         assert_eq!(read("image = \"nbd://host/a\"").unwrap()[0]["image"], json!("nbd://host/a"));
-        assert!(read("x = 1\n[[device]]\nname = \"a\"").unwrap_err().contains("has x beside"));
+        assert!(read("x = 1\n[[device]]\nname = \"a\"").unwrap_err().contains("has x outside"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The commands that change what a running daemon does: each prints one line, or the daemon's reply with `--json`.
+//! The commands that change a device of a running daemon. Each prints one line, or the daemon's reply with `--json`.
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use super::table::Numbers;
 use crate::control::wire::{Dropped, Thawed};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What a command asks of a device.
+/// A change of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceAction {
     /// `genblk flush`.
@@ -19,26 +19,26 @@ pub enum DeviceAction {
     },
     /// `genblk resize`.
     Resize {
-        /// The size in bytes; without it, the disk gets the present size of the image.
+        /// The size in bytes; `None`: the disk grows to the present size of the image.
         bytes: Option<u64>,
     },
     /// `genblk resume`.
     Resume,
     /// `genblk thaw`.
     Thaw {
-        /// The number of the freeze; without it, of whichever there is.
+        /// The number of the freeze; `None`: any freeze.
         lease: Option<u64>,
     },
     /// `genblk detach`.
     Detach {
-        /// Whether to do it while a front-end is connected, and if the image fails.
+        /// Whether to detach it even while a front-end is connected, or if the image fails.
         force: bool,
-        /// Whether to lose dirty pages that the image does not take, of a cache that ends with its process.
+        /// Whether to discard dirty pages of a volatile cache that cannot be written.
         discard: bool,
     },
 }
 
-/// Changes a device; returns what to print.
+/// Changes a device; returns the text to print.
 ///
 /// # Errors
 /// The errors of [`ControlClient::call`]; [`ErrorKind::Control`] if a thaw found that the device had not been frozen
@@ -87,7 +87,7 @@ fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<Stri
     })
 }
 
-/// The error of a freeze that did not last.
+/// The error for a freeze that ended early.
 pub(super) fn torn(device: &str) -> Error {
     Error::new(ErrorKind::Control, format!("{device}: the freeze ended early: a copy made meanwhile is inconsistent"))
 }

@@ -6,7 +6,7 @@ use super::ControlClient;
 use crate::control::wire::{ChangeKind, DeviceChange, DeviceKeys};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Sets keys of a device, each written KEY=VALUE; returns what to print.
+/// Sets keys of a device, each written KEY=VALUE; returns the text to print.
 ///
 /// # Errors
 /// [`ErrorKind::Config`] for a setting that is not of this form, and those of [`ControlClient::call`].
@@ -20,7 +20,7 @@ pub fn set(client: &mut ControlClient, device: &str, settings: &[String], as_jso
     Ok(if changed.is_empty() { format!("{device}: unchanged\n") } else { format!("{device}: set {changed}\n") })
 }
 
-/// The object of settings KEY=VALUE. What looks like a number or a truth value is one.
+/// Converts settings KEY=VALUE to an object. A value that reads as a number or a boolean becomes one.
 fn object_of(settings: &[String]) -> std::result::Result<Value, String> {
     let mut object = Map::new();
     for setting in settings {
@@ -36,7 +36,7 @@ fn object_of(settings: &[String]) -> std::result::Result<Value, String> {
     Ok(Value::Object(object))
 }
 
-/// Makes the daemon read its configuration file again; returns what to print.
+/// Makes the daemon reload its configuration file; returns the text to print.
 ///
 /// # Errors
 /// The errors of [`ControlClient::call`].
@@ -45,9 +45,7 @@ pub fn reload(client: &mut ControlClient, dry_run: bool, as_json: bool) -> Resul
     if as_json {
         return Ok(format!("{results}\n"));
     }
-    let unknown = |e: serde_json::Error| {
-        Error::io(ErrorKind::Control, "a reply to Reload that this version does not know", e.into())
-    };
+    let unknown = |e: serde_json::Error| Error::io(ErrorKind::Control, "an unsupported reply to Reload", e.into());
     let changes: Vec<DeviceChange> = serde_json::from_value(results["changes"].clone()).map_err(unknown)?;
     let overridden: Vec<DeviceKeys> = serde_json::from_value(results["overridden"].clone()).unwrap_or_default();
     let overridden: String = overridden.iter().map(line_of_overridden).collect();
@@ -59,7 +57,7 @@ pub fn reload(client: &mut ControlClient, dry_run: bool, as_json: bool) -> Resul
 
 fn line_of_overridden(DeviceKeys { device, keys }: &DeviceKeys) -> String {
     let keys = super::visible(&keys.join(", "));
-    format!("{device}: as set by a command until an orderly stop, whatever the file says: {keys}\n")
+    format!("{device}: set by a command, which overrides the file until a clean stop: {keys}\n")
 }
 
 fn line_of(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) -> String {
@@ -75,7 +73,7 @@ fn line_of(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) 
     format!("{device}: {}{text}\n", if dry_run { "would be " } else { "" })
 }
 
-/// The configuration in force.
+/// The current configuration.
 ///
 /// # Errors
 /// The errors of [`ControlClient::call`].

@@ -1,4 +1,4 @@
-//! `genblk events`: what has happened to a daemon and its disks, one event in a line.
+//! `genblk events`: events of a daemon and its disks, one per line.
 
 use serde_json::{Value, json};
 
@@ -6,18 +6,18 @@ use super::{ControlClient, stat, visible};
 use crate::control::wire::{ControlEvent, Watched};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What `genblk events` shows.
+/// Options of `genblk events`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EventOptions {
-    /// One device; without it, all of them and the daemon itself.
+    /// One device; `None`: all devices and the daemon itself.
     pub device: Option<String>,
-    /// Whether to go on with events that come.
+    /// Whether to keep printing events as they occur.
     pub follow: bool,
-    /// The replies as they came.
+    /// Whether to print the replies unchanged.
     pub as_json: bool,
 }
 
-/// Prints the events that the daemon has kept; then those that come, if they are wanted, until it ends.
+/// Prints the events that the daemon has kept; then, if requested, new ones until the daemon ends.
 ///
 /// # Errors
 /// Those of [`ControlClient::call`]; [`ErrorKind::System`] if standard output cannot be written to, except for a closed
@@ -29,7 +29,7 @@ pub fn events(client: &mut ControlClient, options: &EventOptions) -> Result<()> 
             return stat::print(&format!("{results}\n"));
         }
         let watched: Watched = serde_json::from_value(results.clone())
-            .map_err(|e| Error::io(ErrorKind::Control, "a reply to Watch that this version does not know", e.into()))?;
+            .map_err(|e| Error::io(ErrorKind::Control, "an unsupported reply to Watch", e.into()))?;
         stat::print(&text_of(&watched))
     })
 }
@@ -57,11 +57,11 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// A time as RFC 3339 writes it, in UTC.
+/// A time in UTC, in RFC 3339 format.
 fn utc(time_us: u64) -> String {
     let (seconds, ms) = (time_us / 1_000_000, time_us / 1000 % 1000);
     let (days, of_day) = (seconds / 86_400, seconds % 86_400);
-    // Days to civil date, by Howard Hinnant's algorithm: years begin in March, eras have 400 of them.
+    // Days to civil date, by Howard Hinnant's algorithm: years begin in March, and an era has 400 years.
     let shifted = days + 719_468;
     let (era, of_era) = (shifted / 146_097, shifted % 146_097);
     let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;

@@ -11,30 +11,30 @@ use super::change::{DeviceAction, change, torn};
 use crate::control::wire::{FreezeParameters, Freezing};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What `genblk freeze` does.
+/// Options of `genblk freeze`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreezeOptions {
     /// The device.
     pub device: String,
     /// The freeze ends by itself after this time.
     pub timeout_ms: u32,
-    /// Whether reads wait, too.
+    /// Whether reads wait too.
     pub reads: bool,
     /// The command to run meanwhile, with its arguments; empty: none.
     pub command: Vec<std::ffi::OsString>,
-    /// Print the reply as it came.
+    /// Whether to print the reply unchanged.
     pub as_json: bool,
 }
 
-/// Freezes a device of the daemon at `socket`. With a command, runs it and thaws the device; returns the command's
-/// status. `print` prints.
+/// Freezes a device of the daemon at `socket`. With a command, runs it, thaws the device, and returns the command's
+/// status. `print` writes the output.
 ///
 /// # Errors
 /// The errors of [`ControlClient::call`]; [`ErrorKind::Control`] if the device was not frozen while the command ran.
 pub fn freeze(socket: &Path, options: &FreezeOptions, print: impl Fn(&str)) -> Result<Option<ExitStatus>> {
     let FreezeOptions { device, timeout_ms, reads, command, as_json } = options;
     let parameters = FreezeParameters { device: device.clone(), timeout_ms: Some(*timeout_ms), reads: Some(*reads) };
-    // Two connections: the freeze ends when this one does.
+    // Two connections: the freeze ends when the first one is closed.
     let (mut lease, mut other) = (ControlClient::connect(socket)?, ControlClient::connect(socket)?);
     let results = match command.is_empty() {
         true => lease.call_long("Freeze", &json!(parameters), |_| {})?,

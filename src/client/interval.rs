@@ -1,4 +1,4 @@
-//! What devices did between two samples of their statistics.
+//! The differences between two samples of devices' statistics.
 
 use std::sync::LazyLock;
 
@@ -25,7 +25,7 @@ pub(super) struct Interval<'a> {
 }
 
 impl<'a> Interval<'a> {
-    /// The interval of each device of `now`. One that `before` lacks began in it.
+    /// The interval of each device of `now`. A device missing in `before` was added in between.
     pub fn of_all(
         before: &'a [DeviceStatistics],
         now: &'a [DeviceStatistics],
@@ -40,12 +40,12 @@ impl<'a> Interval<'a> {
         now.iter().map(of).collect()
     }
 
-    /// A count of the interval, in a second.
+    /// A count of the interval as a rate per second.
     pub fn rate(&self, more: u64) -> String {
         if self.seconds > 0.0 { self.numbers.count(to_f64(more) / self.seconds) } else { "-".to_owned() }
     }
 
-    /// MiB in a second, or bytes where numbers are exact.
+    /// MiB per second, or bytes if numbers are exact.
     pub fn byte_rate(&self, bytes: u64) -> String {
         match self.numbers {
             _ if self.seconds <= 0.0 => "-".to_owned(),
@@ -54,7 +54,7 @@ impl<'a> Interval<'a> {
         }
     }
 
-    /// Time of all workers in turns that found work.
+    /// Time that all workers spent in turns with work.
     pub fn busy_ns(&self) -> u64 {
         let busy = |statistics: &DeviceStatistics| {
             statistics.workers.iter().fold(0, |sum: u64, worker| sum.saturating_add(worker.busy_ns))
@@ -68,7 +68,7 @@ impl<'a> Interval<'a> {
         if self.seconds > 0.0 { format!("{:.0}", to_f64(busy_ns) / self.seconds / 1e7) } else { "-".to_owned() }
     }
 
-    /// What requests of a kind did in the interval.
+    /// Requests of one kind in the interval.
     pub fn requests(&self, operation: &str) -> RequestInterval {
         let find = |statistics: &DeviceStatistics| {
             statistics.requests.iter().find(|requests| requests.operation == operation).cloned().unwrap_or_default()
@@ -84,7 +84,7 @@ impl<'a> Interval<'a> {
         }
     }
 
-    /// How many operations of a kind on the image completed.
+    /// The number of completed operations of one kind on the image.
     pub fn store(&self, operation: &str) -> u64 {
         let find = |statistics: &DeviceStatistics| {
             let found: Option<&StoreStatistics> = statistics.stores.iter().find(|store| store.operation == operation);
@@ -93,19 +93,19 @@ impl<'a> Interval<'a> {
         find(self.now).saturating_sub(find(self.before))
     }
 
-    /// By how much a counter of the cache has grown.
+    /// The increase of a counter of the cache.
     pub fn cache(&self, counter: impl Fn(&CacheStatistics) -> u64) -> u64 {
         counter(&self.now.cache).saturating_sub(counter(&self.before.cache))
     }
 
-    /// Pages in memory, of those that reads asked for and that are no holes.
+    /// Pages found in memory, in percent of those that reads requested, without holes.
     pub fn hit_percent(&self) -> String {
         let hits = self.cache(|cache| cache.hit_pages);
         percent(hits, hits.saturating_add(self.cache(|cache| cache.miss_pages)))
     }
 }
 
-/// What requests of a kind did in an interval.
+/// Requests of one kind in an interval.
 pub(super) struct RequestInterval {
     pub count: u64,
     pub errors: u64,
@@ -115,7 +115,7 @@ pub(super) struct RequestInterval {
 }
 
 impl RequestInterval {
-    /// Of all of them, whether they waited or not.
+    /// Latencies of all of them, whether they waited or not.
     pub fn all(&self) -> Latencies {
         let mut all = self.from_memory.clone();
         all.add(&self.waited);
@@ -123,7 +123,7 @@ impl RequestInterval {
     }
 }
 
-/// A share in percent; `-` of nothing.
+/// A share in percent; `-` if the whole is 0.
 pub(super) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 { "-".to_owned() } else { format!("{:.1}", to_f64(part) * 100.0 / to_f64(whole)) }
 }

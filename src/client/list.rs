@@ -1,11 +1,11 @@
-//! `genblk list`: the devices of a daemon, one in a line.
+//! `genblk list`: the devices of a daemon, one per line.
 
 use super::table::{Numbers, TextTable};
 use super::{ControlClient, visible};
 use crate::control::wire::{DeviceStatus, Devices, ListParameters};
 use crate::error::Result;
 
-/// The devices as a table, or as the daemon sent them.
+/// The devices as a table, or the daemon's reply unchanged.
 ///
 /// # Errors
 /// The errors of [`ControlClient::call`].
@@ -17,7 +17,7 @@ pub fn list(client: &mut ControlClient, device: Option<String>, as_json: bool) -
     Ok(table(&client.call::<Devices>("List", &parameters)?.devices))
 }
 
-/// From this age on, an operation on the image is worth a line, in microseconds.
+/// An operation on the image that is at least this old gets a line; in microseconds.
 const SLOW_US: u64 = 1_000_000;
 
 /// A part in percent.

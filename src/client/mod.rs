@@ -1,6 +1,5 @@
-//! The commands for a running daemon, through its control socket (`genblk list`, `genblk stat`, `genblk
-//! exporter`), and those that change what it does. They use the interface of [`crate::control`] and nothing else of the
-//! daemon.
+//! The commands that query (`genblk list`, `genblk stat`, `genblk exporter`) or change a running daemon through its
+//! control socket. They use only the interface of [`crate::control`].
 
 mod attach;
 mod change;
@@ -38,7 +37,7 @@ pub use list::list;
 pub use stat::{Numbers, StatOptions, View, stat};
 pub use top::{TopOptions, top};
 
-/// How long the daemon may take to reply: it waits for nothing.
+/// How long the daemon may take to reply to a query, for which it never waits.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest reply: the statistics of thousands of disks.
 const REPLY_BYTES_MAX: usize = 64 << 20;
@@ -64,7 +63,7 @@ impl ControlClient {
         Ok(client)
     }
 
-    /// As [`ControlClient::connect`], for calls that all end at `until`, whatever the daemon does.
+    /// As [`ControlClient::connect`], but every call ends at `until`, whatever the daemon does.
     ///
     /// # Errors
     /// As [`ControlClient::connect`].
@@ -113,13 +112,11 @@ impl ControlClient {
     /// [`ErrorKind::Control`] if the daemon does not reply, or replies with an error.
     pub fn call<T: DeserializeOwned>(&mut self, method: &str, parameters: &impl Serialize) -> Result<T> {
         let results = self.call_raw(method, parameters)?;
-        let other = |e: serde_json::Error| {
-            self.failed(&format!("a reply to {method} that this version does not know"), e.into())
-        };
+        let other = |e: serde_json::Error| self.failed(&format!("an unsupported reply to {method}"), e.into());
         serde_json::from_value(results).map_err(other)
     }
 
-    /// As [`ControlClient::call`], with the results as they came.
+    /// As [`ControlClient::call`], but returns the results unparsed.
     ///
     /// # Errors
     /// As [`ControlClient::call`].
@@ -128,14 +125,14 @@ impl ControlClient {
         self.start_call(method, parameters, None)
     }
 
-    /// Calls a method that may take long, and returns its last results; `report` gets those before.
+    /// Calls a method that may take long, and returns its last results; `report` gets the earlier ones.
     ///
     /// # Errors
     /// As [`ControlClient::call`].
     pub fn call_long(&mut self, method: &str, parameters: &Value, report: impl Fn(&Value)) -> Result<Value> {
         let stream = self.connection.stream();
         stream.set_read_timeout(None).map_err(|e| self.failed("cannot wait for it", e))?;
-        // Of a freeze, another reply would come at its end.
+        // With `more`, a freeze would send another reply at its end.
         let more = (method != "Freeze").then_some(true);
         let mut reply = self.send_call(method, parameters.clone(), more)?;
         while reply.continues == Some(true) {
@@ -145,8 +142,8 @@ impl ControlClient {
         Ok(reply.parameters)
     }
 
-    /// Calls a method; `take` gets the results of its reply, or of each of its replies if `more` are wanted, until it
-    /// returns false or the daemon ends.
+    /// Calls a method; `take` gets the results of its reply, or with `more` of each of its replies, until it returns
+    /// false or the daemon ends.
     ///
     /// # Errors
     /// As [`ControlClient::call`], and those of `take`.
@@ -182,12 +179,12 @@ impl ControlClient {
 
     fn send_call(&mut self, method: &str, parameters: Value, more: Option<bool>) -> Result<MethodReply> {
         let call = MethodCall { method: format!("{NAME}.{method}"), parameters: Some(parameters), more, oneway: None };
-        // A daemon that refuses the connection has said why and closed it.
+        // A daemon that refuses the connection has sent the reason and closed it.
         let sent = self.connection.send(&call);
         self.next_reply(sent)
     }
 
-    /// The next reply to a call that was `sent`.
+    /// The next reply to a call; `sent` is the result of sending it.
     fn next_reply(&mut self, sent: io::Result<()>) -> Result<MethodReply> {
         let reply: Option<MethodReply> = match (self.connection.receive(), sent) {
             (Ok(reply), _) => reply,
@@ -257,7 +254,7 @@ fn joined(array: &Value) -> String {
     texts.iter().filter_map(Value::as_str).map(visible).collect::<Vec<_>>().join(", ")
 }
 
-/// A text of the daemon without characters that act on the terminal: a disk process, which faces a guest, may have
+/// A text of the daemon without control characters of terminals: a disk process, which a guest may control, may have
 /// written it.
 fn visible(text: &str) -> String {
     text.chars().map(|char| if char.is_control() { '?' } else { char }).collect()

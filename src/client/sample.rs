@@ -1,4 +1,4 @@
-//! What a daemon shows at one moment: the replies to all methods that look.
+//! The state of a daemon at one time: the replies to all methods that query it.
 
 use std::path::Path;
 use std::time::Instant;
@@ -12,18 +12,18 @@ use crate::error::Result;
 /// See the module.
 #[derive(Clone, Debug)]
 pub(super) struct DaemonSample {
-    /// What serves.
+    /// The daemon's description.
     pub description: Description,
-    /// How far each device is.
+    /// The status of each device.
     pub devices: Vec<DeviceStatus>,
     /// When the statistics were taken, in microseconds since 1970.
     pub time_us: u64,
-    /// What each device does.
+    /// The statistics of each device.
     pub statistics: Vec<DeviceStatistics>,
 }
 
 impl DaemonSample {
-    /// Asks the daemon at a control socket; the replies come before `until`, or it is an error.
+    /// Queries the daemon at a control socket; fails if the replies do not come before `until`.
     ///
     /// # Errors
     /// The errors of [`ControlClient::connect_until`] and [`ControlClient::call`].

@@ -1,4 +1,4 @@
-//! `genblk stat`: what the devices do, as rates and latencies of an interval.
+//! `genblk stat`: the activity of devices, as rates and latencies of an interval.
 
 use std::io::{self, Write};
 use std::thread;
@@ -16,7 +16,7 @@ use crate::counters::sizes::{SIZE_BUCKETS, Sizes, least_size_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::PAGE_BYTES;
 
-/// What is shown.
+/// The kinds of report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum View {
     /// A line for each device.
@@ -32,26 +32,26 @@ pub enum View {
     Cache,
 }
 
-/// What is asked for.
+/// Options of `genblk stat`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StatOptions {
-    /// One device; all without it.
+    /// One device; `None`: all.
     pub device: Option<String>,
-    /// What is shown of them.
+    /// The kind of report.
     pub view: View,
-    /// Seconds between two reports; without them there is one.
+    /// Time between two reports; `None`: one report.
     pub interval: Option<Duration>,
-    /// How many reports; without end if there is an interval.
+    /// Number of reports; `None`: no limit, if there is an interval.
     pub count: Option<u64>,
-    /// No header, and tabs.
+    /// Whether to separate columns by tabs and omit the header.
     pub for_programs: bool,
     /// Bytes and nanoseconds.
     pub numbers: Numbers,
-    /// A line with the time before each report.
+    /// Whether to print the time before each report.
     pub with_time: bool,
-    /// Without the first report, which is about all the time since the daemon's start.
+    /// Whether to omit the first report, which covers the time since the daemon started.
     pub without_first: bool,
-    /// The replies as they came.
+    /// Whether to print the replies unchanged.
     pub as_json: bool,
 }
 
@@ -69,7 +69,7 @@ pub fn stat(client: &mut ControlClient, options: &StatOptions) -> Result<()> {
     while reports > 0 {
         let raw = client.call_raw("Statistics", &parameters)?;
         let now: Statistics = serde_json::from_value(raw.clone())
-            .map_err(|e| Error::io(ErrorKind::Control, "the daemon's statistics are of another version", e.into()))?;
+            .map_err(|e| Error::io(ErrorKind::Control, "an unsupported reply to Statistics", e.into()))?;
         let shown = !(options.without_first && is_first);
         let text = match options.as_json {
             true => format!("{raw}\n"),

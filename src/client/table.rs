@@ -1,4 +1,4 @@
-//! Tables and numbers for people: three digits and a letter.
+//! Tables, and short numbers: three digits and a letter.
 
 /// Columns of text, the first ones aligned to the left, the others to the right.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ impl TextTable {
         self.rows.push(cells);
     }
 
-    /// The lines of the table, with or without the header; separated by tabs for other programs.
+    /// The lines of the table, with or without the header; columns separated by tabs for programs.
     pub fn render(&self, with_header: bool, with_tabs: bool) -> String {
         let rows = if with_header { &self.rows[..] } else { &self.rows[1..] };
         if with_tabs {
@@ -39,7 +39,7 @@ impl TextTable {
     }
 }
 
-/// Whether numbers are exact, or short for people.
+/// Whether numbers are exact or short.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Numbers {
     /// Three digits and a letter.
@@ -81,7 +81,7 @@ impl Numbers {
 /// A value in the greatest of the units in which it is at least 1; three digits.
 fn short(value: f64, step: f64, units: &[&str]) -> String {
     let (mut value, mut unit) = (value, 0);
-    // What rounds to the next unit is shown in it.
+    // A value that rounds up to the next unit is shown in that unit.
     while value >= step - 0.5 && unit + 1 < units.len() {
         value /= step;
         unit += 1;

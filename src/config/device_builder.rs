@@ -6,7 +6,7 @@ use super::keys::{DefaultValue, KEYS, Key, Value};
 use super::size::format_size;
 use super::{Config, DeviceConfig, Problem, Socket};
 
-/// Where a value comes from, for messages.
+/// The origin of a value, for messages.
 #[derive(Clone, Debug)]
 pub(crate) struct Origin {
     /// Full path of the key, or the option.
@@ -34,9 +34,9 @@ pub(crate) struct Setting<'a> {
 #[derive(Debug)]
 pub(crate) struct DeviceBuilder {
     device: DeviceConfig,
-    /// Where the device's table starts.
+    /// The start of the device's table.
     whole: Origin,
-    /// The keys with a valid value. Rules between keys look at these only, so that one mistake is reported once.
+    /// The keys with a valid value. Rules between keys check only these, so that one mistake is reported once.
     good: BTreeMap<&'static str, Origin>,
 }
 
@@ -57,7 +57,7 @@ impl DeviceBuilder {
                 (Some(entry), _) => key.kind.set(&mut builder.device, entry.value),
                 (None, DefaultValue::Is(value)) => key.kind.set(&mut builder.device, *value),
                 (None, DefaultValue::Required) => Err("is missing".to_string()),
-                // The name is the first key of the table, so it is set by now.
+                // The name is the first key of the table, so it is already set.
                 (None, DefaultValue::FromName(derive)) => {
                     derive(&mut builder.device);
                     Ok(())
@@ -77,7 +77,7 @@ impl DeviceBuilder {
         builder
     }
 
-    /// A device whose every key has been checked before.
+    /// A device whose keys have all been checked before.
     pub(super) fn of(device: &DeviceConfig) -> Self {
         let whole = Origin { label: device.name.clone(), line: None };
         let key = |key: &'static Key| (key.name, Origin { label: key.name.to_owned(), line: None });
@@ -130,7 +130,7 @@ pub(super) fn check_sizes(device: &DeviceConfig) -> Option<String> {
     is_larger.then(|| format!("{max} is less than cache.size, which is {size}"))
 }
 
-/// Checks what a device must not share with an earlier one, and what it must.
+/// Checks the keys that must differ between a device and an earlier one, and those that must be equal.
 pub(super) fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], problems: &mut Vec<Problem>) {
     let mut report = |name: &str, message: String| problems.push(builder.good[name].problem(message));
 
@@ -164,7 +164,7 @@ pub(super) fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], 
     if builder.device.isolate || twin.device.isolate {
         return;
     }
-    // Devices on one image share one cache, and so one way to the image.
+    // Devices on one image share one cache, and therefore one way to access the image.
     let (this, that) = (&builder.device, &twin.device);
     let settings_good =
         |builder: &DeviceBuilder| KEYS.iter().all(|key| !is_shared(key) || builder.good.contains_key(key.name));

@@ -1,7 +1,7 @@
 //! Walks a TOML document: visits every key once, with its line, and does not stop at a problem.
 //!
-//! serde's derive would be shorter, but it stops at the first unknown key or wrong type, and the operator would have to
-//! start the daemon once for each mistake.
+//! serde's derive would be shorter, but stops at the first unknown key or wrong type, so the operator would need one
+//! attempt per mistake.
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use super::device_builder::{DeviceBuilder, Origin, Setting};
 use super::keys::{TABLES, Value, key, suggestion};
 use super::problem::Problem;
 
-/// Returns the devices and the control socket of `text`; adds what is wrong to `problems`.
+/// Returns the devices and the control socket of `text`; adds problems to `problems`.
 pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> (Vec<DeviceBuilder>, Option<ControlConfig>) {
     let (root, errors) = DeTable::parse_recoverable(text);
     let mut walk = Walk { text, problems };
@@ -65,7 +65,7 @@ impl Walk<'_> {
             Some(DeValue::Array(devices)) => devices.is_empty(),
             Some(_) => false,
         };
-        // One that can be asked for them is given its devices while it runs.
+        // A daemon with a control socket can get its devices while it runs.
         if none && !root.contains_key("control") {
             let origin = Origin { label: "device".to_string(), line: Some(1) };
             let message = "is missing: nothing to serve; write a [[device]] table, or [control] for \"genblk attach\"";
@@ -141,7 +141,7 @@ impl Walk<'_> {
     }
 
     fn syntax(&mut self, message: &str, span: Option<Range<usize>>) {
-        // An error without a span is about the end of the text.
+        // An error without a span refers to the end of the text.
         let (line, column) = self.line_column(span.map_or(self.text.len(), |span| span.start));
         let (key, message) = (String::new(), message.to_string());
         self.problems.push(Problem { line: Some(line), column: Some(column), key, message });
@@ -160,7 +160,7 @@ fn quoted(origin: &Origin) -> Origin {
     Origin { label: origin.label.escape_debug().to_string(), line: origin.line }
 }
 
-/// A TOML value as the table of keys takes it.
+/// A TOML value, converted for the table of keys.
 fn plain<'v>(value: &'v DeValue<'_>) -> Value<'v> {
     match value {
         DeValue::String(text) => Value::Text(text),

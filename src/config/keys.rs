@@ -27,7 +27,7 @@ pub(crate) enum Value<'a> {
 }
 
 impl Value<'_> {
-    /// The value as a message shows it.
+    /// The value as shown in messages.
     fn shown(self) -> String {
         match self {
             Self::Text(text) => format!("{text:?}"),
@@ -169,7 +169,7 @@ pub(crate) const KEYS: &[Key] = &[
             set: |device, text| device.serial = text.to_string(),
         },
     },
-    // QEMU asks for one queue per vCPU and refuses a back-end with fewer, and an unused queue costs little. So the
+    // QEMU requests one queue per vCPU and refuses a back-end with fewer, and an unused queue costs little. So the
     // default is the maximum: vhost-user messages have eight bits for a queue's index.
     Key {
         name: "num_queues",
@@ -253,7 +253,7 @@ pub(crate) const KEYS: &[Key] = &[
         default: Is(Text("256M")),
         kind: ValueKind::Size { min: 4 << 20, max: 8 << 40, set: |device, bytes| device.cache.size_bytes = bytes },
     },
-    // What a cache can grow to takes addresses, and no memory. 0: four times its size.
+    // Room to grow takes addresses, but no memory. 0: four times the size.
     Key {
         name: "cache.size_max",
         default: Is(Integer(0)),
@@ -380,7 +380,7 @@ pub(crate) const KEYS: &[Key] = &[
 /// The tables inside that of a device.
 pub(super) const TABLES: [&str; 2] = ["cache", "limits"];
 
-/// A key as its documentation shows it.
+/// A key as shown in its documentation.
 #[cfg(test)]
 pub(crate) struct DocumentedKey {
     pub name: &'static str,
@@ -442,7 +442,7 @@ pub(super) fn set_defaults(device: &mut DeviceConfig) {
 }
 
 impl ValueKind {
-    /// Sets the field to `value`, or says which values are valid.
+    /// Sets the field to `value`; the error lists the valid values.
     pub(super) fn set(&self, device: &mut DeviceConfig, value: Value<'_>) -> Result<(), String> {
         match self.accept(device, value) {
             Some(()) => Ok(()),
@@ -455,7 +455,7 @@ impl ValueKind {
             (Self::Text { fits, set, .. }, Text(text)) if fits(text) => set(device, text),
             (Self::Image { set }, Text(_) | Value::Path(_)) => {
                 let name = path(value, usize::MAX)?;
-                // All spellings of a URI are one image.
+                // Different spellings of a URI are one image.
                 let uri = NbdUri::is_meant_by(name).then(|| NbdUri::parse(name.to_str().unwrap_or_default()));
                 set(device, uri.map_or(Ok(name.into()), |uri| uri.map(|uri| uri.to_string().into())).ok()?);
             }

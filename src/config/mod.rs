@@ -1,8 +1,8 @@
 //! The configuration: devices, their images, their caches.
 //!
 //! A TOML file (`Config::load`) and the command line (`cli.rs`) share one table of keys (`keys.rs`), which holds each
-//! key's default, its range and the field it sets. A wrong configuration is reported as a whole, every problem with its
-//! key and line, so that one attempt shows all of them. Nothing has started by then.
+//! key's default, its range and the field it sets. All problems of a configuration are reported together, each with its
+//! key and line, before anything starts.
 
 mod device_builder;
 mod document;
@@ -31,18 +31,18 @@ pub use runtime::{AT_ONCE, RuntimeConfig, adopt, changed, check_beside, device_o
 pub use shown::{device_table, differing_keys};
 pub(crate) use size::parse_size;
 
-/// Everything that the daemon serves.
+/// The configuration of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The devices in the order of the file; at least one, unless there is a control socket.
     pub devices: Vec<DeviceConfig>,
-    /// The control socket, if there is to be one.
+    /// The control socket, if one is configured.
     pub control: Option<ControlConfig>,
-    /// The file that it was read from.
+    /// The file from which it was read.
     pub source: Option<PathBuf>,
 }
 
-/// The socket by which other programs see what the daemon does.
+/// The socket through which other programs observe and change the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlConfig {
     /// Path of the socket.
@@ -55,8 +55,8 @@ impl Config {
     /// Reads and checks the TOML file at `path`.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] if the file cannot be read or is wrong. The text has one line for each problem, in the
-    /// form `FILE:LINE: KEY: MESSAGE`.
+    /// [`ErrorKind::Config`] if the file cannot be read or is invalid. The text has one line per problem, in the form
+    /// `FILE:LINE: KEY: MESSAGE`.
     pub fn load(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(|e| {
             Error::io(ErrorKind::Config, format!("cannot read the configuration {}", path.display()), e)
@@ -69,8 +69,8 @@ impl Config {
     /// Checks a TOML document.
     ///
     /// # Errors
-    /// Every problem in the document, in the order of its lines. For a text that is not TOML only the syntax errors:
-    /// further problems of a half-parsed document would mislead.
+    /// Every problem in the document, in the order of its lines. If the text is not TOML, only the syntax errors:
+    /// further problems of a half-parsed document would be misleading.
     pub fn from_toml(text: &str) -> std::result::Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let (builders, control) = document::parse(text, &mut problems);
@@ -83,7 +83,7 @@ impl Config {
 pub struct DeviceConfig {
     /// Names the device in logs and statistics; unique.
     pub name: String,
-    /// Where front-ends connect.
+    /// The socket to which front-ends connect.
     pub socket: Socket,
     /// Mode of the socket's file, if the daemon binds it.
     pub socket_mode: u32,
@@ -91,13 +91,13 @@ pub struct DeviceConfig {
     pub socket_group: String,
     /// The raw file or block device behind the disk, or the canonical URI of an NBD export.
     pub image: PathBuf,
-    /// What an image may look like.
+    /// The format of the image.
     pub format: ImageFormat,
-    /// Whether the guest may only read.
+    /// Whether the disk is read-only.
     pub read_only: bool,
-    /// Whether a read-only device has a cache of its own. Otherwise all those on one image share one.
+    /// Whether a read-only device has its own cache. Otherwise all read-only devices on one image share one.
     pub isolate: bool,
-    /// What the guest reads as the disk's serial (GET_ID): at most 20 bytes of ASCII.
+    /// The disk's serial number (GET_ID): at most 20 bytes of ASCII.
     pub serial: String,
     /// Largest number of request queues that a front-end may use.
     pub num_queues: u16,
@@ -105,25 +105,25 @@ pub struct DeviceConfig {
     pub workers: u16,
     /// Largest ring, in descriptors, that a front-end may set up; a power of two.
     pub queue_size: u16,
-    /// How long a worker looks for more work before it sleeps, in microseconds; 0 = it never polls.
+    /// How long a worker polls for work before it sleeps, in microseconds; 0 = no polling.
     pub poll_us: u32,
-    /// Most times in a minute that its disk process is started again after it died.
+    /// Most restarts of its disk process in a minute.
     pub restart_burst: u32,
     /// How the image is read and written.
     pub engine: Engine,
-    /// Whether the image is opened with O_DIRECT where its file system allows it.
+    /// Whether the image is opened with O_DIRECT if its file system supports that.
     pub direct: bool,
-    /// What DISCARD, and WRITE ZEROES that may unmap, do with the image's space.
+    /// The effect of DISCARD, and of WRITE ZEROES that may unmap, on the image's space.
     pub discard: Discard,
     /// Whether the threads that serve the device are confined.
     pub sandbox: Sandbox,
     /// The user that the disk's process runs as; empty: the daemon's own.
     pub user: String,
-    /// The devices of a group share one disk process; empty: the device's image has one of its own.
+    /// The devices of a group share one disk process; empty: the device's image has its own.
     pub group: String,
     /// How the server of a remote image is treated.
     pub nbd: NbdConfig,
-    /// Limits of the guest's rates.
+    /// The guest's rate limits.
     pub limits: LimitsConfig,
     /// The device's page cache.
     pub cache: CacheConfig,
@@ -186,30 +186,30 @@ impl DeviceConfig {
 /// How an NBD server is treated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NbdConfig {
-    /// What a server without FLUSH means.
+    /// How a server without FLUSH is treated.
     pub flush: NbdFlush,
-    /// How long to try to connect again; 0 = forever.
+    /// How long to try to reconnect; 0 = forever.
     pub give_up_ms: u32,
-    /// How long a server may still execute requests of a connection that has broken.
+    /// How long a server may still execute requests of a broken connection.
     pub quarantine_ms: u32,
 }
 
-/// Limits of the rates at which a guest's requests begin; 0 = none.
+/// Limits of the rates at which a guest's requests start; 0 = no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LimitsConfig {
-    /// Reads in a second.
+    /// Reads per second.
     pub read_iops: u32,
-    /// Writes, discards and zeroes in a second.
+    /// Writes, discards and write-zeroes per second.
     pub write_iops: u32,
-    /// All of these in a second.
+    /// All of these per second.
     pub total_iops: u32,
-    /// Bytes read in a second.
+    /// Bytes read per second.
     pub read_bytes_per_second: u64,
-    /// Bytes written in a second.
+    /// Bytes written per second.
     pub write_bytes_per_second: u64,
-    /// Bytes read and written in a second.
+    /// Bytes read and written per second.
     pub total_bytes_per_second: u64,
-    /// For how long an idle guest saves up what it does not use.
+    /// For how long a guest saves the unused part of its limits.
     pub burst_ms: u32,
 }
 
@@ -220,7 +220,7 @@ impl LimitsConfig {
     }
 }
 
-/// Where front-ends connect.
+/// The socket to which front-ends connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Socket {
     /// A Unix domain socket that the daemon binds.
@@ -243,7 +243,7 @@ impl fmt::Display for Socket {
 pub struct CacheConfig {
     /// Memory for cached pages; a multiple of the page size.
     pub size_bytes: u64,
-    /// What it can grow to while it is used; 0: see [`CacheConfig::room_bytes`].
+    /// The size to which it can grow while it is used; 0: see [`CacheConfig::room_bytes`].
     pub size_max_bytes: u64,
     /// When a write completes.
     pub mode: CacheMode,
@@ -255,19 +255,19 @@ pub struct CacheConfig {
     pub flush_target_ms: u32,
     /// Upper bound of the dirty limit, as a share of the cache.
     pub dirty_max_percent: u8,
-    /// Age at which a dirty page is written back even if nothing else asks for it.
+    /// Age at which a dirty page is written back even if nothing else requires it.
     pub dirty_age_max_ms: u32,
     /// When space is allocated for a hole of the image.
     pub allocate: Allocate,
     /// What happens to requests while writes to the image fail.
     pub on_error: OnError,
-    /// The same, while the image has no space.
+    /// The same, while the image is out of space.
     pub on_full: OnError,
     /// Longest time that requests wait for the image (`hold`).
     pub hold_max_ms: u32,
     /// Whether the cache survives the daemon.
     pub survive: Survive,
-    /// Directory in which an orderly stop lists the pages in memory; empty: none.
+    /// Directory in which a clean stop lists the pages in memory; empty: none.
     pub warm_dir: String,
     /// Shared memory that holds a surviving cache.
     pub memory_dir: MemoryDir,
@@ -279,7 +279,7 @@ const ROOM_FACTOR: u64 = 4;
 const SIZE_BYTES_MAX: u64 = 8 << 40;
 
 impl CacheConfig {
-    /// What a cache that is opened with this configuration can grow to.
+    /// The size to which a cache that is opened with this configuration can grow.
     pub fn room_bytes(&self) -> u64 {
         match self.size_max_bytes {
             0 => self.size_bytes.saturating_mul(ROOM_FACTOR).min(SIZE_BYTES_MAX).max(self.size_bytes),
@@ -320,11 +320,11 @@ macro_rules! words {
 }
 
 words! {
-    /// What an image may look like.
+    /// The format of an image.
     ImageFormat {
         /// Raw: an image that looks like another format is refused.
         Auto = "auto",
-        /// Anything: it is raw.
+        /// Raw, whatever it looks like.
         Raw = "raw",
     }
 }
@@ -354,21 +354,21 @@ words! {
 }
 
 words! {
-    /// What an NBD server without FLUSH means.
+    /// How an NBD server without FLUSH is treated.
     NbdFlush {
-        /// It is refused for writing.
+        /// Refused for writing.
         Required = "required",
-        /// It has no volatile cache: what it has completed is durable.
+        /// It has no volatile cache: completed writes are durable.
         None = "none",
     }
 }
 
 words! {
-    /// What a guest's discards do with the image's space.
+    /// The effect of a guest's discards on the image's space.
     Discard {
-        /// They free it.
+        /// The space is freed.
         Unmap = "unmap",
-        /// It stays.
+        /// The space stays allocated.
         Ignore = "ignore",
     }
 }
@@ -376,9 +376,9 @@ words! {
 words! {
     /// Whether the threads that serve a device are confined.
     Sandbox {
-        /// They are.
+        /// Confined.
         On = "on",
-        /// They are not, for debugging.
+        /// Not confined, for debugging.
         Off = "off",
     }
 }
@@ -398,9 +398,9 @@ words! {
     OnError {
         /// They fail.
         Report = "report",
-        /// They wait for it.
+        /// They wait for the image.
         Hold = "hold",
-        /// They fail, and genblk does no I/O to the image until the operator resumes it.
+        /// They fail, and genblk does no I/O on the image until the operator resumes it.
         Stop = "stop",
     }
 }
@@ -408,7 +408,7 @@ words! {
 words! {
     /// Whether the cache survives the daemon.
     Survive {
-        /// If the memory for that is available; if not, the log says so.
+        /// If suitable memory is available; otherwise a warning is logged.
         Auto = "auto",
         /// Yes, or the device does not start.
         Always = "always",

@@ -11,7 +11,7 @@ pub struct Problem {
     pub column: Option<usize>,
     /// The key with its full path (`device[1].cache.size`) or the option (`--cache-size`); empty for syntax errors.
     pub key: String,
-    /// What is wrong, and what would be valid.
+    /// The problem, and the valid values.
     pub message: String,
 }
 

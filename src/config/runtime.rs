@@ -1,5 +1,5 @@
-//! What the operator has changed while the daemon runs: devices that were attached and detached. The daemon keeps it in
-//! a file, because guests outlive a daemon, and so must the disks that they were given.
+//! The operator's changes at run time: attached and detached devices, and keys that were set. The daemon keeps them in
+//! a file, because guests outlive a daemon, and so must the disks that they use.
 
 use super::device_builder::{DeviceBuilder, Origin, Setting, check_against, check_sizes};
 use super::keys::{TABLES, Value, key, suggestion};
@@ -13,7 +13,7 @@ pub struct RuntimeConfig {
     pub attached: Vec<DeviceConfig>,
     /// Names of the files' devices that were detached.
     pub detached: Vec<String>,
-    /// Names of those of `attached` that the files have no more, and that were in use when they were read again.
+    /// Names of those devices of `attached` that the files no longer list but that were in use at the last reload.
     pub kept: Vec<String>,
     /// Keys that were set: the device, the key, and its value as TOML.
     pub set: Vec<[String; 3]>,
@@ -42,7 +42,8 @@ pub const AT_ONCE: &[&str] = &[
 ];
 
 impl RuntimeConfig {
-    /// Notes that a device is kept which the files have no more. Does nothing for one that an operator has attached.
+    /// Records that a device is kept although the files no longer list it. No effect for a device that the operator has
+    /// attached.
     pub fn note_kept(&mut self, device: &DeviceConfig) {
         if self.attached.iter().all(|other| other.name != device.name) {
             self.attached.push(device.clone());
@@ -50,7 +51,7 @@ impl RuntimeConfig {
         }
     }
 
-    /// Notes that a device is not kept any more; returns whether it was.
+    /// Records that a device is no longer kept; returns whether it was.
     pub fn forget_kept(&mut self, name: &str) -> bool {
         let was_kept = self.is_kept(name);
         if was_kept {
@@ -64,7 +65,7 @@ impl RuntimeConfig {
         self.kept.iter().any(|other| other == name)
     }
 
-    /// The changes without the devices that are kept: what the files and the operator ask for.
+    /// The changes without the devices that are kept: only what the files and the operator request.
     pub fn without_kept(&self) -> Self {
         let mut changes = self.clone();
         changes.attached.retain(|device| !self.is_kept(&device.name));
@@ -72,7 +73,7 @@ impl RuntimeConfig {
         changes
     }
 
-    /// Notes that a device was attached.
+    /// Records that a device was attached.
     pub fn note_attached(&mut self, device: &DeviceConfig) {
         self.kept.retain(|other| *other != device.name);
         self.detached.retain(|other| *other != device.name);
@@ -80,7 +81,7 @@ impl RuntimeConfig {
         self.attached.push(device.clone());
     }
 
-    /// Notes that keys of a device were set.
+    /// Records that keys of a device were set.
     pub fn note_set(&mut self, device: &DeviceConfig, keys: &[&str]) {
         for &name in keys {
             self.set.retain(|[other, key, _]| (other, key.as_str()) != (&device.name, name));
@@ -94,7 +95,7 @@ impl RuntimeConfig {
         self.set.iter().filter(|[name, ..]| name == device).map(|[_, key, _]| key.as_str()).collect()
     }
 
-    /// Notes that a device was detached.
+    /// Records that a device was detached.
     pub fn note_detached(&mut self, name: &str) {
         self.set.retain(|[other, ..]| other != name);
         self.kept.retain(|other| other != name);
@@ -106,7 +107,7 @@ impl RuntimeConfig {
 
     /// As a document, for [`RuntimeConfig::read`]. `boot` names the boot of the host.
     pub fn write(&self, boot: &str) -> String {
-        let head = "# Written by genblk: what was changed since its start. It goes at the end of an orderly stop.\n";
+        let head = "# Written by genblk: changes since its start. A clean stop removes this file.\n";
         let detached = toml::Value::from(self.detached.clone());
         let kept = toml::Value::from(self.kept.clone());
         let set = toml::Value::from(self.set.iter().map(|set| set.to_vec()).collect::<Vec<_>>());
@@ -114,10 +115,10 @@ impl RuntimeConfig {
         format!("{head}boot = {boot:?}\ndetached = {detached}\nkept = {kept}\nset = {set}\n{tables}")
     }
 
-    /// Reads what [`RuntimeConfig::write`] has written; `None` if that was before the host was started again.
+    /// Reads a document of [`RuntimeConfig::write`]; `None` if it was written before the last boot of the host.
     ///
     /// # Errors
-    /// What is wrong with the document.
+    /// The problem with the document.
     pub fn read(text: &str, boot: &str) -> Result<Option<Self>, String> {
         let mut document: toml::Table = text.parse().map_err(|e: toml::de::Error| e.to_string())?;
         let head = |document: &mut toml::Table, key: &str| document.remove(key).ok_or_else(|| format!("no {key}"));
@@ -141,10 +142,10 @@ impl RuntimeConfig {
         Ok(Some(Self { attached: config.devices, detached, kept, set }))
     }
 
-    /// The devices of a daemon that starts again: those of the files with these changes. Adds to `problems` why a
-    /// device that was attached cannot be served beside the others.
+    /// The devices of a restarted daemon: those of the files, with these changes. Adds to `problems` why an attached
+    /// device cannot be served together with the others.
     pub fn apply(&self, files: &[DeviceConfig], problems: &mut Vec<String>) -> Vec<DeviceConfig> {
-        // One that was kept, and is in the files again, is as they say.
+        // For a kept device that is in the files again, the files count.
         let is_in_files = |device: &DeviceConfig| files.iter().any(|other| other.name == device.name);
         let mut attached = self.attached.clone();
         attached.retain(|device| !self.is_kept(&device.name) || !is_in_files(device));
@@ -176,7 +177,7 @@ impl RuntimeConfig {
     }
 }
 
-/// Checks whether a device can be served beside others.
+/// Checks whether a device can be served together with others.
 ///
 /// # Errors
 /// Every problem.
@@ -200,7 +201,7 @@ fn set_value(device: &mut DeviceConfig, name: &str, value: &str) -> Result<(), S
     key.kind.set(device, value)
 }
 
-/// A device with the values that another one has of these keys.
+/// A device with these keys set to the values of another one.
 pub fn adopt(device: &DeviceConfig, other: &DeviceConfig, keys: &[&str]) -> DeviceConfig {
     let mut device = device.clone();
     for name in keys {
@@ -269,7 +270,7 @@ fn flatten<'a>(
     }
 }
 
-/// A JSON value as the table of keys takes it.
+/// A JSON value, converted for the table of keys.
 fn plain(value: &serde_json::Value) -> Value<'_> {
     match value {
         serde_json::Value::String(text) => Value::Text(text),

@@ -1,10 +1,10 @@
-//! Devices as TOML: each key with its value in force. What is written here is read again with the same meaning.
+//! Devices as TOML: each key with its current value. Reading the text again gives the same device.
 
 use super::keys::{KEYS, SYSTEMD};
 use super::size::format_size;
 use super::{DeviceConfig, MemoryDir, Socket};
 
-/// The value of the key called `name`, as TOML; `None` for a value that a file cannot have: an inherited descriptor.
+/// The value of the key called `name`, as TOML; `None` for a value that a file cannot contain: an inherited descriptor.
 pub(crate) fn value_of(name: &str, device: &DeviceConfig) -> Option<String> {
     let (cache, limits) = (&device.cache, &device.limits);
     let text = |text: &str| toml::Value::from(text).to_string();

@@ -1,9 +1,9 @@
-//! Sizes as people write them: `64M`, `4G`, `1GiB`, `1g`, or plain bytes. The suffixes are powers of 1024, as in QEMU
-//! and qemu-img. `64MB` is refused, because it means 2^20 bytes to some programs and 10^6 to others.
+//! Sizes in configuration files and options: `64M`, `4G`, `1GiB`, `1g`, or plain bytes. The suffixes are powers of
+//! 1024, as in QEMU and qemu-img. `64MB` is refused, because MB is 2^20 bytes in some programs and 10^6 in others.
 
 const SUFFIXES: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
 
-/// The number of bytes that `text` names; `None` if it names none, or more than a u64 holds.
+/// The number of bytes in `text`; `None` if `text` is not a size, or too large for a u64.
 pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let (digits, unit) = split(text);
     let shift = match unit.to_ascii_lowercase().as_str() {
@@ -14,14 +14,14 @@ pub(crate) fn parse_size(text: &str) -> Option<u64> {
         "t" | "ti" | "tib" => 40,
         _ => return None,
     };
-    // `u64::from_str` takes a leading plus.
+    // `u64::from_str` accepts a leading plus.
     if !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// What was probably meant by a `text` that is no size: `64M` for `64MB`, `1536M` for `1.5G`.
+/// The size probably meant by a `text` that is not a valid size: `64M` for `64MB`, `1536M` for `1.5G`.
 pub(super) fn size_suggestion(text: &str) -> Option<String> {
     let (number, unit) = split(text);
     let first = unit.chars().next()?.to_ascii_uppercase();
@@ -46,7 +46,7 @@ fn split(text: &str) -> (&str, &str) {
     (number, unit.strip_prefix(' ').unwrap_or(unit))
 }
 
-/// `bytes` with the largest suffix that leaves no remainder.
+/// `bytes` as a size with the largest suffix that leaves no remainder.
 pub(super) fn format_size(bytes: u64) -> String {
     SUFFIXES
         .iter()

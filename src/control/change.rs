@@ -1,5 +1,5 @@
-//! What clients may change: the methods that act on a device, and the way from a call to its replies. A change runs on
-//! a thread of the host's, so that a connection notices at once that its client has hung up.
+//! Changes by clients: the methods that act on a device, and the path from a call to its replies. A change runs on a
+//! separate thread of the host, so that the connection notices immediately if its client disconnects.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -12,19 +12,19 @@ use super::wire::{
     ResizeParameters, SetParameters, ThawParameters,
 };
 
-/// Bounds of the time of a freeze, and what it is unless given, in milliseconds.
+/// Bounds of the duration of a freeze, and its default, in milliseconds.
 const FREEZE_MS: std::ops::RangeInclusive<u32> = 1..=60_000;
 const FREEZE_MS_DEFAULT: u32 = 10_000;
 
-/// A change whose parameters are right.
+/// A change with valid parameters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Make everything durable that has completed.
+    /// Make all completed writes durable.
     Flush {
         /// The device.
         device: String,
     },
-    /// Evict clean pages; those that are dirty too, after they were written, if `flushed`.
+    /// Evict clean pages; if `flushed`, write dirty ones and evict them too.
     Drop {
         /// The device.
         device: String,
@@ -38,25 +38,25 @@ pub enum Change {
         /// The size that the image is to have.
         bytes: Option<u64>,
     },
-    /// Retry what failed.
+    /// Retry failed operations.
     Resume {
         /// The device.
         device: String,
     },
-    /// Make everything durable that has completed, and leave the image alone.
+    /// Make all completed writes durable, and do not change the image until the thaw.
     Freeze {
         /// The device.
         device: String,
-        /// It ends by itself after this time.
+        /// The freeze ends by itself after this time.
         timeout_ms: u32,
-        /// Whether reads wait, too.
+        /// Whether reads wait too.
         reads: bool,
     },
     /// End a freeze.
     Thaw {
         /// The device.
         device: String,
-        /// The number of the freeze; without it, of whichever there is.
+        /// The number of the freeze; `None`: any freeze.
         lease: Option<u64>,
     },
     /// Serve one more device.
@@ -71,33 +71,33 @@ pub enum Change {
         /// The keys with their values, an object.
         config: Value,
     },
-    /// Read the configuration file again.
+    /// Reload the configuration file.
     Reload {
-        /// Whether to say only what it would change.
+        /// Whether to report the changes without making them.
         dry_run: bool,
     },
-    /// Write everything and serve the device no more.
+    /// Write everything and stop serving the device.
     Detach {
         /// The device.
         device: String,
-        /// Whether to do it while a front-end is connected, and if the image does not take what is dirty.
+        /// Whether to detach it even while a front-end is connected, or if dirty pages cannot be written.
         force: bool,
-        /// Whether to lose dirty pages that the image does not take, of a cache that ends with its process.
+        /// Whether to discard dirty pages of a volatile cache that cannot be written.
         discard: bool,
     },
 }
 
-/// Why a call does not name a change that can be made.
+/// Why a call is not a valid change.
 #[derive(Debug)]
 pub(super) enum InvalidCall {
     /// There is no such method.
     Unknown,
-    /// This parameter is wrong.
+    /// This parameter is invalid.
     Invalid(String),
 }
 
 impl Change {
-    /// The change that a method of the interface asks for; `read` reads its parameters, or names the one that is wrong.
+    /// The change that a method of the interface requests; the error names an invalid parameter.
     pub(super) fn of<'a>(method: &str, given: &'a Value) -> Result<Self, InvalidCall> {
         fn read<T: serde::de::DeserializeOwned>(given: &Value) -> Result<T, InvalidCall> {
             super::wire::read_parameters(given).map_err(InvalidCall::Invalid)
@@ -156,7 +156,7 @@ impl Refusal {
         Self { error, parameters }
     }
 
-    /// What was asked cannot be done, for a reason that no other error tells.
+    /// The request cannot be carried out, for a reason that has no error of its own.
     pub fn refused(what: impl Into<String>, why: impl Into<String>) -> Self {
         Self::new("Refused", json!({ "what": what.into(), "why": why.into() }))
     }
@@ -165,13 +165,13 @@ impl Refusal {
 /// A reply to a change.
 #[derive(Debug)]
 pub(super) enum ChangeReply {
-    /// Others follow; only for a client that takes more than one.
+    /// Another reply follows; only for a client that accepts more than one.
     More(Value),
-    /// The last one.
+    /// The last reply.
     Last(Result<Value, Refusal>),
 }
 
-/// The connection's end of a change that was begun. Dropping it tells the change that its client has hung up.
+/// The connection's end of a change that has begun. Dropping it signals to the change that its client has disconnected.
 #[derive(Debug)]
 pub struct BegunChange {
     pub(super) steps: Receiver<ChangeReply>,
@@ -187,21 +187,21 @@ pub struct ChangeClient {
 }
 
 impl ChangeClient {
-    /// Both ends of a change. `accepts_progress`: the client takes more than one reply.
+    /// Both ends of a change. `accepts_progress`: the client accepts more than one reply.
     pub fn of_change(accepts_progress: bool) -> (BegunChange, Self) {
         let ((steps, receiver), (client, hung_up)) = (channel(), channel());
         (BegunChange { steps: receiver, _client: client }, Self { steps, hung_up, accepts_progress })
     }
 
-    /// Whether the client takes more than one reply.
+    /// Whether the client accepts more than one reply.
     pub fn accepts_progress(&self) -> bool {
         self.accepts_progress
     }
 
-    /// Sends a reply before the last one, to a client that takes it.
+    /// Sends a reply before the last one, if the client accepts it.
     pub fn send_progress(&self, results: &impl Serialize) {
         if self.accepts_progress {
-            // A client that has hung up needs none.
+            // It fails if the client has disconnected.
             let _ = self.steps.send(ChangeReply::More(super::wire::value(results)));
         }
     }
@@ -212,7 +212,7 @@ impl ChangeClient {
         let _ = self.steps.send(ChangeReply::Last(result));
     }
 
-    /// Waits for this time; returns early with `true` if the client has hung up.
+    /// Waits for this time; returns early with `true` if the client has disconnected.
     pub fn has_hung_up_within(&self, time: Duration) -> bool {
         self.hung_up.recv_timeout(time) == Err(RecvTimeoutError::Disconnected)
     }

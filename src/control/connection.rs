@@ -1,4 +1,4 @@
-//! Messages on a varlink connection: each is a JSON object and a NUL.
+//! Messages on a varlink connection: each is a JSON object followed by a NUL.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -7,18 +7,18 @@ use std::time::Instant;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Longest message in bytes, unless the receiver takes longer ones.
+/// Longest message in bytes, unless the receiver accepts longer ones.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
 /// One end of a connection.
 #[derive(Debug)]
 pub struct VarlinkConnection {
     stream: UnixStream,
-    /// Bytes that were received and belong to messages that were not returned yet.
+    /// Received bytes of messages that were not returned yet.
     received: Vec<u8>,
-    /// Longest message in bytes that is received.
+    /// Longest message that is accepted, in bytes.
     bytes_max: usize,
-    /// After this, neither end is waited for.
+    /// Deadline of every send and receive.
     until: Option<Instant>,
 }
 
@@ -28,19 +28,19 @@ impl VarlinkConnection {
         Self { stream, received: Vec::new(), bytes_max: MESSAGE_BYTES_MAX, until: None }
     }
 
-    /// The connection of a receiver that takes messages of this length.
+    /// Accepts messages up to this length.
     #[must_use]
     pub fn with_longest_message(self, bytes: usize) -> Self {
         Self { bytes_max: bytes, ..self }
     }
 
-    /// The connection of which every call ends at `until`, whatever the other end does.
+    /// Makes every call end at `until`, whatever the other end does.
     #[must_use]
     pub fn with_deadline(self, until: Instant) -> Self {
         Self { until: Some(until), ..self }
     }
 
-    /// From now on, every call ends at `until`, whatever the other end does; without it, both ends are waited for.
+    /// From now on, every call ends at `until`, whatever the other end does; `None`: there is no deadline.
     ///
     /// # Errors
     /// Errors of setsockopt(2).
@@ -50,7 +50,7 @@ impl VarlinkConnection {
         self.stream.set_write_timeout(None)
     }
 
-    /// How long the next system call may wait, if there is a deadline.
+    /// Bounds how long the next system call may wait, if there is a deadline.
     fn bound_next_call(&self) -> io::Result<()> {
         let Some(until) = self.until else { return Ok(()) };
         let left = until.saturating_duration_since(Instant::now());
@@ -66,10 +66,10 @@ impl VarlinkConnection {
         &self.stream
     }
 
-    /// Receives a message; `None` if the other end has closed the connection between two of them.
+    /// Receives a message; `None` if the other end has closed the connection between two messages.
     ///
     /// # Errors
-    /// Errors of read(2); [`io::ErrorKind::InvalidData`] if it is no JSON of this type, or too long;
+    /// Errors of read(2); [`io::ErrorKind::InvalidData`] if the message is not JSON of this type, or too long;
     /// [`io::ErrorKind::UnexpectedEof`] if the connection ends within a message.
     pub fn receive<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
         let mut searched = 0;

@@ -1,7 +1,7 @@
-//! What has happened to the daemon and its devices: the last events, for clients that watch.
+//! The latest events of the daemon and its devices, for clients that watch them.
 //!
-//! There is one list, and each watcher keeps its place in it. So a watcher that does not read costs nothing and delays
-//! nothing: events that leave the list before it reads on are lost to it, and it is told how many.
+//! There is one list, and each watcher keeps its position in it. So a watcher that stops reading costs nothing and
+//! delays nothing: it loses events that leave the list before it continues, and gets their number.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -24,13 +24,13 @@ pub struct EventLog {
 #[derive(Debug, Default)]
 struct EventList {
     kept: VecDeque<ControlEvent>,
-    /// How many there were. The number of the last one, as the first one has 1.
+    /// The number of events so far, which is also the number of the last one: numbers start at 1.
     count: u64,
     by_kind: BTreeMap<&'static str, u64>,
 }
 
 impl EventList {
-    /// The number of the oldest event that is kept, or of the next one.
+    /// The number of the oldest kept event; of the next one, if none is kept.
     fn first(&self) -> u64 {
         self.count + 1 - self.kept.len() as u64
     }
@@ -62,13 +62,13 @@ impl EventLog {
         self.added.notify_all();
     }
 
-    /// How many events of each kind there were.
+    /// The number of events of each kind so far.
     pub fn counts(&self) -> Vec<EventCount> {
         self.lock().by_kind.iter().map(|(kind, count)| EventCount { kind: (*kind).to_owned(), count: *count }).collect()
     }
 
-    /// The events from number `since` on (0: all that are kept), of one device or all; and the number from which to go
-    /// on. A number that is yet to come is of an earlier daemon: its events are lost.
+    /// The events from number `since` on (0: all that are kept), of one device or all; and the number at which to
+    /// continue. A number larger than the next one belongs to an earlier daemon, whose events are lost.
     pub fn since(&self, since: u64, device: Option<&str>) -> (Watched, u64) {
         let list = self.lock();
         let next = list.count + 1;
@@ -82,7 +82,7 @@ impl EventLog {
         (Watched { events, lost: lost_events > 0 || !is_known, lost_events }, next)
     }
 
-    /// Waits until there is an event with this number, for this long at most. Returns whether there is.
+    /// Waits until there is an event with this number, at most for this long. Returns whether there is one.
     pub fn wait_for(&self, sequence: u64, time: Duration) -> bool {
         let waited = self.added.wait_timeout_while(self.lock(), time, |list| list.count < sequence);
         waited.is_ok_and(|(list, _)| list.count >= sequence)

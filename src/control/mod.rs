@@ -1,13 +1,12 @@
-//! The control socket of a daemon: varlink (<https://varlink.org>) over a Unix domain socket, by which other programs
-//! see what its devices do.
+//! The control socket of a daemon: varlink (<https://varlink.org>) over a Unix domain socket, through which other
+//! programs observe and change its devices.
 //!
-//! The interface is `io.genblk.Control.varlink`, beside this file. `wire.rs` has its types, [`connection`] sends and
-//! receives messages, [`events`] keeps what has happened, and [`server`] calls the methods, within the bounds of
-//! `permits.rs`. What they show comes from a [`server::Host`], the supervisor, which also carries out each
-//! [`change::Change`].
+//! The interface is `io.genblk.Control.varlink`, in this directory. `wire.rs` has its types, [`connection`] sends and
+//! receives messages, [`events`] keeps the latest events, and [`server`] calls the methods, within the bounds of
+//! `permits.rs`. A [`server::Host`], the supervisor, provides the data and executes each [`change::Change`].
 //!
-//! The framing is hand-written: 40 lines over `serde_json`, where a varlink crate brings an asynchronous runtime, or
-//! closes the connection at an unknown method, where varlink has an error for that.
+//! The framing is hand-written: 40 lines on top of `serde_json`. The varlink crates bring an asynchronous runtime, or
+//! close the connection at an unknown method, for which varlink has an error.
 
 pub mod change;
 pub mod connection;

@@ -1,31 +1,31 @@
-//! How many connections and streams there are at a time. Clients that may change nothing, all together and each user by
-//! itself, keep neither the operator nor each other out.
+//! Bounds on concurrent connections and streams. Clients without the right to change anything cannot lock out the
+//! operator, and one such user cannot lock out another.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Most connections at a time.
 pub const CONNECTIONS_MAX: usize = 16;
-/// So many of them are for clients that may change something: others cannot keep the operator out.
+/// Connections reserved for clients that may make changes, so that others cannot lock out the operator.
 const CONNECTIONS_RESERVED: usize = 4;
-/// Most connections of one user who may change nothing.
+/// Most connections of one user without the right to change anything.
 const CONNECTIONS_OF_USER_MAX: usize = 8;
-/// Most streams of users who may change nothing: replies that come until the client hangs up. Their other places are
+/// Most streams (replies until the client disconnects) of all users without that right. Their other connections remain
 /// for calls that end.
 const STREAMS_MAX: usize = 8;
-/// Most streams of one of them.
+/// Most streams of one such user.
 const STREAMS_OF_USER_MAX: usize = 4;
 
-/// Who is connected.
+/// The user of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Caller {
     pub uid: u32,
-    /// Root and the daemon's own user may change what the daemon does.
+    /// Whether the user may make changes: root and the daemon's own user may.
     pub may_change: bool,
 }
 
 impl Caller {
-    /// Most connections, of all clients and of its user.
+    /// Most connections in total, and of this user.
     pub fn places(self) -> (usize, usize) {
         match self.may_change {
             true => (CONNECTIONS_MAX, CONNECTIONS_MAX),
@@ -41,7 +41,7 @@ impl Caller {
     }
 }
 
-/// The permits that are taken: by users, and how many in all count for the bound of a caller.
+/// The permits that are taken, by user.
 #[derive(Debug, Default)]
 pub(super) struct Permits {
     connections: Mutex<HashMap<Caller, usize>>,
@@ -54,7 +54,7 @@ impl std::hash::Hash for Caller {
     }
 }
 
-/// What a permit is for.
+/// The kinds of permits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PermitKind {
     Connection,
@@ -81,18 +81,18 @@ impl Permits {
         Some(Permit { permits: Arc::clone(self), caller, kind })
     }
 
-    /// A place for a connection.
+    /// A permit for a connection.
     pub fn connection(self: &Arc<Self>, caller: Caller) -> Option<Permit> {
         self.take(caller, PermitKind::Connection)
     }
 
-    /// A place for a stream.
+    /// A permit for a stream.
     pub fn stream(self: &Arc<Self>, caller: Caller) -> Option<Permit> {
         self.take(caller, PermitKind::Stream)
     }
 }
 
-/// A connection or stream that may be open. Dropping it makes room for another one.
+/// The permit of an open connection or stream. Dropping it frees its place.
 #[derive(Debug)]
 pub(super) struct Permit {
     permits: Arc<Permits>,
@@ -148,6 +148,6 @@ mod tests {
         assert_eq!(held.len() + others.len(), STREAMS_MAX);
         drop(held);
         assert!(permits.stream(user(1)).is_some());
-        assert!(permits.streams.lock().unwrap().iter().all(|(_, count)| *count > 0), "no user is remembered for ever");
+        assert!(permits.streams.lock().unwrap().iter().all(|(_, count)| *count > 0), "no record of a user stays");
     }
 }

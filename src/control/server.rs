@@ -1,5 +1,5 @@
-//! The control socket: accepts connections, and calls methods for them. Each connection has a thread; their number,
-//! the length of a message and the time that a client may take to read a reply are bounded.
+//! The server of the control socket: accepts connections and executes their calls. Each connection has a thread. The
+//! number of connections, the length of a message, and the time in which a client must read a reply are bounded.
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -23,29 +23,29 @@ use super::wire::{
 use crate::sys::process::effective_uid;
 use crate::sys::socket::peer;
 
-/// After this time without a call, the connection of a client that may change nothing ends.
+/// After this time without a call, the connection of a client without the right to make changes is closed.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 /// How long a client may take to read a reply.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bounds of the interval of `Statistics`, and what it is unless given.
+/// Bounds of the interval of `Statistics`, and its default.
 const INTERVAL_MS: std::ops::RangeInclusive<u64> = 100..=3_600_000;
 const INTERVAL_MS_DEFAULT: u64 = 1000;
-/// How often to look whether the client of a change has hung up.
+/// How often to check whether the client of a change has disconnected.
 const HANG_UP_WATCH: Duration = Duration::from_millis(100);
 
-/// What the control socket shows and changes. No method waits.
+/// The daemon, as the control socket shows and changes it. No method waits.
 pub trait Host: Send + Sync + 'static {
-    /// What serves.
+    /// The daemon's description.
     fn describe(&self) -> Description;
     /// All devices, in the order of the configuration.
     fn devices(&self) -> Vec<DeviceStatus>;
-    /// The configuration in force of the devices for which `wanted` holds, as a document.
+    /// The current configuration of the devices for which `wanted` holds, as a document.
     fn configuration(&self, wanted: &dyn Fn(&str) -> bool) -> String;
-    /// Begins a change on a thread of its own. `accepts_progress`: the client takes more than one reply.
+    /// Begins a change on a separate thread. `accepts_progress`: the client accepts more than one reply.
     fn begin(&self, change: Change, accepts_progress: bool) -> BegunChange;
     /// The statistics of the devices for which `wanted` holds.
     fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics>;
-    /// What has happened.
+    /// The log of events.
     fn events(&self) -> &EventLog;
 }
 
@@ -90,15 +90,15 @@ pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
     }
 }
 
-/// Tells a client that there are too many. It gets the reply before it has called anything.
+/// Refuses a client because there are too many. It gets the reply before its first call.
 fn refuse(stream: UnixStream, caller: Caller) {
     let (places, _) = caller.places();
     let _ = stream.set_nonblocking(true);
     let _ = VarlinkConnection::new(stream).send(&error("Busy", json!({ "connections": places })));
 }
 
-/// Serves a connection until the client closes it. One of a client that may change nothing ends after the time
-/// `idle_max` without a whole call.
+/// Serves a connection until the client closes it. A client without the right to make changes is disconnected after
+/// `idle_max` without a complete call.
 fn serve_connection(
     stream: UnixStream,
     host: &dyn Host,
@@ -129,7 +129,7 @@ fn serve_connection(
                 connection.send(&MethodReply { parameters: value(&watched), ..MethodReply::default() })?;
             }
             (Ok(stream), true) => {
-                // The permit is for as long as replies come.
+                // Hold the permit as long as replies are sent.
                 let Some(_permit) = permits.stream(caller) else {
                     connection.send(&error("Busy", json!({ "what": "as many streams as a user may have" })))?;
                     continue;
@@ -145,22 +145,22 @@ fn serve_connection(
     }
 }
 
-/// A method whose parameters are right.
+/// A method with valid parameters.
 enum Method {
-    /// With its results.
+    /// A method with one reply: its results.
     Once(Value),
     Statistics(StatisticsParameters),
     Watch(WatchParameters),
     Change(Change),
 }
 
-/// The client of a connection. Root and the daemon's own user may change what the daemon does.
+/// The client of a connection. Root and the daemon's own user may make changes.
 fn caller(stream: &UnixStream) -> Caller {
     let uid = peer(stream).map_or(u32::MAX, |peer| peer.uid);
     Caller { uid, may_change: uid == 0 || uid == effective_uid() }
 }
 
-/// Sends the replies to a change, until the last one or until the client hangs up.
+/// Sends the replies to a change, until the last one or until the client disconnects.
 fn change_of(connection: &mut VarlinkConnection, begun: &BegunChange, is_oneway: bool) -> io::Result<()> {
     loop {
         let reply = match begun.steps.recv_timeout(HANG_UP_WATCH) {
@@ -224,7 +224,7 @@ fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method
             }
             Ok(Method::Statistics(wanted))
         }
-        // Of a device that is gone, too.
+        // Also for a device that was detached.
         "io.genblk.Control.Watch" => parameters(call).map(Method::Watch),
         other => {
             let interface = other.rsplit_once('.').map_or("", |(interface, _)| interface);
@@ -240,9 +240,9 @@ fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method
     }
 }
 
-/// The change that a call of the interface asks for.
+/// The change that a call of the interface requests.
 fn change_in(call: &MethodCall, may_change: bool) -> Result<Change, MethodReply> {
-    // A client that may change nothing learns whether there is such a method, and its parameters are not looked at.
+    // For a client without the right to make changes, check only whether the method exists, not its parameters.
     let given = call.parameters.clone().filter(|given| may_change && !given.is_null()).unwrap_or_else(|| json!({}));
     let name = call.method.rsplit_once('.').map_or("", |(_, name)| name);
     match Change::of(name, &given) {
@@ -305,7 +305,7 @@ fn stream_statistics(
     loop {
         let parameters = statistics(host, parameters);
         connection.send(&MethodReply { parameters, continues: Some(true), error: None })?;
-        // A client that has hung up is noticed at once, and one that sends a call ends the stream.
+        // This read notices a disconnected client immediately; a client that sends a call ends the stream.
         connection.stream().set_read_timeout(Some(interval))?;
         match connection.receive::<MethodCall>() {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
@@ -315,7 +315,7 @@ fn stream_statistics(
     }
 }
 
-/// Sends events as they come, from the wanted one on, until the client closes the connection.
+/// Sends events as they occur, from the requested one on, until the client closes the connection.
 fn stream_events(connection: &mut VarlinkConnection, host: &dyn Host, parameters: &WatchParameters) -> io::Result<()> {
     let log = host.events();
     let mut since = parameters.since.unwrap_or_else(|| log.since(u64::MAX, None).1);

@@ -21,10 +21,10 @@ pub struct MethodCall {
     /// The parameters, an object.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parameters: Option<Value>,
-    /// Whether the caller takes more than one reply.
+    /// Whether the caller accepts more than one reply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub more: Option<bool>,
-    /// Whether the caller takes no reply.
+    /// Whether the caller expects no reply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oneway: Option<bool>,
 }
@@ -43,7 +43,7 @@ pub struct MethodReply {
     pub error: Option<String>,
 }
 
-/// How far a device is.
+/// The state of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs, reason = "the words of the interface say it")]
@@ -60,7 +60,7 @@ impl DeviceState {
     /// All of them.
     pub const ALL: [Self; 6] = [Self::Opening, Self::Failed, Self::Serving, Self::Frozen, Self::Ending, Self::Ended];
 
-    /// Its word in the interface.
+    /// Its name in the interface.
     pub fn word(self) -> &'static str {
         match self {
             Self::Opening => "opening",
@@ -99,7 +99,7 @@ pub struct DeviceStatus {
     pub pending: Vec<String>,
 }
 
-/// The limits of a device's rates.
+/// The rate limits of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct LimitsStatus {
@@ -146,7 +146,7 @@ impl From<&Latencies> for Latency {
 }
 
 impl From<&Latency> for Latencies {
-    /// Bounds that are not those of a bucket count in the bucket below which their times are.
+    /// Converts the interface's histogram. A bound that is not one of ours counts in the bucket that contains it.
     fn from(latency: &Latency) -> Self {
         let mut counts = [0u64; BUCKETS];
         for (bound, count) in latency.bounds_ns.iter().zip(&latency.counts) {
@@ -186,7 +186,7 @@ impl From<&SizeCounts> for Sizes {
     }
 }
 
-/// Requests of a kind.
+/// Requests of one kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct RequestStatistics {
@@ -224,13 +224,13 @@ pub struct CacheStatistics {
 }
 
 impl CacheStatistics {
-    /// Pages that reads asked for.
+    /// Pages that reads requested.
     pub fn lookup_pages(&self) -> u64 {
         self.hit_pages.saturating_add(self.miss_pages).saturating_add(self.hole_pages)
     }
 }
 
-/// Operations on the image of a kind.
+/// Operations of one kind on the image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct StoreStatistics {
@@ -311,7 +311,7 @@ pub struct ReloadParameters {
     pub dry_run: Option<bool>,
 }
 
-/// What a reload has done with a device.
+/// The effect of a reload on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs, reason = "the words of the interface say it")]
@@ -323,7 +323,7 @@ pub enum ChangeKind {
     Kept,
 }
 
-/// A change that a reload has made, or not.
+/// A change that a reload has made, or would make.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct DeviceChange {
@@ -410,7 +410,7 @@ pub struct Thawed {
     pub frozen_us: u64,
 }
 
-/// How far a long method is: the results of its replies but the last.
+/// The progress of a long method: the results of all its replies but the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct FlushProgress {
@@ -436,7 +436,7 @@ pub struct Description {
     pub events: Vec<EventCount>,
 }
 
-/// How many events of a kind there were.
+/// The number of events of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct EventCount {
@@ -444,7 +444,7 @@ pub struct EventCount {
     pub count: u64,
 }
 
-/// Something that has happened.
+/// An event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct ControlEvent {
@@ -508,17 +508,17 @@ pub struct Statistics {
     pub devices: Vec<DeviceStatistics>,
 }
 
-/// Most parameters of a call: a client may not make the daemon look at a message of thousands of names one by one.
+/// Most parameters of a call: a client must not make the daemon check thousands of names one by one.
 const PARAMETERS_MAX: usize = 32;
 
-/// Reads parameters; an error names the one that is wrong, as far as that is known.
+/// Reads parameters; an error names the invalid one, if it can be identified.
 pub(super) fn read_parameters<T: DeserializeOwned>(given: &Value) -> Result<T, String> {
     let Some(parameters) = given.as_object() else { return T::deserialize(given).map_err(|e| e.to_string()) };
     if parameters.len() > PARAMETERS_MAX {
         return Err(format!("{} parameters, of at most {PARAMETERS_MAX}", parameters.len()));
     }
     T::deserialize(given).map_err(|e| {
-        // The one without which the others are right.
+        // The invalid parameter is the one without which the others can be read.
         let mut others = parameters.clone();
         let is_wrong = |name: &&String| {
             let parameter = others.remove(*name);
@@ -556,7 +556,7 @@ mod tests {
         assert_eq!((nothing.max_ns, nothing.bounds_ns.len(), nothing.counts.len()), (None, 0, 0));
     }
 
-    /// The names of the fields that the interface's description gives a type.
+    /// The names of the fields of a type in the interface's description.
     fn described_fields(name: &str) -> Vec<String> {
         let start = INTERFACE.find(&format!("type {name} (")).expect("the type is described");
         let text: String = INTERFACE[start..].lines().filter(|line| !line.trim_start().starts_with('#')).collect();

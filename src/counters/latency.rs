@@ -1,5 +1,5 @@
 //! Latency histograms with log-linear buckets: each power of two from 8 ns to 2^36 ns (68 s) is divided into 8 buckets
-//! of equal width, and each time below 8 ns has a bucket of its own. So a time is known to one part in eight. (The
+//! of equal width, and each time below 8 ns has its own bucket. So a time is known to one part in eight. (The
 //! scheme of HdrHistogram, <http://hdrhistogram.org>, with 3 bits of precision.)
 
 /// Buckets of each power of two.
@@ -20,13 +20,13 @@ pub fn bucket_of(ns: u64) -> usize {
         return BUCKETS - 1;
     }
     let shift = octave - PRECISION_BITS;
-    // The bits below the highest one choose the bucket within the octave.
+    // The bits below the highest one select the bucket within the octave.
     let within = (ns >> shift) & (PER_OCTAVE - 1);
     usize::try_from(u64::from(shift + 1) * PER_OCTAVE + within).expect("below BUCKETS")
 }
 
-/// The time below which the times of a bucket are, in nanoseconds; they are not below the bound of the bucket before.
-/// The last bucket has greater ones as well.
+/// The upper bound of a bucket's times in nanoseconds (exclusive); the lower bound is that of the previous bucket. The
+/// last bucket also counts longer times.
 pub fn bound_of(bucket: usize) -> u64 {
     let bucket = bucket as u64;
     if bucket < PER_OCTAVE {
@@ -39,11 +39,11 @@ pub fn bound_of(bucket: usize) -> u64 {
 /// A histogram as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Latencies {
-    /// How many times were counted in each bucket.
+    /// The number of times counted in each bucket.
     pub counts: [u64; BUCKETS],
     /// Their sum in nanoseconds.
     pub sum_ns: u64,
-    /// The greatest of them; 0 if there is none.
+    /// The longest of them; 0 if there is none.
     pub max_ns: u64,
 }
 
@@ -54,20 +54,20 @@ impl Default for Latencies {
 }
 
 impl Latencies {
-    /// How many times were counted.
+    /// The number of times counted.
     pub fn count(&self) -> u64 {
-        // A disk process may have written any numbers: nothing that reads them may overflow.
+        // A disk process may have written any numbers: reading them must not overflow.
         self.counts.iter().fold(0, |sum: u64, count| sum.saturating_add(*count))
     }
 
-    /// Adds those of `other`.
+    /// Adds the times of `other`.
     pub fn add(&mut self, other: &Self) {
         self.counts.iter_mut().zip(&other.counts).for_each(|(count, more)| *count = count.saturating_add(*more));
         self.sum_ns = self.sum_ns.saturating_add(other.sum_ns);
         self.max_ns = self.max_ns.max(other.max_ns);
     }
 
-    /// The times that were counted after `earlier` was read. Their greatest is known to a bucket only.
+    /// The times that were counted after `earlier` was read. The longest of them is known only to the bucket.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
         let mut counts = self.counts;
@@ -79,8 +79,8 @@ impl Latencies {
         Self { counts, sum_ns: self.sum_ns.saturating_sub(earlier.sum_ns), max_ns }
     }
 
-    /// The time that this share of the times, in thousandths, does not exceed, in nanoseconds: the bound of its bucket,
-    /// or the greatest time if that is less. `None` if nothing was counted.
+    /// The time in nanoseconds that this share of the times (in thousandths) does not exceed: the bound of its bucket,
+    /// or the longest time if that is shorter. `None` if nothing was counted.
     pub fn quantile(&self, thousandths: u64) -> Option<u64> {
         let count = self.count();
         let rank = count.saturating_mul(thousandths).div_ceil(1000).max(1);

@@ -1,13 +1,14 @@
-//! Where a counter is in a worker's block, in words.
+//! The position of each counter in a worker's block, in words.
 
 use super::latency::BUCKETS;
 use super::sizes::SIZE_BUCKETS;
 use super::{Class, Operation};
 use crate::units::OpClass;
 
-/// A histogram: its buckets, then the sum and the greatest of the values in nanoseconds.
+/// A histogram: its buckets, then the sum and the maximum of the values in nanoseconds.
 pub const HISTOGRAM_WORDS: usize = BUCKETS + 2;
-/// Of an operation: how many have begun, how many failed, how many bytes the completed ones moved.
+/// The totals of an operation: the number that have begun, the number that failed, and the bytes that the successful
+/// ones moved.
 pub const TOTALS_WORDS: usize = 3;
 
 pub const REQUESTS: usize = 0;

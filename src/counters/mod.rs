@@ -1,12 +1,12 @@
-//! What a device has done, counted while it does it: requests with their latencies, operations on the image, and how
-//! the workers spend their time.
+//! Counters of a device's activity: requests with their latencies, operations on the image, and how the workers spend
+//! their time.
 //!
-//! The counters are words of shared memory, so that another process can read them at any moment without asking. Each
-//! worker thread has a block of its own and is its only writer: counting is a load and a store, never a locked
-//! instruction. A reader sees each word whole, and the words of a block at slightly different moments.
+//! The counters are words of shared memory, so another process can read them at any time. Each worker thread has its
+//! own block and is its only writer: counting is a load and a store, never a locked instruction. A reader gets each
+//! word whole, but the words of a block at slightly different times.
 //!
-//! Read [`latency`] first (the buckets of a histogram; [`sizes`] has those of sizes), then [`worker`] (what a worker
-//! counts), then [`snapshot`] (what a reader makes of it).
+//! Read [`latency`] first (the buckets of a histogram; [`sizes`] has those of sizes), then [`worker`] (the counters of
+//! a worker), then [`snapshot`] (reading them).
 
 pub mod latency;
 mod layout;
@@ -37,18 +37,19 @@ impl Operation {
 /// Whether a request was completed from memory alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// It was completed by the turn that took it from its ring, and waited for nothing.
+    /// It was completed in the turn that took it from its ring, without waiting.
     Memory,
-    /// It waited: for the image, for space in the cache, or for the limit of dirty pages.
+    /// It waited: for the image, for space in the cache, or because of the limit on dirty pages.
     Waited,
 }
 
-/// Requests with a histogram of their own: reads and writes by how they were served, and the other operations.
+/// Classes of requests, each with its own histogram: reads and writes by how they were served, and the other
+/// operations.
 ///
 /// => The number of requests *is* the sum of the histograms' buckets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Class {
-    /// What was asked for.
+    /// The operation.
     pub operation: Operation,
     /// How it was served; [`Served::Waited`] for all but reads and writes.
     pub served: Served,
@@ -66,7 +67,7 @@ impl Class {
         Self { operation: Operation::WriteZeroes, served: Served::Waited },
     ];
 
-    /// The class of a request. Of the operations that are not reads or writes there is one each.
+    /// The class of a request. Each operation other than reads and writes has one class.
     pub const fn new(operation: Operation, served: Served) -> Self {
         match operation {
             Operation::Read | Operation::Write => Self { operation, served },

@@ -5,7 +5,7 @@ use crate::units::SECTOR_BYTES;
 /// Buckets of a histogram.
 pub const SIZE_BUCKETS: usize = 16;
 
-/// How many sizes were counted in each bucket.
+/// The number of sizes counted in each bucket.
 pub type Sizes = [u64; SIZE_BUCKETS];
 
 /// The bucket of a size. Sizes below a sector are counted in the first, and those of 16 MiB and more in the last one.
@@ -14,7 +14,7 @@ pub fn size_bucket_of(bytes: u64) -> usize {
     octave.min(SIZE_BUCKETS - 1)
 }
 
-/// The size in bytes that the sizes of a bucket reach at least; the first one has smaller ones as well.
+/// The smallest size of a bucket in bytes; the first bucket also counts smaller ones.
 pub fn least_size_of(bucket: usize) -> u64 {
     SECTOR_BYTES << bucket
 }

@@ -1,4 +1,4 @@
-//! What a reader makes of the counters: the sums over a device's workers at one moment.
+//! Reading the counters: the sums over a device's workers at one time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,15 +15,15 @@ use crate::units::OpClass;
 /// Totals of a kind of request or operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// How many have begun.
+    /// The number that have begun.
     pub begun: u64,
-    /// How many completed with an error.
+    /// The number that completed with an error.
     pub errors: u64,
-    /// Bytes that the others moved.
+    /// Bytes moved by those without an error.
     pub bytes: u64,
 }
 
-/// A device's counters, as they were read.
+/// A copy of a device's counters.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// By [`Class::ALL`].
@@ -79,13 +79,13 @@ impl Snapshot {
         self.operations[operation as usize]
     }
 
-    /// How many requests of a kind have completed.
+    /// The number of completed requests of a kind.
     pub fn completed(&self, operation: Operation) -> u64 {
         let classes = Class::ALL.into_iter().filter(|class| class.operation == operation);
         classes.fold(0, |sum: u64, class| sum.saturating_add(self.requests(class).count()))
     }
 
-    /// How many requests of a kind were taken and have not completed.
+    /// The number of requests of a kind that were taken from a ring and have not completed.
     pub fn in_flight(&self, operation: Operation) -> u64 {
         self.operation(operation).begun.saturating_sub(self.completed(operation))
     }
@@ -110,12 +110,12 @@ impl Snapshot {
         &self.store_sizes[class as usize]
     }
 
-    /// How many workers there are.
+    /// The number of workers.
     pub fn workers(&self) -> usize {
         self.activities.len()
     }
 
-    /// What is known of a worker's time.
+    /// An activity counter of a worker.
     pub fn activity(&self, worker: usize, activity: Activity) -> u64 {
         self.activities[worker][activity as usize]
     }

@@ -1,4 +1,4 @@
-//! What one worker counts. It is the only writer of its block.
+//! The counters of one worker, which is the only writer of its block.
 
 use std::io;
 use std::sync::Arc;
@@ -14,22 +14,22 @@ use super::{Class, Operation};
 use crate::sys::shared_words::{SharedWords, WordBlock};
 use crate::units::OpClass;
 
-/// How a worker spends its time, and what a limit has cost.
+/// How a worker spends its time, and the delays caused by rate limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activity {
     /// Turns that found work.
     Turns,
-    /// Times that it slept.
+    /// The number of sleeps.
     Sleeps,
-    /// Times that it polled before it would have slept.
+    /// The number of polling phases before a sleep.
     Polls,
-    /// Of those, times that a poll found work.
+    /// The number of those that found work.
     FruitfulPolls,
     /// Nanoseconds in turns that found work.
     BusyNs,
-    /// Requests that a limit of the operator's held back at the head of their ring.
+    /// Requests that a rate limit delayed at the head of their ring.
     Limited,
-    /// For how many nanoseconds.
+    /// The sum of these delays in nanoseconds.
     LimitedNs,
 }
 
@@ -42,12 +42,12 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Counters for this many workers, in memory of their own.
+    /// Counters for this many workers, in new memory.
     ///
     /// # Errors
     /// Errors of memfd_create(2) and mmap(2).
     pub fn new(workers: usize) -> io::Result<Self> {
-        // One worker at least: a mapping is not empty.
+        // At least one worker: a mapping cannot be empty.
         let (words, _) = SharedWords::create(workers.max(1) * BLOCK_WORDS)?;
         Ok(Self::within(Arc::new(words), 0, workers))
     }
@@ -57,13 +57,13 @@ impl Counters {
         Self { words, first, workers }
     }
 
-    /// How many workers there are.
+    /// The number of workers.
     pub fn workers(&self) -> usize {
         self.workers
     }
 
-    /// The counters of a worker that starts. Requests that an earlier process of the device left in flight are no
-    /// longer so: this process counts them when it takes them again.
+    /// The counters of a worker that is starting. Requests that an earlier process of the device left in flight no
+    /// longer count as in flight: this process counts them when it takes them again.
     ///
     /// => Each worker has one writer.
     ///
@@ -82,7 +82,7 @@ impl Counters {
     }
 }
 
-/// Adds to a word. It has no other writer, so that a load and a store do what a locked addition would.
+/// Adds to a word. There is no other writer, so a load and a store suffice instead of a locked addition.
 #[inline]
 fn add(word: &AtomicU64, more: u64) {
     word.store(word.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
@@ -90,7 +90,7 @@ fn add(word: &AtomicU64, more: u64) {
 
 /// One worker's counters.
 ///
-/// => Clones are for parts of the same worker, never for other threads.
+/// => Clones may be used by parts of the same worker, never by other threads.
 #[derive(Clone, Debug)]
 pub struct WorkerCounters(WordBlock<BLOCK_WORDS>);
 
@@ -99,7 +99,7 @@ impl WorkerCounters {
         (histogram..histogram + BUCKETS).map(|at| self.0[at].load(Ordering::Relaxed)).sum()
     }
 
-    /// Makes as many requests and operations begun as have completed.
+    /// Sets the numbers of begun requests and operations to those of completed ones.
     fn forget_in_flight(&self) {
         for operation in Operation::ALL {
             let classes = Class::ALL.into_iter().filter(|class| class.operation == operation);
@@ -126,17 +126,17 @@ impl WorkerCounters {
         }
     }
 
-    /// A request was taken from its ring.
+    /// Counts a request that was taken from its ring.
     pub fn request_taken(&self, operation: Operation) {
         self.add(OPERATIONS + operation as usize * TOTALS_WORDS, 1);
     }
 
-    /// A request that was taken goes back to its ring. It counts again when it is taken again.
+    /// Uncounts a taken request that is returned to its ring. It is counted when it is taken again.
     pub fn request_withdrawn(&self, operation: Operation) {
         self.add(OPERATIONS + operation as usize * TOTALS_WORDS, u64::MAX);
     }
 
-    /// A request that moved `bytes` completes with success or not. Its latency follows ([`Self::requests_completed`]).
+    /// Counts the result of a request that moved `bytes`. Its latency follows ([`Self::requests_completed`]).
     pub fn request_ended(&self, operation: Operation, bytes: u64, succeeded: bool) {
         let totals = OPERATIONS + operation as usize * TOTALS_WORDS;
         if succeeded {
@@ -149,17 +149,17 @@ impl WorkerCounters {
         }
     }
 
-    /// `count` requests of a class completed, each after `ns` nanoseconds.
+    /// Counts `count` completed requests of a class, each after `ns` nanoseconds.
     pub fn requests_completed(&self, class: Class, ns: u64, count: u64) {
         self.record(REQUESTS + class.index() * HISTOGRAM_WORDS, ns, count);
     }
 
-    /// An operation on the image was submitted.
+    /// Counts a submitted operation on the image.
     pub fn store_submitted(&self, class: OpClass) {
         self.add(STORE_OPERATIONS + class as usize * TOTALS_WORDS, 1);
     }
 
-    /// An operation on the image completed after `ns` nanoseconds; `bytes` is `None` if it failed.
+    /// Counts an operation on the image that completed after `ns` nanoseconds; `bytes` is `None` if it failed.
     pub fn store_completed(&self, class: OpClass, ns: u64, bytes: Option<u64>) {
         self.record(STORE + class as usize * HISTOGRAM_WORDS, ns, 1);
         let totals = STORE_OPERATIONS + class as usize * TOTALS_WORDS;
@@ -174,7 +174,7 @@ impl WorkerCounters {
         }
     }
 
-    /// Adds to what is known of the worker's time.
+    /// Adds to an activity counter of the worker.
     pub fn count(&self, activity: Activity, more: u64) {
         self.add(ACTIVITY + activity as usize, more);
     }

@@ -1,5 +1,5 @@
-//! One device of a disk process, and its thread `disk NAME`. The thread starts the device and ends it, and waits for
-//! the image while it does; so no thread waits for this one without a deadline.
+//! One device of a disk process, and its thread `disk NAME`. The thread starts and ends the device, and may block on
+//! the image while doing so; therefore no thread waits for this one without a deadline.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -14,7 +14,7 @@ use crate::sandbox::{self, ThreadKind};
 use crate::service::{Running, Service, ServiceHandle};
 use crate::waker::Waker;
 
-/// What the control thread tells the device's thread.
+/// Commands of the control thread to the device's thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum DeviceCommand {
     Resume,
@@ -22,7 +22,7 @@ enum DeviceCommand {
     Finish(Ending),
 }
 
-/// How far a device is.
+/// The stages of a device.
 #[derive(Debug)]
 enum DeviceStage {
     Starting,
@@ -41,8 +41,8 @@ pub(super) struct DeviceControl {
 }
 
 impl DeviceControl {
-    /// Starts the thread of device `number`, which serves it and sends what happens to the supervisor. `waker` is
-    /// notified when the device has ended.
+    /// Starts the thread of device `number`, which serves it and reports events to the supervisor. `waker` is notified
+    /// when the device has ended.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::System`] if the thread cannot be started.
@@ -72,7 +72,7 @@ impl DeviceControl {
         self.stage.lock().expect("no thread panics with the stage locked")
     }
 
-    /// Whether its thread needs the image no longer.
+    /// Whether its thread no longer needs the image.
     pub fn has_ended(&self) -> bool {
         matches!(*self.stage(), DeviceStage::Ended)
     }
@@ -83,7 +83,7 @@ impl DeviceControl {
     }
 
     fn send(&self, command: DeviceCommand) {
-        // A device that has ended needs none.
+        // It fails if the device has ended, which needs no commands.
         let _ = self.commands.send(command);
     }
 
@@ -99,8 +99,8 @@ impl DeviceControl {
         self.send(DeviceCommand::Finish(ending));
     }
 
-    /// Carries out a request on a thread of its own, which sends the reply: it may wait for the image, and others must
-    /// not wait for it. It is confined as the caller is.
+    /// Executes a request on a separate thread, which sends the reply: it may wait for the image, and no other thread
+    /// may wait for it. The new thread inherits the caller's sandbox.
     pub fn request(&self, id: u64, request: DeviceRequest, channel: &Arc<DiskChannel>) {
         let mut served = None;
         self.with_handle(|handle| served = Some(handle.clone()));
@@ -127,12 +127,12 @@ impl DeviceControl {
         self.with_handle(ServiceHandle::force_close);
     }
 
-    /// What the device does, as of the last check.
+    /// The device's state, as of the last check.
     pub fn state(&self) -> &DiskState {
         &self.state
     }
 
-    /// Looks at what the device does, and writes it to its page of statistics.
+    /// Reads the device's state and writes it to its statistics page.
     pub fn publish_state(&mut self) {
         let mut state = self.state;
         self.with_handle(|handle| state = handle.state(&state));
@@ -187,10 +187,10 @@ impl DeviceThread {
     }
 }
 
-/// Most pages that are remembered; a group of readers may have more devices, of which each tells the same.
+/// Most pages that are recorded. A group of readers may have more devices, but each would record the same cause.
 const PAGES_MAX: usize = 16;
 
-/// Pages of statistics that a signal handler may write to.
+/// Statistics pages that a signal handler may write to.
 #[derive(Debug)]
 pub(super) struct StatsPages {
     count: AtomicUsize,
@@ -202,11 +202,11 @@ impl StatsPages {
         Self { count: AtomicUsize::new(0), pages: [const { OnceLock::new() }; PAGES_MAX] }
     }
 
-    /// Remembers a page, if there is room.
+    /// Records a page, if there is room.
     pub fn note(&self, page: &'static StatsPage) {
         let slot = self.count.fetch_add(1, Ordering::Relaxed);
         if let Some(free) = self.pages.get(slot) {
-            // It is set once: each call has a slot of its own.
+            // It cannot be set already: each call has its own slot.
             let _ = free.set(page);
         }
     }

@@ -1,9 +1,9 @@
-//! A disk process: serves an image, or the images of a group, to the front-ends of its devices. It gets descriptors and
-//! values from the supervisor and asks it for the rest: it opens no path and reads no configuration file.
+//! A disk process: serves an image, or the images of a group, to the front-ends of its devices. The supervisor sends it
+//! descriptors and values; the process opens no path and reads no configuration file.
 //!
 //! Its first thread, or in a daemon without disk processes the thread `control NAME`, runs [`run`]: it executes the
-//! supervisor's commands and writes the pages of statistics. It never waits for the image, so that it can end what
-//! hangs. Each device has a thread (`device.rs`) that does wait. When the supervisor has died, the process ends by
+//! supervisor's commands and writes the statistics pages. It never waits for the image, so it can end a device that
+//! hangs. Each device has its own thread (`device.rs`), which does wait. If the supervisor dies, the process ends by
 //! itself (`orphan.rs`).
 
 mod device;
@@ -38,14 +38,14 @@ use crate::waker::Waker;
 
 use device::DeviceControl;
 
-/// The end of a channel that a disk process has.
+/// The disk process's end of the channel.
 pub type DiskChannel = Channel<FromDisk, ToDisk>;
 
-/// How often the pages of statistics are written.
+/// How often the statistics pages are written.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Signals that must not end a disk process. It ends when the supervisor says so: the service manager and a terminal
-/// send signals to every process of the daemon.
+/// Signals that must not end a disk process: the service manager and a terminal send signals to every process of the
+/// daemon, but only the supervisor ends a disk process.
 const IGNORED: [i32; 11] = [
     libc::SIGTERM,
     libc::SIGINT,
@@ -66,7 +66,7 @@ const IGNORED: [i32; 11] = [
 /// [`ErrorKind::System`] if standard input is no channel, and those of [`run`].
 pub fn main(name: &str, standard_input: OwnedFd) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
-    // The kernel names it after the file that was executed, /proc/self/exe.
+    // Otherwise the kernel names the thread after the executed file, /proc/self/exe.
     set_thread_name(c"genblk-disk");
     signal::ignore(&IGNORED).map_err(system("cannot ignore signals"))?;
     if let Err(e) = raise_descriptor_limit() {
@@ -75,10 +75,11 @@ pub fn main(name: &str, standard_input: OwnedFd) -> Result<()> {
     run(&Arc::new(Channel::from_socket(standard_input.into())))
 }
 
-/// Serves what the supervisor at the other end of the channel says, until that ends it or dies.
+/// Executes the commands of the supervisor at the other end of the channel, until the supervisor ends the process or
+/// dies.
 ///
 /// # Errors
-/// [`ErrorKind::System`] when the channel fails or what comes from it makes no sense.
+/// [`ErrorKind::System`] if the channel fails or a message is invalid.
 pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
     signal::on_bus_error(note_bus_error).map_err(system("cannot handle SIGBUS"))?;
@@ -112,15 +113,15 @@ pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
 /// An image and its cache.
 #[derive(Debug)]
 struct Open {
-    /// Name of the device for which it was opened.
+    /// Name of the device for which the image was opened.
     name: String,
     image: Arc<CachedImage>,
     io_mode: &'static str,
     /// See [`crate::arena::ReceivedArena`].
     is_cache_removed: Arc<AtomicBool>,
-    /// An empty file in the place of the cache's file, which lost its name, until a worker leaves the cache.
+    /// An empty file that replaces the cache's removed file, until a worker leaves the cache.
     lost: Option<std::result::Result<File, String>>,
-    /// A device was served on it, or failed.
+    /// Whether a device was served on it, or failed.
     is_used: bool,
 }
 
@@ -137,14 +138,14 @@ struct Control {
     channel: Arc<DiskChannel>,
     /// Notified when a device has ended.
     waker: Arc<Waker>,
-    /// By the number of the device for which each was opened.
+    /// Images, by the number of the device for which each was opened.
     images: BTreeMap<u32, Open>,
     devices: BTreeMap<u32, ServedDevice>,
     /// Threads that release images.
     releases: Vec<JoinHandle<()>>,
-    /// An image was released.
+    /// Whether an image was released.
     has_released: bool,
-    /// Other devices may follow.
+    /// Whether other devices may follow.
     is_shared: bool,
 }
 
@@ -179,7 +180,7 @@ impl Control {
                     if is_first {
                         return Err(error);
                     }
-                    // The others of the group are served anyway.
+                    // Continue with the other images of the group.
                     self.send(&FromDisk::Released { image_of, is_cache_removed: false });
                     return Ok(());
                 }
@@ -222,7 +223,7 @@ impl Control {
         let received = crate::arena::ReceivedArena::new(cache, cache_files)?;
         let (is_cache_removed, arena) = (received.is_removed, received.arena);
         regions::note(Region::Cache, &arena.mapped());
-        // It may have grown since the cache was opened.
+        // The image may have grown since the cache was opened.
         arena.set_image_size(image.limits().size_bytes.get());
         let (name, image) = (settings.name.clone(), cached_image(settings, image, arena)?);
         self.images.insert(image_of, Open { name, image, io_mode, is_cache_removed, lost: None, is_used: false });
@@ -248,13 +249,13 @@ impl Control {
         let device = DeviceControl::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
         self.devices.insert(number, ServedDevice { image_of, device });
         if !self.is_shared {
-            // No other device follows, so this thread makes no further ring.
+            // No other device follows, so this thread creates no further rings.
             sandbox::confine(ThreadKind::Main);
         }
         Ok(())
     }
 
-    /// Writes the pages of statistics, and tries again what could not be done at once.
+    /// Writes the statistics pages, and retries pending work.
     fn check(&mut self) {
         for served in self.devices.values_mut() {
             served.device.publish_state();
@@ -283,11 +284,11 @@ impl Control {
         }
     }
 
-    /// Releases an image and its cache, and tells the supervisor what becomes of the cache's file. On a thread, because
-    /// the image may not answer: it gets the end of the tenure.
+    /// Releases an image and its cache, and reports to the supervisor whether the cache's file can be removed. Runs on
+    /// a separate thread, because writing the end of the tenure to the image may block.
     ///
-    /// => The threads of its devices have ended, but for those that hang in the kernel: then the image is not released,
-    ///    and the cache stays.
+    /// => The threads of its devices have ended. If one hangs in the kernel instead, the image is not released, and the
+    /// cache stays.
     fn release(&mut self, image_of: u32) {
         let Some(Open { name, image, is_cache_removed, .. }) = self.images.remove(&image_of) else { return };
         self.devices.retain(|_, served| served.image_of != image_of);
@@ -300,19 +301,19 @@ impl Control {
         };
         match spawn(&format!("release {name}"), release) {
             Ok(thread) => self.releases.push(thread),
-            // It is released by now, and the supervisor sees the end of the process.
+            // The failed call has released it, and the supervisor sees the end of the process.
             Err(e) => error!("{name}: {e}"),
         }
     }
 
-    /// Releases all images, and waits for that. The supervisor does not wait forever.
+    /// Releases all images and waits until that is done. The supervisor does not wait without limit.
     fn end(mut self) {
         let images: Vec<u32> = self.images.keys().copied().collect();
         for image_of in images {
             self.release(image_of);
         }
         for thread in self.releases {
-            // A panic has ended the process.
+            // It cannot have panicked: a panic ends the process.
             let _ = thread.join();
         }
     }
@@ -327,7 +328,7 @@ fn confine(settings: &DeviceSettings, user: Option<&User>) -> Result<()> {
     Ok(())
 }
 
-/// Sends a message. A supervisor that has died needs none.
+/// Sends a message, unless the supervisor has died.
 fn send_event(channel: &DiskChannel, message: &FromDisk) {
     match channel.send(message, &[]) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => error!("cannot report to the supervisor: {e}"),
@@ -339,21 +340,21 @@ fn unexpected(what: &str) -> Error {
     Error::new(ErrorKind::System, format!("the supervisor sent {what}"))
 }
 
-/// The pages of the devices, for the handler of SIGBUS.
+/// The statistics pages of the devices, for the SIGBUS handler.
 static BUS_ERROR_PAGES: device::StatsPages = device::StatsPages::new();
 
-/// Leaves a word about the memory whose access failed, by which the supervisor tells the operator. In a signal handler.
+/// Records which memory was accessed, so that the supervisor can log it. Runs in a signal handler.
 fn note_bus_error(address: usize) {
     let memory = match regions::of(address) {
         Some(Region::Cache) => CutMemory::Cache,
         Some(Region::Inflight) => CutMemory::Inflight,
-        // Nothing else that is mapped belongs to another process.
+        // No other mapping is shared with another process.
         None => CutMemory::Guest,
     };
     BUS_ERROR_PAGES.for_each(|page| page.note_cut_memory(memory));
 }
 
-/// Runs `body` on a thread of this name.
+/// Runs `body` on a thread with this name.
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let failed = |e| Error::io(ErrorKind::System, format!("cannot start the thread {name}"), e);
     thread::Builder::new().name(name.to_owned()).spawn(body).map_err(failed)

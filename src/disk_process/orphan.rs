@@ -1,9 +1,9 @@
-//! The end of a disk process whose supervisor has died.
+//! Ends a disk process whose supervisor has died.
 //!
-//! It could go on: it has all that it needs. But no process would start it again, end it in order or report on it, and
-//! the next supervisor would have to find it, and to trust what it finds. So it ends as by SIGUSR1, within
-//! milliseconds: a cache that survives stays as it is, and the next supervisor restores it. If the cache does not
-//! survive, the process first writes everything to the image.
+//! The process has everything that it needs to continue. But no other process would restart it, shut it down cleanly or
+//! report its state, and the next supervisor would have to find it and trust it. So it ends as after SIGUSR1, within
+//! milliseconds: a surviving cache is left for the next supervisor to restore. If the cache is volatile, the process
+//! first writes everything to the image.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,18 +14,18 @@ use crate::device::Untracked;
 use crate::disk_protocol::Ending;
 use crate::error::{Error, ErrorKind, Result};
 
-/// How often to check how far the devices are.
+/// How often to check the progress of the devices.
 const TICK: Duration = Duration::from_millis(10);
-/// How long requests in flight may take while the cache is kept. The guest repeats them with the next daemon.
+/// How long requests in flight may take if the cache is kept. After that, the next daemon resubmits them.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
-/// The same for requests that the next daemon cannot repeat.
+/// The same for requests that the next daemon cannot resubmit.
 const UNTRACKED_PATIENCE: Duration = Duration::from_secs(5);
-/// How long to wait for an image that completes nothing while the cache is not kept.
+/// How long to wait for an image that completes nothing if the cache is volatile.
 const STALL_MAX: Duration = Duration::from_secs(30);
-/// How long the threads of a device that was abandoned may take.
+/// How long the threads of an abandoned device may take to end.
 const EXIT_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Ends every device. Returns when all have ended, or hang. No process reads the log any more.
+/// Ends every device. Returns when all have ended, or hang. Logs nothing: the reader of the log has died.
 ///
 /// # Errors
 /// [`ErrorKind::Image`] if a device hangs.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::VERSION;
 use crate::sys::socket::{message_pair, receive_with_files, send_with_files};
 
-/// Longest message in bytes. The longest that is sent has a record of a tenure and a few dozen runs of data.
+/// Longest message in bytes. The longest one in use contains a tenure record and a few dozen extents.
 const BYTES_MAX: usize = 64 << 10;
 /// Most descriptors of a message.
 const FILES_MAX: usize = 8;
@@ -26,7 +26,7 @@ struct Frame<M> {
     message: M,
 }
 
-/// The version alone: the rest of another version's message means nothing here.
+/// The version alone: nothing else can be read from another version's message.
 #[derive(Debug, Deserialize)]
 struct Version {
     version: u32,
@@ -44,7 +44,7 @@ impl<Out, In> fmt::Debug for Channel<Out, In> {
     }
 }
 
-/// What came from the other end.
+/// An event from the other end.
 #[derive(Debug)]
 pub enum Received<In> {
     /// A message, with its descriptors.
@@ -84,7 +84,7 @@ impl<Out: Serialize, In: DeserializeOwned> Channel<Out, In> {
             return Err(io::Error::other(format!("a message of {len} bytes with {files} descriptors is too large")));
         }
         match send_with_files(&self.socket, &bytes, files) {
-            // It was closed with messages that it had not read.
+            // The other end was closed with unread messages.
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Err(io::ErrorKind::BrokenPipe.into()),
             sent => sent,
         }
@@ -93,7 +93,7 @@ impl<Out: Serialize, In: DeserializeOwned> Channel<Out, In> {
     /// Waits for a message.
     ///
     /// # Errors
-    /// Errors of recvmsg(2); [`io::ErrorKind::InvalidData`] for a message that is none of this version.
+    /// Errors of recvmsg(2); [`io::ErrorKind::InvalidData`] for a message that is invalid or of another version.
     pub fn receive(&self) -> io::Result<Received<In>> {
         let mut bytes = vec![0; BYTES_MAX + 1];
         match receive_with_files::<FILES_MAX>(&self.socket, &mut bytes) {
@@ -105,9 +105,9 @@ impl<Out: Serialize, In: DeserializeOwned> Channel<Out, In> {
         }
     }
 
-    /// Closes both directions, for the other end too.
+    /// Closes both directions of the connection.
     pub fn close(&self) {
-        // It fails if the other end is closed already.
+        // It fails if the other end is already closed.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
@@ -127,7 +127,7 @@ pub(crate) fn encode<M: Serialize>(message: &M) -> io::Result<Vec<u8>> {
 pub(crate) fn decode<M: DeserializeOwned>(bytes: &[u8]) -> io::Result<M> {
     let Version { version } = serde_json::from_slice(bytes).map_err(|e| invalid(&e.to_string()))?;
     if version != VERSION {
-        return Err(invalid(&format!("it has version {version}, and this process speaks version {VERSION}")));
+        return Err(invalid(&format!("it has version {version}, but this process uses version {VERSION}")));
     }
     let frame: Frame<M> = serde_json::from_slice(bytes).map_err(|e| invalid(&e.to_string()))?;
     Ok(frame.message)

@@ -1,12 +1,12 @@
-//! What the supervisor and a disk process tell each other: a few messages over a pair of sockets, each with the
-//! descriptors that belong to it.
+//! The protocol between the supervisor and a disk process: a few messages over a pair of sockets, each with its
+//! descriptors.
 //!
-//! A message is one packet of JSON with the version of the protocol. Both ends are the same binary, so an unknown
-//! version means that something is wrong, and is refused with both versions in the text. A test reads messages that an
-//! earlier build recorded: what is on the wire changes only with [`VERSION`].
+//! A message is one packet of JSON with the version of the protocol. Both ends are the same binary, so another version
+//! is an error, and the error text names both. A test reads messages that an earlier build recorded: the wire format
+//! changes only with [`VERSION`].
 //!
-//! The supervisor names devices by number. It sends no path to be opened and no configuration: values that it has
-//! checked, descriptors that it has opened, and texts for messages.
+//! The supervisor identifies devices by number. It sends no configuration and no path to be opened, only values that it
+//! has checked, descriptors that it has opened, and texts for messages.
 
 mod channel;
 mod request;
@@ -33,42 +33,42 @@ pub const VERSION: u32 = 3;
 /// From the supervisor to a disk process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToDisk {
-    /// Use this image and this cache: the first message, and before each further image of a group. With the image's
-    /// descriptor (for an export of an NBD server, a socket at which to ask for connections), then those of the cache.
+    /// Use this image and this cache. Sent as the first message, and for each further image of a group. Carries the
+    /// image's descriptor (for an NBD export, a socket for requesting connections), then those of the cache.
     Open {
-        /// Number of the device for which the image was opened first: it stands for the image in messages. No other
-        /// device gets the number, and one that is attached later may get the name.
+        /// Number of the device for which the image was first opened; identifies the image in messages. Unlike the
+        /// name, which a device attached later may have, the number is never reused.
         image_of: u32,
         /// Name of that device, for the log.
         name: String,
-        /// What was found out about the image.
+        /// The image's properties.
         image: Box<ImageParts>,
         /// The cache.
         cache: Box<ArenaParts>,
-        /// The settings that decide about the cache: those of the first device.
+        /// The settings of the first device, which determine the cache.
         settings: Box<DeviceSettings>,
-        /// The user that the process is to run as; `None`: the supervisor's.
+        /// The user that the process must run as; `None`: the supervisor's.
         user: Option<User>,
         /// Whether other devices may follow, on this image or in the group.
         is_shared: bool,
     },
-    /// Serve a device on that image. With its listening socket, its page of statistics, and its end of the
-    /// connection to the broker.
+    /// Serve a device on that image. Carries its listening socket, its statistics page, and its end of the connection
+    /// to the broker.
     Serve {
         /// Number of the device.
         device: u32,
         /// Number of the device for which its image was opened.
         image_of: u32,
-        /// What the device is.
+        /// The device's settings.
         settings: Box<DeviceSettings>,
     },
-    /// Retry what failed: the operator says that the image of this device works again. Other images of the process are
-    /// left alone: one of them may have been stopped to be looked at.
+    /// Retry failed operations: the operator has resumed the image of this device. This does not affect other images of
+    /// the process, because one of them may have been stopped for inspection.
     Resume {
         /// Number of the device.
         device: u32,
     },
-    /// Complete the guest's requests, and accept no others. Then wait for [`ToDisk::Finish`].
+    /// Complete the guest's requests and accept no new ones. Then wait for [`ToDisk::Finish`].
     Quiesce {
         /// Number of the device.
         device: u32,
@@ -84,29 +84,29 @@ pub enum ToDisk {
     Abandon {
         /// Number of the device.
         device: u32,
-        /// Whether to wait for requests that the next daemon cannot repeat.
+        /// Whether to wait for requests that the next daemon cannot resubmit.
         waits_for_untracked: bool,
     },
-    /// Close the connection of the device, whatever its threads do.
+    /// Close the connection of the device without waiting for its threads.
     ForceClose {
         /// Number of the device.
         device: u32,
     },
-    /// Do what the operator asks; the reply has the same number.
+    /// Execute a request of the operator; the reply has the same number.
     Request {
         /// Number of the device.
         device: u32,
         /// Number of the request.
         id: u64,
-        /// What the operator asks.
+        /// The request.
         request: DeviceRequest,
     },
-    /// The name of a cache's file no longer leads to it. With an empty file in its place, or without one for this
-    /// reason.
+    /// The path of a cache's file no longer leads to it. Carries an empty file that replaces it, unless creating that
+    /// file failed.
     CacheFileLost {
         /// Number of the device for which its image was opened.
         image_of: u32,
-        /// Why there is no file.
+        /// Why there is no replacement file.
         unmarked: Option<String>,
     },
 }
@@ -114,7 +114,7 @@ pub enum ToDisk {
 /// How a device ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ending {
-    /// Everything dirty is written to the image.
+    /// All dirty data is written to the image.
     WriteBack,
     /// The cache stays for the next daemon.
     HandOver,
@@ -161,12 +161,12 @@ pub enum FromDisk {
         /// The reply.
         reply: DeviceReply,
     },
-    /// The last device of an image has ended, and the image and the cache are not used any more. The last message about
-    /// the image.
+    /// The last device of an image has ended, and the image and the cache are no longer in use. This is the last
+    /// message about the image.
     Released {
         /// Number of the device for which the image was opened.
         image_of: u32,
-        /// Everything is on the image, and the cache's file is to be removed.
+        /// Whether everything is on the image, so that the cache's file can be removed.
         is_cache_removed: bool,
     },
 }
@@ -174,7 +174,7 @@ pub enum FromDisk {
 /// An error of another process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorText {
-    /// Number of its kind.
+    /// Its kind.
     kind: ErrorKind,
     /// Its text.
     text: String,

@@ -1,5 +1,5 @@
-//! What the operator asks of a device that is served, and the replies. A request may wait for the image; its reply
-//! comes when it is done.
+//! The operator's requests to a served device, and the replies. A request may wait for the image; its reply is sent
+//! when it is done.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,42 +8,43 @@ use super::DeviceSettings;
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceRequest {
-    /// Make everything durable that has completed.
+    /// Make all completed writes durable.
     Flush,
     /// Evict every clean page.
     DropClean,
-    /// Make everything durable that has completed, and change the image no more until the thaw.
+    /// Make all completed writes durable, and do not change the image until the thaw.
     Freeze {
-        /// It ends by itself after this time, which counts from now.
+        /// The freeze ends by itself after this time, counted from now.
         time_ms: u32,
-        /// Whether reads wait, too; else only what changes the image does.
+        /// Whether reads wait too; otherwise only requests that change the image do.
         holds_reads: bool,
     },
     /// End a freeze.
     Thaw,
-    /// Allocate the memory of a cache of this size, before a [`DeviceRequest::Configure`] with that size.
+    /// Allocate the memory for a cache of this size, before a [`DeviceRequest::Configure`] with that size.
     Reserve {
         /// The size.
         size_bytes: u64,
     },
-    /// Take from these settings what may change while the device is served.
+    /// Apply those of these settings that may change while the device is served.
     Configure {
         /// The settings.
         settings: Box<DeviceSettings>,
     },
-    /// Read in these pages (the first one and their number) behind what the guest asks for, for at most this long.
+    /// Read in these extents of pages (first page, number), at lower priority than the guest's requests, for at most
+    /// this long.
     Warm {
         /// The pages.
         extents: Vec<(u64, u64)>,
         /// The time.
         time_ms: u32,
     },
-    /// The pages in memory, of a part of the page table.
+    /// List the pages in memory, for a part of the page table.
     Resident {
         /// Where the part begins.
         from: u32,
     },
-    /// The image has grown. The guest is told.
+    /// The image has grown; notify the guest.
     Grow {
         /// Its size.
         size_bytes: u64,
@@ -53,18 +54,18 @@ pub enum DeviceRequest {
 /// The reply to a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceReply {
-    /// It is done.
+    /// The request is done.
     Done,
-    /// So many clean pages were evicted.
+    /// Clean pages were evicted.
     Dropped {
         /// Number of pages.
         pages: u64,
     },
     /// Pages were read in, or are being read in.
     Warmed {
-        /// Those that are left.
+        /// The extents that are left.
         left: Vec<(u64, u64)>,
-        /// The cache is full.
+        /// Whether the cache is full.
         is_full: bool,
     },
     /// Pages in memory.
@@ -76,7 +77,7 @@ pub enum DeviceReply {
     },
     /// The freeze has ended.
     Thawed {
-        /// Whether the image was frozen until now.
+        /// Whether the image stayed frozen until now.
         was_frozen: bool,
     },
     /// The image has failed.
@@ -84,7 +85,7 @@ pub enum DeviceReply {
         /// Its fault.
         fault: String,
     },
-    /// It cannot be done; nothing has changed.
+    /// The request cannot be executed; nothing has changed.
     Refused {
         /// Why, and what to do.
         why: String,

@@ -1,4 +1,4 @@
-//! What a disk process is told of a device's configuration: values, no path to be opened.
+//! The part of a device's configuration that its disk process gets: values, but no path to be opened.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,9 +13,9 @@ pub struct DeviceSettings {
     pub image: String,
     /// The socket, for messages.
     pub socket: String,
-    /// Whether the guest may only read.
+    /// Whether the disk is read-only.
     pub read_only: bool,
-    /// What the guest reads as the disk's serial.
+    /// The disk's serial number.
     pub serial: String,
     /// Largest number of request queues that a front-end may use.
     pub num_queues: u16,
@@ -23,15 +23,15 @@ pub struct DeviceSettings {
     pub workers: u16,
     /// Largest ring that a front-end may set up.
     pub queue_size: u16,
-    /// How long a worker looks for more work before it sleeps, in microseconds.
+    /// How long a worker polls for work before it sleeps, in microseconds.
     pub poll_us: u32,
-    /// Whether the process is confined. Of several devices, the first one decides.
+    /// Whether the process is confined. The first device of a process decides.
     pub sandbox: Sandbox,
-    /// What discards do with the image's space.
+    /// How discards affect the image's space.
     pub discard: Discard,
     /// The device's page cache.
     pub cache: CacheSettings,
-    /// Limits of the guest's rates, if there are any.
+    /// The guest's rate limits, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<LimitsConfig>,
 }
@@ -57,7 +57,7 @@ pub struct CacheSettings {
     pub allocate: Allocate,
     /// What happens to requests while writes to the image fail.
     pub on_error: OnError,
-    /// The same, while the image has no space.
+    /// The same, while the image is out of space.
     pub on_full: OnError,
     /// Longest time that requests wait for the image.
     pub hold_max_ms: u32,

@@ -1,9 +1,9 @@
-//! The limit on lines that repeat: the first is written, the others are counted, and the count is written once a
+//! The limit on repeated log lines: the first is written, the others are counted, and the count is written once a
 //! second.
 //!
-//! Lines are of one kind if the same statement logged them for the same device. So the floods of one device hide
-//! nothing of another, and those of one statement nothing of another. Among lines of one kind, different ones are
-//! written, up to a number that no single event reaches; a kind that continues with new ones is written once a second.
+//! Lines are of one kind if the same statement logged them for the same device. So a flood of one device or statement
+//! hides no lines of another. Within one kind, different lines are written, up to a number that no single event
+//! reaches. If a kind continues to produce different lines, one of them is written per second.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -14,28 +14,28 @@ use log::Level;
 
 /// How long lines are counted before the count is written.
 const WINDOW: Duration = Duration::from_secs(1);
-/// How often the same line of a kind is written in a window: a warning or an error once. Information about events that
-/// follow each other, such as front-ends that connect, more often.
+/// How often the same warning or error is written in a window. Information about successive events, such as front-ends
+/// that connect, is written more often.
 const WARNINGS_MAX: u32 = 1;
 const INFOS_MAX: u32 = 8;
-/// How many different lines of a kind are written at once, and how many more each further window.
+/// How many different lines of a kind are written in a burst, and how many more in each further window.
 const DIFFERENT_MAX: usize = 16;
 const DIFFERENT_MORE: usize = 1;
-/// How many different lines of a kind a window remembers to have counted.
+/// How many different counted lines of a kind are recorded per window.
 const COUNTED_MAX: usize = 64;
 
-/// What lines of one kind have in common.
+/// The properties that lines of one kind share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct LineKind {
     level: Level,
     /// File and line of the statement.
     statement: Option<(&'static str, u32)>,
-    /// What the line begins with, up to the first colon: the device.
+    /// The line's prefix up to the first colon: the device.
     device: String,
 }
 
 impl LineKind {
-    /// The kind of `message`, which `statement` (file and line) has logged.
+    /// The kind of `message`, logged by `statement` (file and line).
     pub fn new(level: Level, statement: Option<(&'static str, u32)>, message: &str) -> Self {
         let device = message.split_once(": ").map_or("", |(device, _)| device).to_owned();
         Self { level, statement, device }
@@ -47,7 +47,7 @@ impl LineKind {
     }
 }
 
-/// The lines of one kind, of about a second.
+/// The lines of one kind during one window.
 #[derive(Debug)]
 struct Window {
     since: Instant,
@@ -58,7 +58,7 @@ struct Window {
     /// How many lines were counted, and the last of them.
     counted: u64,
     last: String,
-    /// Hashes of lines that were counted, in this window and in the one before: they continue to be counted.
+    /// Hashes of lines that were counted in this window and in the previous one; such lines are counted again.
     repeated: HashSet<u64>,
     repeated_before: HashSet<u64>,
 }
@@ -78,7 +78,7 @@ impl Window {
 }
 
 impl Window {
-    /// The line that says how many lines were counted.
+    /// The line that reports how many lines were counted.
     fn summary(&self, kind: &LineKind) -> Option<(Level, String)> {
         let Self { counted, last, .. } = self;
         let lines = if *counted == 1 { "line" } else { "lines" };
@@ -93,7 +93,7 @@ pub(super) struct Limiter(HashMap<LineKind, Window>);
 impl Limiter {
     /// Whether `message` is written now; if not, it is counted.
     pub fn admit(&mut self, kind: LineKind, message: &str, now: Instant) -> bool {
-        // An operator who turns these levels on wants every line.
+        // Debug and trace are enabled to see every line.
         if kind.level > Level::Info {
             return true;
         }
@@ -120,7 +120,7 @@ impl Limiter {
         false
     }
 
-    /// Ends the windows that are over; returns a line for each that has counted some.
+    /// Closes expired windows; returns a summary line for each that counted lines.
     pub fn take_due(&mut self, now: Instant) -> Vec<(Level, String)> {
         let mut summaries = Vec::new();
         self.0.retain(|kind, window| {
@@ -136,7 +136,7 @@ impl Limiter {
         summaries
     }
 
-    /// Ends all windows: returns a line for each that has counted some.
+    /// Closes all windows; returns a summary line for each that counted lines.
     pub fn take_all(&mut self) -> Vec<(Level, String)> {
         let windows = mem::take(&mut self.0);
         windows.iter().filter_map(|(kind, window)| window.summary(kind)).collect()

@@ -1,7 +1,8 @@
 //! The log: one line per record on standard error, with time and level, filtered by `GENBLK_LOG`.
 //!
-//! A thread that logs never waits: `queue.rs` takes its line, and a thread of the log writes it. What repeats is
-//! counted instead of written (`limit.rs`), so no guest, front-end or failing disk can fill the host's disk with lines.
+//! A thread that logs never waits: it puts its line into a queue (`queue.rs`), and the log's own thread writes it.
+//! Repeated lines are counted instead of written (`limit.rs`), so no guest, front-end or failing disk can fill the
+//! host's disk with log lines.
 
 mod limit;
 mod queue;
@@ -26,16 +27,16 @@ use queue::LogQueue;
 
 /// The environment variable that sets the level.
 const VARIABLE: &str = "GENBLK_LOG";
-/// Target of the lines that say how often another line was repeated; the limit does not count them.
+/// Target of the lines that report how often another line was repeated; the limit does not count them.
 const SUMMARY: &str = "genblk::logging::summary";
-/// How long the end of the process waits for a standard error that takes nothing.
+/// How long the end of the process waits for a blocked standard error.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
 
 static QUEUE: LogQueue = LogQueue::new();
 static LIMITER: Mutex<Option<Limiter>> = Mutex::new(None);
 
-/// Starts the log; called once, before anything else. A value of the variable that is not a level is reported by a
-/// warning, and the level is `info`: a mistake in the environment must keep neither a disk nor --help from its user.
+/// Starts the log; called once, before anything else. An invalid level in the variable causes a warning, and the level
+/// `info`: a mistake in the environment must not prevent serving disks or printing --help.
 pub fn init() {
     let wish = env::var_os(VARIABLE).filter(|wish| !wish.is_empty());
     let level = wish.as_ref().map_or(Some(LevelFilter::Info), |wish| wish.to_str()?.trim().parse().ok());
@@ -47,8 +48,8 @@ pub fn init() {
         .filter_level(level.unwrap_or(LevelFilter::Info))
         .target(Target::Pipe(Box::new(ToQueue)))
         .format(|out, record| {
-            // A message may contain a path or an error with line breaks. A record stays on one line, so that a reader
-            // of the log never takes part of one record for another.
+            // A message may contain a path or an error with line breaks. Keep each record on one line, so that part of
+            // one record cannot be mistaken for another.
             let message = record.args().to_string().replace('\n', "; ");
             if !is_admitted(record, &message) {
                 return Ok(());
@@ -89,14 +90,14 @@ pub fn flush() {
 
 /// Logs how many lines were counted so far and not written.
 fn log_counts() {
-    // A thread that panics within the limiter holds its lock.
+    // Do not wait: a thread that panics within the limiter holds its lock.
     let counted = LIMITER.try_lock().ok().and_then(|mut limiter| Some(limiter.as_mut()?.take_all()));
     for (level, summary) in counted.unwrap_or_default() {
         log!(target: SUMMARY, level, "{summary}");
     }
 }
 
-/// The end of env_logger's pipe: each write is a line.
+/// Target of env_logger's pipe: each write is one line.
 struct ToQueue;
 
 impl Write for ToQueue {
@@ -114,12 +115,12 @@ impl Write for ToQueue {
 
 /// Calls `act` with the limiter.
 fn with_limiter<T>(act: impl FnOnce(&mut Limiter) -> T) -> T {
-    // A thread that panicked within the limiter must not keep the others from logging.
+    // A thread that panicked within the limiter must not prevent other threads from logging.
     let mut limiter = LIMITER.lock().unwrap_or_else(PoisonError::into_inner);
     act(limiter.get_or_insert_default())
 }
 
-/// Whether a record is written, as opposed to counted.
+/// Whether a record is written; otherwise it is counted.
 fn is_admitted(record: &Record<'_>, message: &str) -> bool {
     if record.target() == SUMMARY {
         return true;
@@ -130,11 +131,11 @@ fn is_admitted(record: &Record<'_>, message: &str) -> bool {
 
 /// Body of the log's thread: writes lines, and the counts of those that were not written.
 fn write_lines() {
-    // This thread starts before the daemon blocks the signals that it waits for, and would not inherit that.
+    // This thread starts before the daemon blocks the signals that it waits for, so it does not inherit that mask.
     block_all_in_this_thread();
     let mut is_confined = false;
     QUEUE.run(|| {
-        // The log starts before the process knows whether it has a sandbox.
+        // The log starts before it is decided whether the process has a sandbox.
         if !is_confined && sandbox::is_on() {
             is_confined = true;
             sandbox::confine(ThreadKind::Log);
@@ -150,12 +151,12 @@ fn write_lines() {
     });
 }
 
-/// Reports a panic through the queue: standard error may be blocked, and a process that has to end must end.
+/// Reports a panic through the queue: standard error may be blocked, and that must not prevent the process from ending.
 fn report_panic(info: &PanicHookInfo<'_>) {
     let current = thread::current();
     let name = current.name().unwrap_or("without a name");
     print(&format!("thread '{name}' {info}"));
-    // Names of functions are in files, which a confined thread cannot open.
+    // A backtrace needs symbols from files, which a confined thread cannot open.
     let backtrace = if sandbox::is_on() { Backtrace::disabled() } else { Backtrace::capture() };
     if backtrace.status() == BacktraceStatus::Captured {
         print(&backtrace.to_string());

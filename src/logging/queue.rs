@@ -1,5 +1,5 @@
-//! The queue between the threads that log and the thread that writes. It is bounded: when standard error takes nothing
-//! (a full pipe, a stopped journal), further lines are dropped and counted.
+//! The queue between the threads that log and the thread that writes. It is bounded: if standard error is blocked (a
+//! full pipe, a stopped journal), further lines are dropped and counted.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -7,20 +7,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Most lines that wait.
+/// Most queued lines.
 const LINES_MAX: usize = 1024;
-/// How often the writer looks for counts to write.
+/// How often the writer checks for counts to write.
 const TICK: Duration = Duration::from_millis(250);
-/// Pause before another attempt where standard error does not block but refuses.
+/// Pause before another attempt if standard error returns EAGAIN.
 const RETRY: Duration = Duration::from_millis(10);
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct LogQueue {
     state: Mutex<LogQueueState>,
-    /// There is a line.
+    /// Signalled when there is a line.
     filled: Condvar,
-    /// Every line is written.
+    /// Signalled when every line is written.
     drained: Condvar,
     running: AtomicBool,
 }
@@ -28,7 +28,7 @@ pub(super) struct LogQueue {
 #[derive(Debug)]
 struct LogQueueState {
     lines: VecDeque<Vec<u8>>,
-    /// The writer has a line that is not written yet.
+    /// Whether the writer has a line that is not written yet.
     writing: bool,
     dropped: u64,
 }
@@ -49,7 +49,7 @@ impl LogQueue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a thread writes what is pushed, or will.
+    /// Whether a thread writes queued lines, or will.
     fn is_running(&self) -> bool {
         self.running.load(Ordering::Acquire)
     }
@@ -68,7 +68,7 @@ impl LogQueue {
         }
     }
 
-    /// Number of lines dropped since the last call; 0 while the queue has no room for a line that says so.
+    /// Number of lines dropped since the last call; 0 while the queue has no room for a line that reports it.
     pub fn take_dropped(&self) -> u64 {
         let mut state = self.lock();
         if state.lines.len() < LINES_MAX { std::mem::take(&mut state.dropped) } else { 0 }
@@ -117,7 +117,7 @@ impl LogQueue {
     }
 }
 
-/// Writes all of a line, however long standard error takes for it. Gives up if nothing can be written at all.
+/// Writes a whole line, however long that takes. Gives up if standard error fails.
 fn write_to_stderr(mut line: &[u8]) {
     while !line.is_empty() {
         match io::stderr().lock().write(line) {

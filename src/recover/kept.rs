@@ -9,8 +9,8 @@ use crate::image_id::ImageId;
 use crate::store::format::{Format, at_start};
 use crate::systemd::ServiceManager;
 
-/// Whether an earlier daemon has left a cache of the image which shows that its guest made it look like `format`: the
-/// ledger says so, or the cache holds the first sector, and that looks so. A cache with another first sector shows
+/// Whether an earlier daemon has left a cache of the image that shows that its guest wrote the header of `format`: the
+/// ledger records it, or the cache holds the first sector with that header. A cache with another first sector shows
 /// nothing: the image may have been replaced since.
 pub fn has_kept_cache(
     config: &DeviceConfig,
@@ -23,7 +23,7 @@ pub fn has_kept_cache(
         let peeked = ArenaFile::peek_in_fdstore(manager, &name);
         peeked.ok().flatten()
     });
-    // Only the header of such an entry can be read before it is taken; older layouts do not note formats.
+    // Only the header of such an entry can be read before it is taken; older layouts do not record formats.
     let vouches = |header: Header| is_noted(&header) || header.is_silent_on_formats(identity);
     if in_fdstore.any(vouches) {
         return true;

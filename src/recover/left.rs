@@ -1,5 +1,5 @@
-//! What earlier daemons left of an image: its record, and the caches that may belong to it. Decides which of them may
-//! be used, and refuses to serve the image beside one that may hold completed writes of it.
+//! The remains of earlier daemons for an image: its record, and the caches that may belong to it. Decides which of them
+//! may be used, and refuses to serve the image while an unusable cache may hold completed writes of it.
 
 use std::sync::Arc;
 
@@ -20,26 +20,27 @@ use crate::tenure::record::{CachePlace, Record, TenureState};
 use crate::tenure::token::age_of;
 use crate::units::{PAGE_BYTES, counted};
 
-/// What earlier daemons left of an image.
+/// See the module.
 #[derive(Debug)]
 pub(super) struct Leftovers {
-    /// The cache that may be used: it belongs to the image as it is now. Of several, the others hold nothing.
+    /// The cache that may be used: it belongs to the image in its present state. If there were several, the others hold
+    /// no unwritten data.
     pub(super) usable: Option<Candidate>,
-    /// What is known of the guest besides what that cache records.
+    /// The state of the guest, from other sources than that cache.
     pub(super) guest: GuestState,
-    /// Generation of the newest tenure; 0 if there was none.
+    /// Generation of the latest tenure; 0 if there was none.
     pub(super) generation: u64,
     /// The record of the last tenure.
     pub(super) record: Option<Record>,
-    /// Whether the cache of the record's tenure was found, whether or not it is used.
+    /// Whether the cache of the record's tenure was found, even if it is not used.
     is_recorded_cache_there: bool,
 }
 
 impl Leftovers {
-    /// Finds what was left of an image, which is open and locked.
+    /// Finds the remains for an image, which is open and locked.
     ///
     /// # Errors
-    /// [`ErrorKind::Ledger`] when the image must not be served as it is; otherwise as [`Search::run`].
+    /// [`ErrorKind::Ledger`] when the image must not be served in its present state; otherwise as [`Search::run`].
     pub(super) fn find(
         config: &DeviceConfig,
         image: &dyn NamedImage,
@@ -70,7 +71,7 @@ impl Leftovers {
         Ok(left)
     }
 
-    /// Judges one more cache.
+    /// Examines another cache.
     fn add(&mut self, name: &str, read_only: bool, image: &dyn NamedImage, candidate: Candidate) -> Result<()> {
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
         self.generation = self.generation.max(generation);
@@ -116,7 +117,7 @@ impl Leftovers {
                 }
                 info!("{name}: dropped the cache in {file}, which held no unwritten data: {why}");
                 self.settle(name, image, header.tenure.map(|tenure| tenure.id));
-                // What it records of the guest must outlive this daemon's death until the new cache has it.
+                // Its record of the guest's state must stay, in case this daemon dies, until the new cache has it.
                 file.shrink_to_header()?;
                 if let Some(header) = file.header()? {
                     self.add_marker(read_only, Candidate { file, header, likeness, foreign: None });
@@ -126,7 +127,7 @@ impl Leftovers {
         }
     }
 
-    /// Remembers a cache that belongs to the image.
+    /// Records a cache that belongs to the image.
     fn use_or_refuse(
         &mut self,
         name: &str,
@@ -147,7 +148,7 @@ impl Leftovers {
             return Err(Error::new(ErrorKind::Ledger, format!("{context}; the second holds {unwritten}; {hint}")));
         }
         if header.frames == 0 {
-            // A marker gives way to a cache.
+            // A cache replaces a marker.
             self.guest = self.guest.or(header.guest);
             let marker = self.usable.replace(candidate).expect("it was judged");
             if !read_only {
@@ -163,7 +164,7 @@ impl Leftovers {
         Ok(())
     }
 
-    /// Remembers a file without pages. It says what became of the guest.
+    /// Records a file without pages, which holds only the guest's state.
     fn add_marker(&mut self, read_only: bool, candidate: Candidate) {
         if candidate.likeness == Likeness::Similar {
             return;
@@ -184,13 +185,13 @@ impl Leftovers {
         }
         record.state = TenureState::Clean;
         if let Err(e) = image.write_record(record) {
-            warn!("{name}: cannot record the end of the last tenure at the image: {e}");
+            warn!("{name}: cannot record the end of the last tenure in the image's attributes: {e}");
         }
     }
 
-    /// Checks that the cache of a tenure that has not ended is among those that were found.
+    /// Checks that the cache of an open tenure is among those that were found.
     fn check_that_cache_is_there(&mut self, name: &str, image: &dyn NamedImage, record: &Record) -> Result<()> {
-        // It may have been settled meanwhile, or noted where the cache was.
+        // The tenure may have been ended meanwhile, or its end may be recorded next to the cache's old path.
         let state = self.record.as_ref().map_or(record.state, |record| record.state);
         let noted = match &record.cache {
             CachePlace::Path(path) => ArenaFile::noted_end(path, whose(), record.tenure),
@@ -225,7 +226,7 @@ impl Leftovers {
     }
 }
 
-/// The record of the image's last tenure, if there is one that was made for this image.
+/// The record of the image's last tenure, if there is one that was written for this image.
 pub(super) fn record_of(name: &str, image: &dyn NamedImage, facts: &ImageFacts) -> Result<Option<Record>> {
     let shown = image.path().display();
     let failed =
@@ -243,7 +244,8 @@ pub(super) fn record_of(name: &str, image: &dyn NamedImage, facts: &ImageFacts) 
             Ok(None)
         }
         LastTenure::Unreadable(why) => {
-            let context = format!("image {shown} has a record of its last tenure that this genblk cannot read: {why}");
+            let context =
+                format!("image {shown} has a record of its last tenure that this version of genblk cannot read: {why}");
             let hint = format!(
                 "a cache may hold completed writes; if you know that none does, remove the record with \"genblk \
                  take-over {shown}\""
@@ -283,7 +285,7 @@ fn refuse_other_host(image: &dyn NamedImage, record: &Record) -> Result<()> {
     Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")))
 }
 
-/// Logs that a cache is not used, and what it holds.
+/// Logs that a cache is not used, and its contents.
 fn warn_unused(name: &str, image: &dyn NamedImage, candidate: &Candidate, why: &str) {
     let file = &candidate.file;
     let holds = match candidate.unwritten() {
@@ -301,7 +303,7 @@ fn refuse_foreign(image: &dyn NamedImage, candidate: &Candidate, unwritten: Unwr
     let holds = if header.frames > 0 && unwritten != Unwritten::NOTHING {
         format!("holds {unwritten}")
     } else if header.frames == 0 && header.guest.data == GuestData::Lost {
-        "says that completed writes were lost".to_owned()
+        "records that completed writes were lost".to_owned()
     } else {
         return Ok(());
     };
@@ -313,7 +315,7 @@ fn refuse_foreign(image: &dyn NamedImage, candidate: &Candidate, unwritten: Unwr
     Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")))
 }
 
-/// The error of a cache with completed writes that must not be used.
+/// The error for a cache with completed writes that must not be used.
 pub(super) fn refusal(
     image: &dyn NamedImage,
     file: &ArenaFile,
@@ -332,7 +334,7 @@ pub(super) fn refusal(
     Error::new(ErrorKind::Ledger, format!("{context}; {holds}; {}", ways_out(&image.to_string(), file)))
 }
 
-/// What the operator can do about a cache that must not be used.
+/// The operator's choices for a cache that must not be used.
 fn ways_out(image: &str, file: &ArenaFile) -> String {
     let serve = format!("to serve the image without the cache, run \"genblk take-over {image}\"");
     if file.is_in_fdstore() {
@@ -344,7 +346,7 @@ fn ways_out(image: &str, file: &ArenaFile) -> String {
     )
 }
 
-/// The error of a cache that is not where the record says.
+/// The error for a cache that is not at its recorded place.
 fn missing(image: &dyn NamedImage, place: &CachePlace, since: u64) -> Error {
     let image = image.path().display();
     let context = format!(
@@ -354,13 +356,13 @@ fn missing(image: &dyn NamedImage, place: &CachePlace, since: u64) -> Error {
         shown(place)
     );
     let hint = format!(
-        "if it is in another container, start genblk there; if it is gone, completed writes that were not flushed are \
-         lost: run \"genblk take-over {image}\" to serve the image without them"
+        "if it is in another container, start genblk there; if it was removed, completed writes that were not flushed \
+         are lost: run \"genblk take-over {image}\" to serve the image without them"
     );
     Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
 }
 
-/// A place of a cache for the operator.
+/// The place of a cache in words.
 fn shown(place: &CachePlace) -> String {
     match place {
         CachePlace::Path(path) => path.display().to_string(),
@@ -369,7 +371,7 @@ fn shown(place: &CachePlace) -> String {
     }
 }
 
-/// A number of seconds in the largest unit that fits.
+/// A number of seconds in the largest suitable unit.
 fn duration(seconds: u64) -> String {
     match seconds {
         0..120 => counted(seconds, "second"),

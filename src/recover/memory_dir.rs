@@ -1,4 +1,4 @@
-//! Whether a memory directory is one.
+//! Checks that a memory directory is on a file system in memory.
 
 use std::fs::File;
 use std::path::Path;
@@ -7,16 +7,16 @@ use crate::config::{DeviceConfig, MemoryDir, Survive};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file_system::FileSystem;
 
-/// Checks that the files of a device's memory directory would be memory. On a disk the kernel would write each change
-/// of the cache to it, and a cache of an earlier boot would be found.
+/// Checks that files in a device's memory directory would be in memory. On a disk, the kernel would write each change
+/// of the cache to the disk, and the cache would outlive a reboot.
 ///
 /// # Errors
 /// [`ErrorKind::Config`] with the file system's name, if it is not in memory; [`ErrorKind::Memory`] when it cannot be
-/// looked at.
+/// inspected.
 pub fn check_memory_dir(config: &DeviceConfig) -> Result<()> {
     let MemoryDir::Path(memory_dir) = &config.cache.memory_dir else { return Ok(()) };
     if config.read_only || config.cache.survive == Survive::Never {
-        // Nothing but a small marker is kept.
+        // Only a small marker is kept there.
         return Ok(());
     }
     let file_system = file_system_of(memory_dir)?;

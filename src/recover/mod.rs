@@ -1,5 +1,5 @@
-//! The cache that an earlier daemon left in memory: the next daemon restores it, or the operator writes it to its
-//! image.
+//! Recovery of a cache that an earlier daemon left in memory: the next daemon restores it, or the operator writes it to
+//! its image.
 
 mod kept;
 mod left;
@@ -50,17 +50,17 @@ use search::Candidate;
 use write_back::{Unwritten, write_back};
 
 /// How long to wait for the lock of an image or of a cache file. A killed daemon keeps its locks until the kernel has
-/// finished its I/O, and rightly so: until then that I/O can still change the image. A daemon that ends in order
-/// releases its cache before its image. A daemon that is started at once in place of either must wait, and not fail.
+/// finished its I/O, which can still change the image until then. A daemon that shuts down cleanly releases its cache
+/// before its image. A daemon that is started right after either must wait instead of failing.
 pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
-/// What the log says where no file outlives the daemon.
+/// Log text for a cache of which no file outlives the daemon.
 const VOLATILE_UNMARKED: &str = "using a cache that does not survive a crash";
 
 const HAS_HEADER: &str = "a file with pages has a header";
 const HAS_FILE: &str = "the arena was attached to a file";
 
-/// What the file that was found for an image holds.
+/// The contents of the file that was found for an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Contents {
     /// No pages: the file is new, or a loss marker.
@@ -80,10 +80,10 @@ enum FoundAt {
     Elsewhere,
 }
 
-/// What to do with the file.
+/// The action for the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Decision {
-    /// Restore the cache that it holds.
+    /// Restore its cache.
     Attach,
     /// Write its dirty pages to the image, and create a new cache.
     WriteBack,
@@ -115,10 +115,10 @@ impl Contents {
 /// `frames` is the configured size, and `frames_max` what it may become. Begins a tenure of the image, or continues the
 /// one of the cache.
 ///
-/// => No completed write is lost: dirty pages of a cache that does not fit are on the image when this returns. What the
-///    previous daemon knew of its guest (data loss, write-through) is recorded in the new arena as well.
-/// => A cache is used only if it is shown that it belongs to the image as it is now. Where that is not shown, a cache
-///    that holds completed writes is an error, and any other is removed.
+/// => No completed write is lost: dirty pages of a cache that does not fit are on the image when this returns. The new
+/// arena also records the guest's state from the previous daemon (data loss, write-through).
+/// => A cache is used only if it is proven to belong to the image in its present state. Otherwise a cache that holds
+/// completed writes is an error, and any other is removed.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when there is no memory for the cache; [`ErrorKind::Ledger`] when the file that the previous
@@ -204,7 +204,7 @@ pub fn nbd_options(config: &DeviceConfig) -> NbdOptions {
     }
 }
 
-/// An error about memory, which names the memory that the caches take that no daemon uses.
+/// An error about insufficient memory, with the memory that unused caches take.
 pub fn with_unused_caches(error: Error, config: &DeviceConfig) -> Error {
     let hint = if error.kind() == ErrorKind::Memory { hint_for(&config.cache.memory_dir) } else { None };
     match hint {
@@ -215,12 +215,12 @@ pub fn with_unused_caches(error: Error, config: &DeviceConfig) -> Error {
 
 fn warn_of_data_loss(name: &str) {
     warn!(
-        "{name}: an earlier daemon died with completed writes that never reached the image; all requests of this guest \
-         fail until it resets the device"
+        "{name}: an earlier daemon died with completed writes that were never written to the image; all requests of \
+         this guest fail until it resets the device"
     );
 }
 
-/// The error of a cache that holds completed writes past the end of its image.
+/// The error for a cache that holds completed writes past the end of its image.
 fn overhang(image: &dyn NamedImage, arena: &Arena, beyond: Overhang) -> Error {
     let file = arena.file().expect(HAS_FILE);
     let Overhang { pages, ranges } = beyond;
@@ -233,7 +233,7 @@ fn overhang(image: &dyn NamedImage, arena: &Arena, beyond: Overhang) -> Error {
 
 /// The memory for the cache of a read-only device, which does not outlive the daemon.
 ///
-/// => The caches of earlier daemons are only inspected: a device that cannot write to the image serves it beside them.
+/// => The caches of earlier daemons are only inspected and stay: a read-only device cannot write them to the image.
 ///
 /// # Errors
 /// As [`arena_for`], and [`ErrorKind::Ledger`] when an earlier daemon's cache holds writes that the image lacks: the
@@ -268,7 +268,7 @@ fn arena_for_reading(
     Ok(arena)
 }
 
-/// What a new cache for a device is made from.
+/// The inputs for a new cache of a device.
 struct NewCache<'a> {
     config: &'a DeviceConfig,
     image: &'a dyn NamedImage,
@@ -303,22 +303,22 @@ impl NewCache<'_> {
         if found_at == FoundAt::Configured { Ok(None) } else { self.create_file().map(Some) }
     }
 
-    /// Records at the image that the tenure of the cache that was found has ended: everything is on the image.
+    /// Records in the image's attributes that the tenure of the found cache has ended: everything is on the image.
     ///
-    /// => If this daemon dies, or cannot create a cache, the next one does not miss the old one.
+    /// => If this daemon dies, or cannot create a cache, the next one does not report the old cache as missing.
     fn close_last_tenure(&self, record: Option<&Record>, tenure: Option<TenureId>) {
         let Some(record) = record.filter(|record| record.state == TenureState::Open && Some(record.tenure) == tenure)
         else {
             return;
         };
         if let Err(e) = self.image.write_record(&Record { state: TenureState::Clean, ..record.clone() }) {
-            warn!("{}: cannot record the end of the last tenure at the image: {e}", self.config.name);
+            warn!("{}: cannot record the end of the last tenure in the image's attributes: {e}", self.config.name);
         }
     }
 
-    /// A new arena in the file `target`, or in the file `found` without one. What `found` holds is on the image.
+    /// A new arena in the file `target`, or without one in the file `found`, whose contents are on the image.
     ///
-    /// => What `found` records of the guest is recorded at any time: it stays until the new arena has it.
+    /// => The guest's state in `found` is never lost: it stays there until the new arena has it.
     fn replace(&self, found: ArenaFile, target: Option<ArenaFile>, guest: GuestState) -> Result<(Arena, TenureFacts)> {
         // The new cache may need the old one's memory.
         found.shrink_to_header()?;
@@ -333,9 +333,9 @@ impl NewCache<'_> {
         }
     }
 
-    /// A new arena in `file`, of the best kind that the configuration asks for and the host has memory for.
+    /// A new arena in `file`, of the best kind that the configuration requests and for which the host has memory.
     ///
-    /// => From the beginning its header records what became of the `guest`, and what the file records of it already.
+    /// => From the beginning its header records the state of the `guest`, merged with the state already in the file.
     fn create(&self, file: ArenaFile, guest: GuestState) -> Result<(Arena, TenureFacts)> {
         let tenure = self.new_tenure()?;
         let spec = ArenaSpec { frames: self.frames_max, reserved: self.frames, image: self.facts, tenure, guest };
@@ -360,11 +360,11 @@ impl NewCache<'_> {
                 warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
                 Ok((arena, tenure))
             }
-            // Shared memory has no room for even a marker. (A file that records something of the guest has a header
-            // already, which becomes the marker.)
+            // Shared memory has no room even for a marker. (A file that records the guest's state already has a header,
+            // which becomes the marker.)
             Err(NotCreated { file, .. }) => {
                 drop(file);
-                // Without any memory the first error says more.
+                // If there is no memory at all, the first error is more helpful.
                 let Ok(arena) = Arena::anonymous_with_room(self.frames, self.frames_max) else { return Err(error) };
                 warn!("{}: {error}; {VOLATILE_UNMARKED}", self.config.name);
                 if guest.data == GuestData::Lost {
@@ -377,8 +377,8 @@ impl NewCache<'_> {
         }
     }
 
-    /// Memory that does not outlive the daemon, where not even a loss marker can be created. The image's record tells
-    /// the next daemon.
+    /// Memory that does not outlive the daemon, for a host on which not even a loss marker can be created. The image's
+    /// record informs the next daemon.
     fn anonymous(&self, guest: GuestState) -> Result<Arena> {
         let arena = Arena::anonymous_with_room(self.frames, self.frames_max)?;
         if guest.data == GuestData::Lost {
@@ -405,8 +405,8 @@ impl NewCache<'_> {
         Ok(TenureFacts { id, since, is_recorded, is_over: false })
     }
 
-    /// Begins a tenure, or continues it: the image's record says from now on that the cache may hold writes that the
-    /// image lacks. Returns whether the image has the record.
+    /// Begins a tenure, or continues it: from now on the image's record states that the cache may hold writes not yet
+    /// on the image. Returns whether the image has the record.
     ///
     /// => The change token is read afterwards, because the record changes the image's change time.
     fn begin_tenure(&self, arena: &Arena, tenure: TenureFacts) -> bool {
@@ -420,13 +420,13 @@ impl NewCache<'_> {
             born_ns,
             cache: arena.place(),
         };
-        // Once the image has the record, the file must be there, even if the start fails.
+        // Once the image has the record, the file must stay, even if the start fails.
         let is_kept = arena.is_kept_on_drop();
         arena.keep_on_drop(true);
-        // The ledger first: a cache whose tenure is open must not be taken for one whose loss would lose nothing.
+        // The ledger first: a cache with an open tenure must not look like one that can be removed without loss.
         arena.set_recorded(tenure.is_recorded, false);
         let is_recorded = self.image.begin_tenure(record).unwrap_or_else(|e| {
-            warn!("{}: cannot record at the image that a cache holds writes ({e})", self.config.name);
+            warn!("{}: cannot record in the image's attributes that a cache holds writes ({e})", self.config.name);
             false
         });
         arena.set_recorded(is_recorded, false);
@@ -439,11 +439,11 @@ impl NewCache<'_> {
     }
 }
 
-/// Records hashes of pages of the image in the ledger, unless enough of the last ones are still true. Log lines begin
+/// Records hashes of pages of the image in the ledger, unless enough of the last ones are still valid. Log lines begin
 /// with `name`.
 ///
-/// => A discard of the last daemon may be lost as long as no Sync covers it, and the hash of what it left would refute
-///    a good image then. So a Sync comes first; the record of a new tenure came with one, if the image has it.
+/// => A discard of the last daemon may be lost as long as no Sync covers it. The hash of a page that it discarded would
+/// then reject a good image, so a Sync comes first; writing the record of a new tenure includes one.
 fn take_samples(name: &str, image: &dyn NamedImage, arena: &Arena, is_recorded: bool) {
     if arena.samples().len() >= SAMPLES_MAX / 2 {
         return;
@@ -453,8 +453,8 @@ fn take_samples(name: &str, image: &dyn NamedImage, arena: &Arena, is_recorded: 
     if (is_restored || !is_recorded)
         && let Err(e) = sync()
     {
-        warn!("{name}: cannot sync the image ({e}); what its cache has clean is read again");
-        // The image may have lost a discard, and no later Sync tells that.
+        warn!("{name}: cannot sync the image ({e}); clean pages of its cache are read again");
+        // The image may have lost a discard, and no later Sync reports that.
         arena.forget_clean();
         return;
     }

@@ -1,5 +1,5 @@
-//! What the operator's commands share with the start of a daemon: the proof that a cache belongs to an image, and the
-//! end of a tenure at the image.
+//! Operations shared by the operator's commands and the start of a daemon: the proof that a cache belongs to an image,
+//! and ending a tenure.
 
 use std::sync::Arc;
 
@@ -17,11 +17,11 @@ use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::record::{Record, TenureState};
 
-/// Checks that a cache belongs to an image as it is now, as the next daemon would. With `force` the image may have
-/// changed since, but it must be the cache's image: a path may lead to another file than the operator believes.
+/// Checks that a cache belongs to an image in its present state, as the next daemon would. With `force` the image may
+/// have changed since, but it must be the cache's image: a path may lead to another file than the operator expects.
 ///
 /// # Errors
-/// [`ErrorKind::Ledger`] with the reason and the ways out, when that is not shown.
+/// [`ErrorKind::Ledger`] with the reason and the operator's choices, if it does not.
 pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedImage, force: bool) -> Result<()> {
     let facts = facts_of(image);
     let record = match record_of("genblk recover", image, &facts) {
@@ -34,7 +34,7 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
         let (file, shown) = (arena.file().expect(super::HAS_FILE), image.path().display());
         let context = format!("{file} belongs to an image that {shown} has replaced");
         let hint = format!(
-            "to throw the cache away: \"genblk recover --discard {file}\"; to write it to {shown} anyway: \
+            "to delete the cache: \"genblk recover --discard {file}\"; to write it to {shown} anyway: \
              \"genblk recover --force --image {shown} {file}\""
         );
         return Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")));
@@ -44,7 +44,7 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
     }
     match prove(arena, header, likeness, image, record.as_ref()) {
         Proof::Proven => Ok(()),
-        // The operator names the cache and the image: that counts for more than a path.
+        // The operator has named both the cache and the image, which is stronger evidence than a path.
         Proof::Unproven(_) if likeness == Likeness::Similar => Ok(()),
         Proof::Unproven(why) | Proof::Refuted(why) | Proof::Overtaken(why) => {
             let file = arena.file().expect(super::HAS_FILE);
@@ -54,20 +54,20 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
 }
 
 /// Ends the tenure of a cache that is about to be removed: in state [`TenureState::Clean`] if everything in it is on
-/// the image, [`TenureState::Forfeited`] if it is thrown away. `image` is the image, if it can be opened. If its record
-/// cannot be changed, the end is noted beside the cache.
+/// the image, [`TenureState::Forfeited`] if it is discarded. `image` is the image, if it can be opened. If its record
+/// cannot be changed, the end is recorded next to the cache.
 ///
-/// => The next daemon of the image does not miss the cache.
+/// => The next daemon of the image does not report the cache as missing.
 ///
 /// # Errors
-/// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when neither can be done: then the cache must stay.
+/// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] if both fail: then the cache must stay.
 pub(super) fn end_tenure(
     file: &ArenaFile,
     image: Option<&dyn NamedImage>,
     tenure: Option<TenureFacts>,
     state: TenureState,
 ) -> Result<()> {
-    // An image without records cannot miss a cache.
+    // Without a record, no daemon will report the cache as missing.
     let Some(tenure) = tenure.filter(|tenure| tenure.is_recorded && !tenure.is_over) else { return Ok(()) };
     match image.map(|image| (image, image.last_tenure())) {
         Some((image, Ok(LastTenure::Recorded(record)))) if record.tenure == tenure.id => {
@@ -77,7 +77,10 @@ pub(super) fn end_tenure(
             match image.write_record(&Record { state, ..record }) {
                 Ok(()) => Ok(()),
                 Err(e) => {
-                    warn!("cannot record at image {} that its tenure has ended: {e}", image.path().display());
+                    warn!(
+                        "cannot record in the attributes of image {} that its tenure has ended: {e}",
+                        image.path().display()
+                    );
                     file.note_ended(tenure.id, state)
                 }
             }

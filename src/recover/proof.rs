@@ -1,8 +1,9 @@
-//! Whether a cache that was left belongs to an image as it is now: that no other process has changed it since.
+//! Checks whether an earlier daemon's cache belongs to an image in its present state: that no other process has changed
+//! the image since.
 //!
-//! Three things are asked, in this order: whether a later tenure has held the image; what the change tokens say; and,
-//! where they do not settle it, whether the image is equal to clean pages of the cache, and to what the ledger knows of
-//! a few pages that are not in the cache (`arena/samples.rs`).
+//! Three checks follow each other: whether a later tenure has held the image; what the change tokens show; and, if they
+//! are inconclusive, whether the image is equal to the clean pages of the cache, and to the hashes in the ledger of a
+//! few pages that are not in the cache (`arena/samples.rs`).
 
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
@@ -22,7 +23,7 @@ const SAMPLE_PAGES: usize = 200;
 /// superblocks of ext4 and XFS, of btrfs, and the same in a first partition at 1 MiB.
 const TELLTALE_PAGES: [u64; 6] = [0, 1, 16, 256, 257, 272];
 
-/// Why nothing shows that a cache belongs to an image.
+/// A reason why a cache cannot be proven to belong to an image.
 pub(crate) const NOTHING_TO_COMPARE: &str = "the cache has no clean page to compare";
 
 /// Why a cache that was set aside is not used.
@@ -33,20 +34,20 @@ pub(super) const SET_ASIDE: &str = "it was set aside by \"genblk take-over\"";
 pub(super) enum Proof {
     /// No other process has changed the image.
     Proven,
-    /// Another process may have: what is known of the image does not tell, and no clean page could be compared.
+    /// Another process may have: the evidence is inconclusive, and no clean page could be compared.
     Unproven(String),
-    /// Another process has, for this reason.
+    /// Another process has changed the image, for this reason.
     Refuted(String),
     /// A later tenure has held the image.
     Overtaken(String),
 }
 
-/// How far a cache's header shows that it belongs to an image.
+/// How strongly a cache's header indicates that it belongs to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Likeness {
-    /// It may: the path is the same, and nothing says that it is another image.
+    /// It may belong: the path is the same, and nothing indicates another image.
     Similar,
-    /// It does, by the file's identity, the name of the device, or the image's record.
+    /// It belongs, by the file's identity, the name of the device, or the image's record.
     Same,
 }
 
@@ -88,7 +89,7 @@ pub(super) fn prove(
     if planted(PlantedBug::ProofSkipped) {
         return Proof::Proven;
     }
-    // Before there were tenures, the identity and the size were all that was compared.
+    // Versions without tenures compared only the identity and the size.
     let is_known_image = header.tenure.is_none() && header.image.size_bytes == image.limits().size_bytes.get();
     let verdict = match header.last_seen.judge(&image.found_token()) {
         _ if planted(PlantedBug::TokenNotCompared) => ChangeVerdict::Plausible,
@@ -119,16 +120,15 @@ pub(super) fn prove(
     }
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 enum Comparison {
     /// This page differs.
     Differs(PageNo),
-    /// As many pages are equal.
+    /// This many pages are equal.
     Equal(usize),
 }
 
-/// Compares what the cache knows of the image with it: its clean pages, and the pages whose hashes the ledger has. It
-/// knows no more than `known_sectors` sectors.
+/// Compares the image with the cache's clean pages and with the hashes in the ledger, up to `known_sectors` sectors.
 fn compare_pages(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> Comparison {
     if planted(PlantedBug::SampleSkipped) {
         return Comparison::Equal(SAMPLE_PAGES);
@@ -149,8 +149,8 @@ fn compare_pages(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> C
     Comparison::Equal(clean + equal)
 }
 
-/// Pages of an image with their hashes, for the ledger of `arena`: those that every mount changes, and some from
-/// everywhere in its data. What the cache holds dirty may be on the image and not be durable there: it tells nothing.
+/// Pages of an image with their hashes, for the ledger of `arena`: those that every mount changes, and a sample spread
+/// over its data. Dirty pages are left out: they may be on the image without being durable there, and prove nothing.
 pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, u64)> {
     let image_pages = image.limits().size_bytes.get() / PAGE_BYTES;
     let mut runs: Vec<Range<u64>> =
@@ -180,17 +180,18 @@ pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, 
     pages.filter_map(|page| Some((PageNo(page), hash_of(&image.read_page(PageNo(page)).ok()?.0)))).collect()
 }
 
-/// Compares clean pages of a cache with the image: all of them if they are few, else some from everywhere.
+/// Compares clean pages of a cache with the image: all of them if they are few, otherwise a sample spread over the
+/// image.
 fn compare_sample(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> Comparison {
-    // What must read as zeros may not be on the image either.
+    // Pending zeroes may not be on the image yet either.
     let zeroes: Vec<SectorSpan> = arena.pending_zeroes().map(|(_, span)| span).collect();
     let clean = |(frame, record): (FrameId, FrameRecord)| {
-        // In the page that the end of the image cut, the ledger calls sectors valid that were never read.
+        // In a page that the end of the image cuts, the ledger marks sectors as valid that were never read.
         let known = record.valid.without(record.dirty).and(sectors_within(known_sectors, record.page));
         let mask = zeroes.iter().fold(known, |mask, span| mask.without(span.sectors_in(record.page)));
         (!mask.is_empty()).then_some((record.page, frame, mask))
     };
-    // A page that was moving is recorded twice. One of the records may be dirty, then the other tells nothing.
+    // A page that was being moved is recorded twice. If one of the records is dirty, the other proves nothing.
     let dirty: HashSet<PageNo> =
         arena.records().filter(|(_, record)| !record.dirty.is_empty()).map(|(_, record)| record.page).collect();
     let mut pages: Vec<(PageNo, FrameId, SectorMask)> = arena.records().filter_map(clean).collect();
@@ -203,7 +204,7 @@ fn compare_sample(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> 
         match is_equal(arena, image, page, frame, mask) {
             Some(true) => equal += 1,
             Some(false) => return Comparison::Differs(page),
-            // It cannot be read, so it tells nothing.
+            // A page that cannot be read proves nothing.
             None => {}
         }
     }

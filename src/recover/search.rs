@@ -20,10 +20,10 @@ use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
 use crate::tenure::record::{CachePlace, Record};
 
-/// Where daemons keep caches unless they are told otherwise.
+/// The directory in which daemons keep caches by default.
 const DEFAULT_MEMORY_DIR: &str = "/dev/shm";
 
-/// What a header records of an image.
+/// The facts that a header records about an image.
 pub(super) fn facts_of(image: &dyn NamedImage) -> ImageFacts {
     ImageFacts {
         identity: image.identity(),
@@ -33,15 +33,15 @@ pub(super) fn facts_of(image: &dyn NamedImage) -> ImageFacts {
     }
 }
 
-/// Whether a record was made for this file, as opposed to one that it was copied from.
+/// Whether a record was written for this file, and not for another one from which this file was copied.
 pub(super) fn is_of(record: &Record, facts: &ImageFacts) -> bool {
     let ImageId { inode, born_ns, .. } = facts.identity;
     let is_same_file = record.inode == inode && (record.born_ns == born_ns || record.born_ns == 0 || born_ns == 0);
     is_same_file && !is_of_original(record, facts)
 }
 
-/// Whether the file that a record was made for is still where its cache says, and is another one than this: a snapshot
-/// of a file system has files with the inode numbers, the creation times and the records of the original ones.
+/// Whether the file for which a record was written still exists at the path in its cache, and is another file than this
+/// one: files in a snapshot of a file system have the inode numbers, creation times and records of the originals.
 fn is_of_original(record: &Record, facts: &ImageFacts) -> bool {
     let CachePlace::Path(path) = &record.cache else { return false };
     let Ok(Some(header)) = ArenaFile::peek(path, whose()) else { return false };
@@ -54,12 +54,13 @@ pub(super) struct Candidate {
     pub(super) file: ArenaFile,
     pub(super) header: Header,
     pub(super) likeness: Likeness,
-    /// What another user's cache holds. Such a file is read and not mapped: that user can shrink it.
+    /// Unwritten data in a cache of another user. Such a file is read but not mapped, because that user can truncate
+    /// it.
     pub(super) foreign: Option<Unwritten>,
 }
 
 impl Candidate {
-    /// What it holds and the image lacks.
+    /// Its data that is not yet on the image.
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] for a ledger that is damaged, [`ErrorKind::Memory`] for one that cannot be read.
@@ -75,7 +76,7 @@ impl Candidate {
 pub(super) struct Search<'a> {
     pub(super) image: &'a dyn NamedImage,
     pub(super) facts: &'a ImageFacts,
-    /// The image's record, if it has one that was made for it.
+    /// The image's record, if it has one that was written for it.
     pub(super) record: Option<&'a Record>,
     pub(super) memory_dir: &'a MemoryDir,
     pub(super) manager: &'a Arc<ServiceManager>,
@@ -91,7 +92,7 @@ impl Search<'_> {
         self.each()?.filter_map(Result::transpose).collect()
     }
 
-    /// As [`Search::run`]; what is wrong with one cache does not hide the others.
+    /// As [`Search::run`], but an error with one cache does not hide the others.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] for a directory that cannot be listed.
@@ -106,7 +107,7 @@ impl Search<'_> {
         Ok((found, problems))
     }
 
-    /// What each place holds.
+    /// The candidate in each place.
     fn each(&self) -> Result<impl Iterator<Item = Result<Option<Candidate>>>> {
         let named = self.manager.fdstore_names().into_iter().map(|name| self.in_fdstore(&name));
         let filed = self.paths()?.into_iter().map(|path| self.at(&path));
@@ -129,8 +130,8 @@ impl Search<'_> {
                 }
                 return Err(self.unreachable(path, &e));
             }
-            // Other users' files, and files that vanish meanwhile. A file that the host lacks resources to open may be
-            // the image's cache.
+            // Skip other users' files, and files removed meanwhile. But a file that cannot be opened for lack of
+            // resources may be the image's cache.
             Err(e) if e.kind() == ErrorKind::Memory && !e.is_lack_of_resources() => return Ok(None),
             peeked => peeked,
         };
@@ -147,7 +148,7 @@ impl Search<'_> {
         match ArenaFile::open_within(path, whose(), LOCK_PATIENCE) {
             Ok(file) => self.candidate(file, likeness),
             Err(e) if e.kind() == ErrorKind::Locked && is_recorded => Err(e),
-            // A live daemon serves another image with it: this one's lock is ours.
+            // A running daemon uses it for another image: this image's lock is ours.
             Err(e) if e.kind() == ErrorKind::Locked && likeness == Likeness::Similar => Ok(None),
             Err(_) if !path.exists() => Ok(None),
             Err(e) if e.kind() == ErrorKind::Memory => Err(self.unreachable(path, &e)),
@@ -163,7 +164,7 @@ impl Search<'_> {
                 Candidate { file, header: survey.header, likeness, foreign: Some(unwritten) }
             }));
         }
-        // Read again: until now another process could change it.
+        // Read again: before it was locked, another process could change it.
         let header = file.header()?;
         Ok(header.map(|header| Candidate { file, header, likeness, foreign: None }))
     }
@@ -178,7 +179,7 @@ impl Search<'_> {
         Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
     }
 
-    /// Where the record says that the cache is, if that is a path.
+    /// The path of the cache in the record, if it is a path.
     fn recorded_path(&self) -> Option<&PathBuf> {
         match &self.record?.cache {
             CachePlace::Path(path) => Some(path),
@@ -216,13 +217,13 @@ impl Search<'_> {
         Ok(paths)
     }
 
-    /// Whether a directory's caches count: only its owner can write to it, and the owner may write to the image.
-    /// A user could forge a cache for another user's image otherwise.
+    /// Whether a directory's caches are trusted: only its owner can write to it, and the owner may write to the image.
+    /// Otherwise a user could forge a cache for another user's image.
     fn is_trusted(&self, directory: &Path) -> bool {
         let Ok(directory) = fs::metadata(directory) else { return false };
         let is_private = directory.mode() & 0o022 == 0;
         if self.image.kind() == ImageKind::Remote {
-            // Nothing tells who may write to it.
+            // It is unknown which users may write to the image.
             return is_private && directory.uid() == effective_uid();
         }
         let Ok(image) = fs::metadata(self.image.path()) else { return false };
@@ -230,10 +231,11 @@ impl Search<'_> {
         is_private && (directory.uid() == effective_uid() || directory.uid() == image.uid() || others_may_write)
     }
 
-    /// How far a header shows that its cache belongs to the image; `None`: it does not. `name` is that of its file.
+    /// How strongly a header indicates that its cache belongs to the image; `None`: it does not. `name` is that of its
+    /// file.
     ///
     /// # Errors
-    /// Why a header cannot be read, if the name says that the cache is the image's, or nothing can be read now.
+    /// The header cannot be read, and by its name the file belongs to the image, or no file can be read at present.
     fn likeness_of(&self, peeked: Result<Option<Header>>, name: &OsStr) -> Result<Option<Likeness>> {
         let first_name = self.facts.identity.file_name(0, 0);
         let prefix = first_name.trim_end_matches('0');
@@ -247,7 +249,7 @@ impl Search<'_> {
         }
     }
 
-    /// How far a header shows that its cache belongs to the image; `None`: it does not.
+    /// How strongly a header indicates that its cache belongs to the image; `None`: it does not.
     pub(super) fn likeness(&self, header: &Header) -> Option<Likeness> {
         let (left, image) = (&header.image, self.facts);
         let recorded = self.record.map(|record| record.tenure);
@@ -259,7 +261,7 @@ impl Search<'_> {
         let (old, new) = (&left.identity, &image.identity);
         let is_device = self.image.kind() == ImageKind::Device;
         if !is_device && old.inode == new.inode && old.born_ns == new.born_ns && old.born_ns != 0 {
-            // The file system is mounted again, unless the original is still there.
+            // The file system was remounted, unless the original still exists.
             return if is_copy(left, new) { None } else { Some(Likeness::Same) };
         }
         if is_device && !left.alias.is_empty() && !image.alias.is_empty() {
@@ -293,7 +295,7 @@ fn is_copy(of: &ImageFacts, file: &ImageId) -> bool {
     })
 }
 
-/// Whose caches are read. Root reads all of them, and uses its own.
+/// The users whose caches are read. Root reads all of them, but uses only its own.
 pub(super) fn whose() -> AllowedOwner {
     if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }

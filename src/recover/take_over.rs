@@ -1,5 +1,5 @@
-//! `genblk take-over`: the operator gives up the completed writes that a cache may hold, so that the image can be
-//! served as it is.
+//! `genblk take-over`: the operator gives up completed writes that a cache may hold, so that the image can be served in
+//! its present state.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,16 +19,16 @@ use crate::tenure::host::Boot;
 use crate::tenure::record::{CachePlace, Record, TenureState};
 use crate::tenure::token::wall_clock_ns;
 
-/// Sets every cache of the image aside that a daemon left below `memory_dir`, at the default place, or where the
-/// image's record says, and ends the image's last tenure. Returns a message for the operator.
+/// Sets aside every cache of the image below `memory_dir`, in the default directory, or at the path in the image's
+/// record, and ends the image's last tenure. Returns a message for the operator.
 ///
-/// => The next daemon serves the image as it is. A guest that outlived the last one must reset the device first, if
-///    completed writes may be lost.
+/// => The next daemon serves the image in its present state. If completed writes may be lost, a guest that outlived the
+/// last daemon must reset the device first.
 /// => Caches stay for "genblk recover", and no daemon uses them again.
 ///
 /// # Errors
 /// [`ErrorKind::Locked`] when a daemon serves the image; [`ErrorKind::Image`] when it cannot be opened or its record
-/// cannot be written; the error of the next daemon, where something keeps that from serving the image even now.
+/// cannot be written; the next daemon's error, if that still could not serve the image.
 pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     let options = OpenOptions { lock_patience: LOCK_PATIENCE, ..OpenOptions::default() };
     let image = store::open(None, path, &options)?;
@@ -56,7 +56,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     for candidate in found {
         match candidate.unwritten() {
             Ok(Unwritten::NOTHING) => {
-                // It was found, and holds nothing that the image lacks.
+                // The recorded cache was found, and all its data is on the image.
                 if is_recorded(&candidate.header) && candidate.header.guest.data == GuestData::Intact {
                     last_end = Some(TenureState::Clean);
                 }
@@ -78,7 +78,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
         }
         return Ok(format!("image {shown}: nothing to take over; no cache holds unwritten data\n"));
     }
-    // The record first: without it nothing has changed.
+    // The record first: if that fails, nothing has changed.
     let generation = newest.max(record.map_or(0, |record| record.tenure.generation)) + 1;
     let new_record = record_of_end(&facts, generation, last_end.unwrap_or(TenureState::Forfeited))?;
     let has_records = last != LastTenure::NoRecords;
@@ -90,14 +90,14 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
         file.set_aside()?;
         lines.push_str(&format!("set aside: {file}, which {holds}\n"));
     }
-    // What the next daemon would find.
+    // Check what the next daemon would find.
     let record = has_records.then_some(&new_record);
     let search = Search { image: &*image, facts: &facts, record, memory_dir, manager };
     let hint = format!(
         "image {shown} cannot be served while that file exists: delete it with \"genblk recover --discard --force\""
     );
     search.run().map_err(|e| e.with_hint(&hint))?;
-    // Each error ends with advice, which has been followed.
+    // Each error ends with advice that no longer applies.
     let reason = |e: &Error| e.to_string().split("; ").next().map_or_else(String::new, str::to_owned);
     let unseen = problems.iter().map(|e| format!("ignored from now on: {}\n", reason(e))).collect::<String>();
     Ok(format!("{lines}{unseen}image {shown} can be served now\n"))

@@ -1,4 +1,4 @@
-//! What a daemon makes of a cache and an image that changed between two daemons, with bugs planted in the proof.
+//! Decisions of a daemon about a cache and an image that changed between two daemons, with bugs planted in the proof.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -98,7 +98,7 @@ fn a_cache_is_used_if_nothing_changed() {
 
 #[test]
 fn a_proof_that_does_not_compare_generations_is_found() {
-    // Another host has held the image; it set the times of the image back.
+    // Another host has held the image, and has set the image's times back.
     let overtake = |world: &World| {
         let image = world.open();
         let record = match image.last_tenure().unwrap() {
@@ -114,7 +114,7 @@ fn a_proof_that_does_not_compare_generations_is_found() {
 
 #[test]
 fn a_proof_that_does_not_compare_change_tokens_is_found() {
-    // No clean page of the cache tells of it.
+    // No clean page of the cache covers the write.
     let write = |world: &World| world.image().write_all_at(&[7; 512], 20 * PAGE_BYTES).unwrap();
     assert!(!is_used(None, false, write));
     assert!(is_used(Some(PlantedBug::TokenNotCompared), false, write));
@@ -133,7 +133,7 @@ fn a_proof_that_compares_no_sample_is_found() {
     assert!(is_used(Some(PlantedBug::SampleSkipped), true, write));
 }
 
-/// An image full of data, whose daemon died while it wrote page 40: all that its cache holds is that page, dirty.
+/// An image full of data whose daemon died while writing page 40: its cache holds only that page, dirty.
 fn killed_without_clean_pages(in_flight: SectorSpan) -> World {
     let world = World::new();
     world.image().write_all_at(&[5; IMAGE_BYTES], 0).unwrap();
@@ -194,7 +194,7 @@ fn an_image_without_a_record_is_refused_as_one_with_a_record() {
     }));
 }
 
-/// An image whose syncs can fail, and that knows what was read before the first good one.
+/// An image whose syncs can fail, and that records what was read before the first successful one.
 #[derive(Debug)]
 struct SyncedImage {
     image: Arc<FileImage>,
@@ -291,7 +291,7 @@ fn what_the_last_daemon_may_have_discarded_is_synced_before_it_is_sampled() {
         take_samples("world", &synced, &arena, true);
         assert_eq!(synced.read_before.load(Ordering::Relaxed), 0);
         assert_eq!(arena.samples().is_empty(), fails);
-        // If the sync has lost a discard, a clean page may not be on the image any more.
+        // If the sync has lost a discard, a clean page may differ from the image.
         let clean = arena.records().filter(|(_, record)| record.valid != record.dirty).count();
         assert_eq!(clean, if fails { 0 } else { 2 });
         assert!(arena.records().any(|(_, record)| record.dirty == SectorMask::run(0, 1)));

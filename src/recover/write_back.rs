@@ -1,4 +1,4 @@
-//! What a cache holds and its image lacks, and how it gets onto the image.
+//! The data of a cache that is not yet on its image, and writing it to the image.
 
 use std::fmt;
 use std::io;
@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::named::{BlockWriter, NamedImage};
 use crate::units::{FrameId, FrameRecord, SECTOR_BYTES, SECTORS_PER_PAGE, SectorMask, SectorSpan, counted};
 
-/// What a cache holds and its image lacks.
+/// The data of a cache that is not yet on its image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Unwritten {
     /// Number of dirty pages.
@@ -25,7 +25,7 @@ impl Unwritten {
         Self { pages, ranges: arena.pending_zeroes().count() }
     }
 
-    /// As [`Unwritten::of`], of a file that was surveyed.
+    /// As [`Unwritten::of`], for a surveyed file.
     pub(super) fn surveyed(survey: &Survey) -> Self {
         let count = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
         Self { pages: count(survey.dirty_pages), ranges: count(survey.zero_ranges) }
@@ -45,12 +45,12 @@ impl fmt::Display for Unwritten {
 /// Zeroes the ranges that must read as zeros, then writes the dirty pages to the image in the order of their offsets,
 /// and syncs it; returns the number of pages. Calls `progress` with how many of how many pages are written.
 ///
-/// => A dirty sector in such a range was written after the range was zeroed. Its write may be durable, and promised by
-///    a FLUSH: it is not zeroed.
-/// => The ledger says that the image is being changed: if a daemon dies in the middle, the next one still finds the
-///    cache to be the image's.
-/// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
-///    genblk recorded its other sectors as dirty too.
+/// => A dirty sector in such a range was written after the range was zeroed. It is not zeroed: a FLUSH may have made
+/// its write durable.
+/// => The ledger records that the image is being changed: if a daemon dies in the middle, the next one still recognizes
+/// the cache as the image's.
+/// => Nothing is written past the end of the image, even if its last page is partial: earlier versions of genblk
+/// recorded the other sectors of that page as dirty too.
 pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
     let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
     let image_sectors = image.limits().size_bytes.get() / SECTOR_BYTES;
@@ -85,7 +85,7 @@ pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut d
     Ok(dirty.len() as u64)
 }
 
-/// The pieces of a range that are not dirty; `dirty` is in the order of the pages.
+/// The parts of a range that are not dirty; `dirty` is in the order of the pages.
 pub(super) fn without_dirty(span: SectorSpan, dirty: &[(FrameId, FrameRecord)]) -> Vec<SectorSpan> {
     let (mut pieces, mut start) = (Vec::new(), span.start);
     let first = dirty.partition_point(|(_, record)| record.page < span.pages().first);
@@ -106,7 +106,7 @@ pub(super) fn without_dirty(span: SectorSpan, dirty: &[(FrameId, FrameRecord)]) 
     pieces
 }
 
-/// Notes that the guest has made its disk look like another format than raw, as a daemon does before such a write.
+/// Records that the guest has written the header of another format, as a daemon does before such a write.
 fn note_formats(arena: &Arena, frame: FrameId, record: FrameRecord, image: &dyn NamedImage) {
     let mut mask = record.dirty;
     while let Some((first, count)) = mask.first_run() {

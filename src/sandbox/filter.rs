@@ -1,11 +1,11 @@
 //! The system calls that each kind of thread may make: groups of calls by purpose, and for each kind its groups.
 //!
-//! A call is allowed whatever its arguments, or only if one argument has one of a few values. What a thread makes often
-//! (futex, read, write, epoll, io_uring_enter) has no condition: the kernel then knows from the number alone that it is
-//! allowed, and does not run the filter (Linux 5.11).
+//! A call is allowed with any arguments, or only if one argument has one of a few values. Frequent calls (futex, read,
+//! write, epoll, io_uring_enter) have no condition: the kernel then allows them by their number alone, without running
+//! the filter (Linux 5.11).
 //!
-//! => The lists hold for glibc and musl. A call that a C library makes instead of another (epoll_pwait for epoll_wait,
-//!    ppoll for poll) is in the same group.
+//! => The lists cover glibc and musl. A call that a C library makes instead of another (epoll_pwait for epoll_wait,
+//! ppoll for poll) is in the same group.
 
 use std::collections::BTreeMap;
 
@@ -18,9 +18,9 @@ use super::ThreadKind;
 /// A system call that is allowed.
 #[derive(Clone, Copy, Debug)]
 enum Call {
-    /// Whatever its arguments are.
+    /// With any arguments.
     Any(libc::c_long),
-    /// If the bits `mask` of argument `argument` are one of `values`.
+    /// If argument `argument`, masked with `mask`, is one of `values`.
     If { number: libc::c_long, argument: u8, mask: u64, values: &'static [u64] },
     /// If argument 1 is a path, and not an empty one for an open file by argument `flags`.
     OfPath { number: libc::c_long, flags: u8 },
@@ -53,7 +53,7 @@ const NAME_MEMORY: u64 = 0x5356_4d41;
 /// MADV_GUARD_INSTALL and MADV_GUARD_REMOVE: glibc guards the stacks of threads.
 const GUARDS: [u64; 2] = [102, 103];
 const EMPTY_PATH: u64 = value(libc::AT_EMPTY_PATH);
-/// What a new thread shares with its process. A process or a namespace of its own differs in one of [`CLONE_MASK`].
+/// The flags of a new thread of this process. A new process or namespace differs in a flag of [`CLONE_MASK`].
 const CLONE_THREAD: u64 = value(libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD);
 const CLONE_MASK: u64 = CLONE_THREAD | NAMESPACES;
 const NAMESPACES: u64 = value(
@@ -71,8 +71,8 @@ const BLKDISCARD: u64 = 0x1277;
 const FIONBIO: u64 = 0x5421;
 /// The requests of `store/restricted_ring.rs`.
 const RING_REQUESTS: [u64; 4] = [1, 3, 15, 16];
-/// Those before it is restricted: its file, its eventfd, what the kernel can do, the restrictions, the end of the
-/// disabled state, and the bound on kernel threads.
+/// The requests before a ring is restricted: register its file, register its eventfd, probe the kernel's operations,
+/// set the restrictions, enable the ring, and bound its kernel threads.
 const RING_SETUP_REQUESTS: [u64; 6] = [2, 4, 8, 11, 12, 19];
 
 /// Memory of the process, which is never made executable.
@@ -99,7 +99,7 @@ const MEMORY: &[Call] = &[
     ),
 ];
 
-/// Locks, time, random numbers, and what a thread asks about itself.
+/// Locks, time, random numbers, and queries about the thread itself.
 const RUNTIME: &[Call] = &[
     Any(libc::SYS_futex),
     Any(libc::SYS_sched_yield),
@@ -116,13 +116,13 @@ const RUNTIME: &[Call] = &[
     Any(libc::SYS_getpid),
     Any(libc::SYS_gettid),
     Any(libc::SYS_restart_syscall),
-    // A limit of the process is asked for, and not set.
+    // Only to query a limit, not to set it.
     If { number: libc::SYS_prlimit64, argument: 2, mask: u64::MAX, values: &[0] },
     one_of(libc::SYS_prctl, 0, &[value(libc::PR_SET_NAME), value(libc::PR_GET_NAME), NAME_MEMORY]),
 ];
 
-/// The end of a thread or of the process, abort(3) included, and the handlers of signals. Nothing can replace the
-/// handler of SIGSYS.
+/// The end of a thread or of the process, including abort(3), and signal handlers. The handler of SIGSYS cannot be
+/// replaced.
 const END: &[Call] = &[
     Any(libc::SYS_exit),
     Any(libc::SYS_exit_group),
@@ -141,7 +141,7 @@ const INTERRUPT: &[Call] =
     &[one_of(libc::SYS_tgkill, 2, &INTERRUPT_SIGNALS), one_of(libc::SYS_rt_sigaction, 0, &INTERRUPT_SIGNALS)];
 const INTERRUPT_SIGNALS: [u64; 2] = [37, 38];
 
-/// Descriptors that are open: bytes, waits, duplicates, flags, locks.
+/// Operations on open descriptors: transfers, waits, duplicates, flags, locks.
 const DESCRIPTORS: &[Call] = &[
     Any(libc::SYS_read),
     Any(libc::SYS_readv),
@@ -168,7 +168,7 @@ const DESCRIPTORS: &[Call] = &[
     ),
     Any(libc::SYS_fstat),
     Any(libc::SYS_fstatfs),
-    // An open file: with an empty path.
+    // Only for an open file, with an empty path.
     If { number: libc::SYS_newfstatat, argument: 3, mask: EMPTY_PATH, values: &[EMPTY_PATH] },
     If { number: libc::SYS_statx, argument: 2, mask: EMPTY_PATH, values: &[EMPTY_PATH] },
     // Without a path, by which the standard library finds out whether the kernel has the call, after it has failed for
@@ -187,7 +187,7 @@ const EVENTS: &[Call] = &[
     Any(libc::SYS_eventfd2),
 ];
 
-/// A ring that is set up, and whose restrictions say what it does.
+/// A ring that is set up; its restrictions limit its operations.
 const RING: &[Call] = &[Any(libc::SYS_io_uring_enter), one_of(libc::SYS_io_uring_register, 1, &RING_REQUESTS)];
 
 /// I/O on an image without a ring.
@@ -208,7 +208,7 @@ const IMAGE: &[Call] = &[
 /// Memory of the cache, which is in a file.
 const MEMORY_OF_FILES: &[Call] = &[Any(libc::SYS_fallocate)];
 
-/// The records at an image.
+/// The records in an image's extended attributes.
 const RECORDS: &[Call] = &[Any(libc::SYS_fsetxattr), Any(libc::SYS_fgetxattr)];
 
 /// Messages over Unix sockets.
@@ -227,11 +227,11 @@ const MESSAGES: &[Call] = &[
     one_of(libc::SYS_ioctl, 1, &[FIONBIO]),
 ];
 
-/// A ring in the making. Its memory can be registered before it is restricted, and nothing else.
+/// Setting up a ring. Before it is restricted, only its memory can be registered.
 const RING_SETUP: &[Call] =
     &[Any(libc::SYS_io_uring_setup), one_of(libc::SYS_io_uring_register, 1, &RING_SETUP_REQUESTS)];
 
-/// What a thread does to confine itself further.
+/// Calls with which a thread confines itself further.
 const CONFINEMENT: &[Call] = &[
     one_of(
         libc::SYS_prctl,
@@ -249,10 +249,10 @@ const CONFINEMENT: &[Call] = &[
     Any(libc::SYS_seccomp),
 ];
 
-/// The connection of an image at a server, and the end of a quarantine.
+/// The connection of an image on a server, and the end of a quarantine.
 const CONNECTION: &[Call] = &[Any(libc::SYS_sendmsg), Any(libc::SYS_recvmsg), Any(libc::SYS_timerfd_settime)];
 
-/// What waits for the end of a quarantine.
+/// The timer for the end of a quarantine.
 const TIMER: &[Call] = &[Any(libc::SYS_timerfd_create)];
 
 /// Memory that is shared with a front-end.
@@ -288,10 +288,10 @@ const PATHS: &[Call] = &[
     Any(libc::SYS_getcwd),
 ];
 
-/// What every thread may do.
+/// Groups that are allowed for every thread.
 const EVERY_THREAD: [&[Call]; 4] = [MEMORY, RUNTIME, END, DESCRIPTORS];
 
-/// The groups of a kind, besides [`EVERY_THREAD`].
+/// The groups of a kind, in addition to [`EVERY_THREAD`].
 fn groups(kind: ThreadKind) -> &'static [&'static [Call]] {
     match kind {
         ThreadKind::Log => &[],
@@ -328,7 +328,7 @@ pub(super) fn program(kind: ThreadKind) -> Result<BpfProgram, String> {
     let mut rules: BTreeMap<i64, Option<Vec<SeccompRule>>> = BTreeMap::new();
     for call in EVERY_THREAD.iter().chain(groups(kind)).copied().flatten() {
         match *call {
-            // Whatever its arguments are: a condition of another group changes nothing about that.
+            // Any arguments are allowed, even if another group has a condition.
             Any(number) => drop(rules.insert(number, None)),
             If { number, .. } | OfPath { number, .. } => {
                 let Some(alternatives) = rules.entry(number).or_insert_with(|| Some(Vec::new())) else { continue };
@@ -340,11 +340,11 @@ pub(super) fn program(kind: ThreadKind) -> Result<BpfProgram, String> {
     compile(rules.collect(), SeccompAction::Trap, SeccompAction::Allow)
 }
 
-/// Filters in which calls fail that the others allow: an error instead of the process's end.
+/// Filters that make calls fail with an error, although the main filter allows them, instead of ending the process.
 ///
-/// => The flags of clone3(2) are in memory, where no filter sees them. The C library uses clone(2) where the kernel has
-///    no clone3.
-/// => What a thread opens and ends may look at limits in /proc and at a device in /sys, and does without.
+/// => The flags of clone3(2) are in memory, where no filter can read them. If clone3 fails, the C library uses
+/// clone(2).
+/// => Code that opens and ends devices reads limits in /proc and a device in /sys, but works without them.
 ///
 /// # Errors
 /// As [`program`].

@@ -1,21 +1,22 @@
-//! The sandbox of a process that serves disks: it limits what an attacker in control of a thread can do.
+//! The sandbox of a process that serves disks: it limits the abilities of an attacker who controls a thread.
 //!
-//! A guest or a front-end that finds a hole in genblk's memory safety runs code in the process. The process needs
-//! little after that: its image, memory, sockets and eventfds are open. So it gives up the rest before it serves:
+//! A guest or a front-end that exploits a memory-safety bug in genblk runs code in the process. Once the image, memory,
+//! sockets and eventfds are open, the process needs few rights. So it drops the rest before it serves:
 //!
-//! - It cannot gain privileges (no_new_privs), has no capabilities, and runs as a user of its own if the configuration
+//! - It cannot gain privileges (no_new_privs), has no capabilities, and runs as a different user if the configuration
 //!   names one. No process of that user can trace it, and it leaves no core file.
 //! - Landlock refuses every path, TCP, and signals and abstract sockets to other processes.
-//! - Each thread has a filter of system calls for its kind (`filter.rs`). A call that is not in it ends the process,
-//!   with a line that names the call, the thread and the device.
-//! - What a ring does, which no filter sees, io_uring itself restricts (`store/restricted_ring.rs`).
+//! - Each thread has a system call filter for its kind (`filter.rs`). A call that the filter does not allow ends the
+//!   process, with a log line that names the call, the thread and the device.
+//! - No system call filter covers the operations of a ring; io_uring itself restricts these
+//!   (`store/restricted_ring.rs`).
 //!
-//! Each fence stands alone: where a kernel lacks one, a line says so once, and the others stand.
+//! The fences are independent: if the kernel lacks one, a line is logged once, and the others still hold.
 //!
-//! What a confined thread still wants of the host it asks of a broker ([`crate::broker`]).
+//! A confined thread gets further information about the host from a broker ([`crate::broker`]).
 //!
-//! [`prepare`] does what concerns the whole process. Each thread calls [`confine`] when it starts, and the main thread
-//! when everything is open. Until [`prepare`], and with `sandbox = "off"`, [`confine`] does nothing.
+//! [`prepare`] confines the process as a whole. Each thread calls [`confine`] when it starts, the main thread when
+//! everything is open. Until [`prepare`], and with `sandbox = "off"`, [`confine`] does nothing.
 
 mod filter;
 #[cfg(debug_assertions)]
@@ -36,25 +37,25 @@ use crate::sys::privileges;
 use crate::sys::privileges::User;
 use crate::sys::{memory, violation};
 
-/// The newest version of Landlock whose rights genblk gives up: a newer kernel gives up the same ones.
+/// The newest version of Landlock that genblk uses; on newer kernels it drops the same rights.
 const LANDLOCK: ABI = ABI::V7;
 
-/// What a thread does, and so which system calls it needs.
+/// The kind of a thread, which determines the system calls that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadKind {
     /// The main thread of a process whose devices are open: waits, and ends them.
     Main,
-    /// A thread that makes devices of what was opened elsewhere, their rings among it.
+    /// A thread that creates devices, with their rings, from descriptors that were opened elsewhere.
     Opener,
     /// A worker: vrings, a ring or a pool of threads, guest memory.
     Worker,
-    /// A worker of an image at a server: what a worker does, and messages on sockets that are connected.
+    /// A worker of an image on a server: as a worker, and messages on connected sockets.
     RemoteWorker,
-    /// A thread of the control plane: accepts front-ends, and their messages.
+    /// A thread of the control plane: accepts front-ends and handles their messages.
     Control,
     /// Blocking operations on an image.
     Store,
-    /// Populates the cache's memory, and frees what the cache does not use.
+    /// Populates the cache's memory, and frees its unused part.
     Memory,
     /// Writes the log.
     Log,
@@ -68,13 +69,13 @@ impl ThreadKind {
         matches!(self, Self::Main | Self::Opener | Self::Control)
     }
 
-    /// Whether what threads of this kind call may name a path.
+    /// Whether code that threads of this kind call may use paths.
     fn meets_paths(self) -> bool {
         matches!(self, Self::Main | Self::Opener)
     }
 }
 
-/// A fence, for messages and for tests that take one away.
+/// A fence, for messages and for tests that remove one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fence {
     Capabilities,
@@ -102,7 +103,7 @@ pub fn is_on() -> bool {
     IS_ON.load(Ordering::Acquire)
 }
 
-/// Prepares the process: the user it runs as, its limits, and what others may do to it. From now on threads confine
+/// Prepares the process: its user, its limits, and protection from other processes. From now on threads confine
 /// themselves.
 ///
 /// => Called once, before the threads of devices start.
@@ -110,10 +111,10 @@ pub fn is_on() -> bool {
 /// # Errors
 /// [`ErrorKind::System`] when the process cannot become `user`.
 pub fn prepare(user: Option<&User>) -> Result<()> {
-    // The pages that rings pin count as locked memory, as soon as the process has no CAP_IPC_LOCK.
+    // Without CAP_IPC_LOCK, pages pinned by rings count as locked memory.
     privileges::lift_locked_memory_limit();
     if let Some(user) = user {
-        let context = || format!("cannot become user {} (user)", user.uid);
+        let context = || format!("cannot change to user {} (key user)", user.uid);
         privileges::become_user(user).map_err(|e| Error::io(ErrorKind::System, context(), e))?;
     }
     memory::prepare_allocator();
@@ -127,8 +128,8 @@ pub fn prepare(user: Option<&User>) -> Result<()> {
     Ok(())
 }
 
-/// Confines the calling thread to what threads of its kind need. That cannot be undone, and holds for the threads that
-/// it starts.
+/// Confines the calling thread to the system calls that threads of its kind need. That cannot be undone, and also
+/// applies to threads that it starts.
 pub fn confine(kind: ThreadKind) {
     if !is_on() {
         return;
@@ -155,7 +156,7 @@ pub fn confine(kind: ThreadKind) {
     probe::run(kind);
 }
 
-/// Whether a fence is to be put up: always, except in a test that takes one away to see the others.
+/// Whether to apply a fence: always, except in a test that removes one to test the others.
 fn is_wanted(fence: Fence) -> bool {
     #[cfg(debug_assertions)]
     if probe::takes_away(fence) {
@@ -165,7 +166,7 @@ fn is_wanted(fence: Fence) -> bool {
     true
 }
 
-/// Says once for each fence that the kernel lacks it, or a part of it.
+/// Logs once for each fence that the kernel lacks it, or a part of it.
 fn warn_once(fence: Fence, why: &dyn fmt::Display) {
     static WARNINGS: [Once; 4] = [const { Once::new() }; 4];
     WARNINGS[fence as usize].call_once(|| {
@@ -173,8 +174,8 @@ fn warn_once(fence: Fence, why: &dyn fmt::Display) {
     });
 }
 
-/// Gives up every right on paths, TCP, signals and abstract sockets that the kernel's Landlock knows. Returns what it
-/// lacks.
+/// Drops every right to paths, TCP, signals and abstract sockets that the kernel's Landlock supports. Returns a
+/// description of missing support.
 fn forbid_paths() -> std::result::Result<Option<String>, RulesetError> {
     let ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(LANDLOCK))?

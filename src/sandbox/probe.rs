@@ -1,11 +1,11 @@
-//! Trespass on demand, for `tests/sandbox.rs`: a confined thread tries what an attacker would try.
+//! Violations on demand, for `tests/sandbox.rs`: a confined thread tries actions of an attacker.
 //!
-//! Only a binary with debug assertions has this, as `cargo test` builds it; a released one does not know the variables.
-//! (`cfg(test)` would not reach the binary that integration tests run, and a feature would need a second build of it,
-//! which a plain `cargo test` would not make.)
+//! Only a binary with debug assertions, as built by `cargo test`, contains this; a release build ignores the variables.
+//! (`cfg(test)` does not apply to the binary that integration tests run, and a feature would need a second build, which
+//! a plain `cargo test` would not make.)
 //!
 //! - `GENBLK_SANDBOX_TRY="KIND ACTION"`: the first thread of that kind performs the action once it is confined.
-//! - `GENBLK_SANDBOX_WITHOUT="FENCE ..."`: these fences are not put up.
+//! - `GENBLK_SANDBOX_WITHOUT="FENCE ..."`: these fences are not applied.
 
 use std::env;
 use std::sync::Once;
@@ -15,13 +15,13 @@ use log::info;
 use super::{Fence, ThreadKind};
 use crate::sys::trespass;
 
-/// Whether a test takes a fence away.
+/// Whether a test removes a fence.
 pub(super) fn takes_away(fence: Fence) -> bool {
     let fences = env::var("GENBLK_SANDBOX_WITHOUT").unwrap_or_default();
     fences.split(' ').any(|name| name == fence.to_string())
 }
 
-/// Performs the action that a test wants of threads of this kind, and logs its result.
+/// Performs the action that a test requests from threads of this kind, and logs its result.
 pub(super) fn run(kind: ThreadKind) {
     static ONE: Once = Once::new();
     let wish = env::var("GENBLK_SANDBOX_TRY").unwrap_or_default();

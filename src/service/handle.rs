@@ -1,4 +1,4 @@
-//! A view of a device that is served, for a thread that must not wait for it: the device's image may not answer.
+//! A handle to a served device, for a thread that must not wait for it: the device's image may not answer.
 
 use std::sync::Weak;
 
@@ -18,7 +18,7 @@ pub struct ServiceHandle {
 }
 
 impl ServiceHandle {
-    /// What the device does. What is not known at the moment, because a worker uses the cache, is as it was `before`.
+    /// The device's state. Values that cannot be read now, because a worker uses the cache, are taken from `before`.
     pub fn state(&self, before: &DiskState) -> DiskState {
         let server = self.server.upgrade();
         let busy_with = server.as_ref().and_then(|server| server.busy_with());
@@ -43,7 +43,7 @@ impl ServiceHandle {
         }
     }
 
-    /// Closes the connection, whatever the device's threads do: the process is about to end.
+    /// Closes the connection without waiting for the device's threads: the process is about to end.
     pub fn force_close(&self) {
         if let Some(server) = self.server.upgrade() {
             server.force_close();

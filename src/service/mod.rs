@@ -1,4 +1,4 @@
-//! A device with everything that serves it: image, cache, socket and threads. A [`Service`] is made from what is open;
+//! A device with everything that serves it: image, cache, socket and threads. A [`Service`] consists of open parts;
 //! once started it is a [`Running`].
 
 mod handle;
@@ -43,7 +43,7 @@ pub struct Service {
     listener: UnixListener,
     /// The socket's file, if this process bound it.
     bound: Option<BoundSocket>,
-    /// Knows the front-ends' processes.
+    /// Looks up the processes of front-ends.
     broker: Broker,
     workers: u16,
     queue_size: u16,
@@ -51,21 +51,21 @@ pub struct Service {
     description: String,
 }
 
-/// An image with a cache in `arena`, as these settings ask for it.
+/// An image with a cache in `arena`, with these settings.
 ///
 /// # Errors
 /// [`ErrorKind::Image`] if the image's limits are too narrow for a cache; [`ErrorKind::Memory`] if the arena has no
 /// memory for it.
 pub fn cached_image(of_device: &DeviceSettings, image: Arc<dyn Backing>, arena: Arena) -> Result<Arc<CachedImage>> {
     let mut cache = settings(of_device, image.limits())?;
-    // A process that has died may have left less, and its size may have been changed since.
+    // A process that died may have left less memory, and the size may have been changed since.
     arena.reserve(cache.frames as usize)?;
     cache.frames_max = u32::try_from(arena.frames()).unwrap_or(u32::MAX);
     Ok(CachedImage::new(&of_device.name, image, arena, cache))
 }
 
 impl Service {
-    /// A device on an image that is open, with a listening socket; what it does is counted in `counters`.
+    /// A device on an open image, with a listening socket; `counters` count its activity.
     pub fn new(
         settings: &DeviceSettings,
         image: &Arc<CachedImage>,
@@ -89,8 +89,7 @@ impl Service {
         Self { device, image, listener, bound: None, broker, workers, queue_size, description }
     }
 
-    /// A device on an image that the caller has opened, on a socket that this process binds. Its cache does not outlive
-    /// the process.
+    /// A device on an image that the caller has opened, with a socket that this process binds. Its cache is volatile.
     ///
     /// # Errors
     /// [`ErrorKind::Image`] if the image's limits are too narrow for a cache, [`ErrorKind::Memory`] for the cache,
@@ -102,7 +101,7 @@ impl Service {
         Self::bound(config, &image)
     }
 
-    /// One more read-only device that shares this one's image and cache.
+    /// Another read-only device that shares this one's image and cache.
     ///
     /// # Errors
     /// [`ErrorKind::Socket`] for its socket.
@@ -137,7 +136,7 @@ impl Service {
         let workers = Arc::new(Workers::new(starting.controls.clone()));
         let system = |what: &str, e: io::Error| Error::io(ErrorKind::System, format!("{}: {what}", device.name), e);
         let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener, broker)?);
-        // Before a front-end can attach, so that the log is in order.
+        // Before a front-end can connect, so that the log lines are in order.
         info!("{description}");
         let serving = Arc::clone(&server);
         let acceptor = thread::Builder::new()
@@ -147,16 +146,16 @@ impl Service {
                 serving.serve();
             })
             .map_err(|e| system("cannot start a thread", e))?;
-        // From here on an orderly end removes the cache file, unless it hands the cache over.
+        // From here on a clean shutdown removes the cache file, unless it hands the cache over.
         image.arena().keep_on_drop(false);
         let threads = starting.started();
         Ok(Running { _bound: bound, server, device, workers, threads, acceptor: Some(acceptor), image })
     }
 }
 
-/// The worker threads of a device that starts. Dropping it ends them.
+/// The worker threads of a device that is starting. Dropping it ends them.
 ///
-/// => A device that does not start leaves no thread, which would keep its image locked.
+/// => If the device fails to start, no thread remains that would keep its image locked.
 #[derive(Debug, Default)]
 struct StartingWorkers {
     controls: Vec<WorkerControl>,
@@ -182,7 +181,7 @@ impl Drop for StartingWorkers {
             control.send(WorkerCommand::Exit(Duration::ZERO));
         }
         for thread in self.threads.drain(..) {
-            // A panic has ended the process.
+            // It cannot have panicked: a panic ends the process.
             let _ = thread.join();
         }
     }

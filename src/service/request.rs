@@ -1,4 +1,4 @@
-//! Carries out what the operator asks of a device. May wait for the image.
+//! Executes the operator's requests to a device. May wait for the image.
 
 use std::collections::VecDeque;
 use std::thread;
@@ -28,7 +28,7 @@ fn warm(workers: &Workers, extents: &[(u64, u64)], time: Duration) -> DeviceRepl
         let Some((next, step)) = workers.warm(span) else { return DeviceReply::NotServed };
         match step {
             WarmStep::Full => return DeviceReply::Warmed { left: left.into(), is_full: true },
-            // A timed wait of a lock, which every sandbox allows.
+            // A timed futex wait, which every sandbox allows.
             WarmStep::Busy => thread::park_timeout(WARM_PAUSE),
             WarmStep::Done => {}
         }
@@ -42,7 +42,7 @@ fn warm(workers: &Workers, extents: &[(u64, u64)], time: Duration) -> DeviceRepl
 }
 
 impl ServiceHandle {
-    /// Takes what may change of other settings.
+    /// Applies those of the new settings that may change while the device is served.
     fn configure(&self, workers: &Workers, new: &DeviceSettings) -> DeviceReply {
         let (Some(device), Some(image)) = (self.device.upgrade(), self.image.upgrade()) else {
             return DeviceReply::NotServed;
@@ -64,7 +64,7 @@ impl ServiceHandle {
         DeviceReply::Done
     }
 
-    /// Allocates the memory of a cache of this size, which a later request puts in force.
+    /// Allocates the memory for a cache of this size; a later request sets the size.
     fn reserve(&self, size_bytes: u64) -> DeviceReply {
         let Some(image) = self.image.upgrade() else { return DeviceReply::NotServed };
         match image.reserve(usize::try_from(size_bytes / PAGE_BYTES).unwrap_or(usize::MAX)) {
@@ -73,7 +73,7 @@ impl ServiceHandle {
         }
     }
 
-    /// The image has grown to this size.
+    /// Follows an image that has grown to this size.
     fn grow(&self, size_bytes: u64) -> DeviceReply {
         let (Some(device), Some(image), Some(server)) =
             (self.device.upgrade(), self.image.upgrade(), self.server.upgrade())
@@ -83,14 +83,14 @@ impl ServiceHandle {
         if let Err(fault) = image.grow(size_bytes) {
             return DeviceReply::Failed { fault };
         }
-        // What the image has by now: of two requests at a time, the larger one counts.
+        // Use the image's present size: of two concurrent requests, the larger one counts.
         if device.grow(image.limits().size_bytes.get() / SECTOR_BYTES) {
             server.notify_config_change();
         }
         DeviceReply::Done
     }
 
-    /// Carries out a request and returns its reply.
+    /// Executes a request and returns its reply.
     pub fn execute(&self, request: &DeviceRequest) -> DeviceReply {
         let Some(workers) = self.workers.upgrade() else { return DeviceReply::NotServed };
         let done = |result: Result<(), Fault>| match result {

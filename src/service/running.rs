@@ -1,4 +1,4 @@
-//! A device that is served, until it ends.
+//! A served device, until it ends.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -19,14 +19,14 @@ use crate::store::DRAIN_MAX;
 use crate::units::counted;
 use crate::vhost::Server;
 
-/// How long a device that ends retries its last flush on an image that fails.
+/// How long a device that is ending retries its last flush on a failing image.
 const LAST_FLUSH_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a device that leaves its cache to the next daemon waits for the image's operations in flight.
 const HAND_OVER_DRAIN_MAX: Duration = Duration::from_secs(1);
 /// The pause between two attempts.
 const LAST_FLUSH_RETRY: Duration = Duration::from_millis(500);
 
-/// A device that is served.
+/// A served device.
 ///
 /// => Fields are dropped in this order, the image last: a daemon that waits for the image's lock must find the socket
 ///    and the cache file free when it gets the lock.
@@ -43,17 +43,17 @@ pub struct Running {
 }
 
 impl Running {
-    /// What the device's cache did, and what it holds.
+    /// The statistics and the contents of the device's cache.
     pub fn stats(&self) -> Stats {
         self.image.stats()
     }
 
-    /// What the device's workers have counted.
+    /// The counters of the device's workers.
     pub fn counters(&self) -> Snapshot {
         Snapshot::read(&self.device.counters)
     }
 
-    /// A view of the device that does not keep it alive, for a thread that must not wait for it.
+    /// A handle that does not keep the device alive, for a thread that must not wait for it.
     pub fn handle(&self) -> ServiceHandle {
         ServiceHandle {
             server: Arc::downgrade(&self.server),
@@ -63,12 +63,12 @@ impl Running {
         }
     }
 
-    /// Retries what failed: the operator says that the image works again.
+    /// Retries failed operations: the operator has resumed the image.
     pub fn resume(&self) {
         self.workers.resume();
     }
 
-    /// Ends the front-end's connection and accepts no other. Does not wait; [`Running::quiesce`] does.
+    /// Closes the front-end's connection and accepts no other. Does not wait; [`Running::quiesce`] does.
     pub fn stop_accepting(&self) {
         self.server.stop();
     }
@@ -100,8 +100,8 @@ impl Running {
         self.finish(LastFlush::Required)
     }
 
-    /// Ends the device and leaves its cache as it is for the next daemon. A cache that cannot outlive the daemon is
-    /// flushed, as by [`Running::shutdown`].
+    /// Ends the device and leaves its cache unchanged for the next daemon. A volatile cache is flushed instead, as by
+    /// [`Running::shutdown`].
     ///
     /// # Errors
     /// As [`Running::shutdown`].
@@ -117,8 +117,8 @@ impl Running {
         let name = &self.device.name;
         let (flushed, patience) = match last_flush {
             LastFlush::Required => (flush_everything(name, &self.image, &self.workers), DRAIN_MAX),
-            // What is in flight is dirty in the ledger, so the next daemon repeats it once the kernel has completed it
-            // and released the image's lock.
+            // Pages in flight are dirty in the ledger, so the next daemon writes them again, after the kernel has
+            // completed the operations and released the image's lock.
             LastFlush::Skipped => (Ok(()), HAND_OVER_DRAIN_MAX),
         };
         self.workers.exit(patience);

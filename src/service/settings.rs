@@ -1,4 +1,4 @@
-//! What a device's configuration means for its cache and for its virtio-blk device.
+//! Derives the settings of a device's cache and of its virtio-blk device from its configuration.
 
 use std::sync::Arc;
 
@@ -18,10 +18,10 @@ use crate::virtio::request::{RequestLimits, serial};
 
 /// The settings of a device's cache.
 ///
-/// => The cache keeps to the limits with these settings.
+/// => With these settings the cache respects the limits.
 ///
 /// # Errors
-/// [`ErrorKind::Image`] for limits to which no cache could keep.
+/// [`ErrorKind::Image`] for limits that no cache could respect.
 pub(super) fn settings(config: &DeviceSettings, limits: &Limits) -> Result<Settings> {
     let refused = |obstacle| Error::new(ErrorKind::Image, format!("image {}: {obstacle}", config.image));
     limits.check().map_err(refused)?;
@@ -63,7 +63,7 @@ fn error_policy(configured: OnError) -> ErrorPolicy {
     }
 }
 
-/// The limits of a device's rates.
+/// The rate limits of a device.
 pub(super) fn rate_limits(config: &DeviceSettings) -> RateLimits {
     let config = config.limits.unwrap_or_default();
     let limit = |requests: u32, bytes| RateLimit { requests: requests.into(), bytes };
@@ -75,7 +75,7 @@ pub(super) fn rate_limits(config: &DeviceSettings) -> RateLimits {
     }
 }
 
-/// The virtio-blk device of a configuration, on `image`.
+/// The virtio-blk device with this configuration, on `image`.
 pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage, counters: Counters) -> Arc<Device> {
     let limits = image.limits();
     let parameters = DiskParameters {

@@ -1,11 +1,11 @@
-//! The statistics of a device's cache, logged when it stops: one line for each subject.
+//! The statistics of a device's cache, logged when it stops: one line per subject.
 
 use log::info;
 
 use crate::cache::Stats;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, counted};
 
-/// Logs what the cache of device `name` did.
+/// Logs the statistics of the cache of device `name`.
 pub(super) fn log_stats(name: &str, stats: &Stats) {
     info!("{name}: {}", reads(stats));
     info!("{name}: {}", readahead(stats));
@@ -51,7 +51,7 @@ fn mib(bytes: u64) -> u64 {
     bytes >> 20
 }
 
-/// `part` in percent of `whole`, rounded down; 0 of nothing.
+/// `part` in percent of `whole`, rounded down; 0 if `whole` is 0.
 fn percent(part: u64, whole: u64) -> u64 {
     (part * 100).checked_div(whole).unwrap_or(0)
 }

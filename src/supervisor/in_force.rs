@@ -23,7 +23,9 @@ impl InForce {
         Arc::clone(&self.lock())
     }
 
-    /// Replaces the configuration. => It differs only in keys that may change while the device is served.
+    /// Replaces the configuration.
+    ///
+    /// => It differs only in keys that may change while the device is served.
     pub fn set(&self, config: Arc<DeviceConfig>) {
         *self.lock() = config;
     }

@@ -72,7 +72,9 @@ fn parse(text: &str, image: &Path) -> Option<Vec<(u64, u64)>> {
     lines.map(extent).collect()
 }
 
-/// Saves the list of the pages in memory, at a clean stop. => The device's rings have stopped.
+/// Saves the list of the pages in memory, at a clean stop.
+///
+/// => The device's rings have stopped.
 pub(super) fn save(config: &DeviceConfig, process: &Process, device: u32) {
     let Some(path) = path_of(config) else { return };
     let (until, mut pages, mut from) = (Instant::now() + SAVE_PATIENCE, Vec::new(), Some(0));

@@ -1,4 +1,4 @@
-//! Which host this is, and which boot of it.
+//! The identity of this host and of its present boot.
 
 use std::fs;
 
@@ -11,28 +11,28 @@ pub struct Boot {
     pub boot: u128,
 }
 
-/// How the boot that a record names relates to this one.
+/// The relation between the boot in a record and the present one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relation {
-    /// The same host, not booted since: memory that the record names may still be there.
+    /// The same host, not rebooted since: memory that the record names may still exist.
     SameBoot,
-    /// The same host before its last boot: its memory is gone.
+    /// The same host before its last boot: its memory is lost.
     EarlierBoot,
     /// Another host, which may still hold a cache.
     OtherHost,
 }
 
 impl Boot {
-    /// This boot of this host.
+    /// The present boot of this host.
     pub fn current() -> Self {
         let machine = ["/etc/machine-id", "/var/lib/dbus/machine-id"].iter().find_map(|path| number_in(path));
         Self { machine: machine.unwrap_or(0), boot: number_in("/proc/sys/kernel/random/boot_id").unwrap_or(0) }
     }
 
-    /// How `recorded` relates to this boot.
+    /// The relation of `recorded` to this boot.
     ///
-    /// => Containers of one host have machine IDs of their own, but one boot ID.
-    /// => A host without a machine ID cannot be recognized after a boot.
+    /// => Containers on one host have different machine IDs, but the same boot ID.
+    /// => A host without a machine ID cannot be recognized after a reboot.
     pub fn relation_to(self, recorded: Self) -> Relation {
         if self.boot != 0 && self.boot == recorded.boot {
             Relation::SameBoot
@@ -44,7 +44,7 @@ impl Boot {
     }
 }
 
-/// When the host was booted, in seconds since 1970 by the present clock.
+/// The time of the host's last boot, in seconds since 1970 by the present clock.
 pub fn booted_at() -> Option<u64> {
     booted_in(&fs::read_to_string("/proc/stat").ok()?)
 }
@@ -53,7 +53,7 @@ fn booted_in(stat: &str) -> Option<u64> {
     stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
 }
 
-/// The hexadecimal number of 32 digits in a file; dashes between its digits do not count.
+/// The hexadecimal number of 32 digits in a file; dashes are ignored.
 fn number_in(path: &str) -> Option<u128> {
     let text = fs::read_to_string(path).ok()?;
     let digits: String = text.trim().chars().filter(|&digit| digit != '-').collect();

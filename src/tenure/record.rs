@@ -1,8 +1,8 @@
 //! The record of an image's last tenure, in the image's extended attribute `user.genblk.tenure`.
 //!
-//! It is text, a key and a value in each line, in a fixed order. Every daemon on every host that can open the image
-//! reads it before it serves the image. A record that it cannot read in full is an error, never "no record": an open
-//! tenure means that some cache holds writes that the image lacks.
+//! It is text, with a key and a value per line, in a fixed order. Every daemon on every host that can open the image
+//! reads it before serving the image. A record that cannot be read completely is an error, never "no record": with an
+//! open tenure, some cache may hold writes that are not on the image.
 
 use std::ffi::{CStr, OsString};
 use std::fmt::Write;
@@ -14,7 +14,7 @@ use super::host::Boot;
 
 /// Name of the attribute.
 pub const ATTRIBUTE: &CStr = c"user.genblk.tenure";
-/// Longest record in bytes: some file systems keep attributes in one block of 4 KiB, beside other attributes.
+/// Longest record in bytes: some file systems store all attributes of a file in one block of 4 KiB.
 pub const BYTES_MAX: usize = 2048;
 /// Longest path of a cache in a record, in bytes.
 const PATH_BYTES_MAX: usize = 1024;
@@ -26,18 +26,18 @@ const FDSTORE_PREFIX: &[u8] = b"fdstore:";
 /// Whether a tenure has ended cleanly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TenureState {
-    /// It has not: its cache may hold completed writes that the image lacks.
+    /// It has not: its cache may hold completed writes that are not on the image.
     Open,
-    /// It has: everything is on the image.
+    /// It has ended: everything is on the image.
     Clean,
-    /// The operator has ended it: completed writes may be lost, and a guest that outlived them must get errors.
+    /// The operator has ended it: completed writes may be lost, and a guest that is still running must get errors.
     Forfeited,
 }
 
 impl TenureState {
     const ALL: [Self; 3] = [Self::Open, Self::Clean, Self::Forfeited];
 
-    /// The word in the record. All words have one length, so that a change of state needs no space on a full disk.
+    /// The word in the record. All words have the same length, so a change of state needs no space on a full disk.
     fn word(self) -> &'static str {
         match self {
             Self::Open => "open-----",
@@ -47,14 +47,14 @@ impl TenureState {
     }
 }
 
-/// Where the cache of a tenure is.
+/// The place of a tenure's cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CachePlace {
     /// In a file at this path.
     Path(PathBuf),
     /// In the service manager's fd store under this name.
     FdStore(String),
-    /// In memory of the daemon alone, which does not outlive it.
+    /// In memory that does not outlive the daemon.
     Memory,
 }
 
@@ -65,15 +65,15 @@ pub struct Record {
     pub tenure: TenureId,
     /// Whether it has ended.
     pub state: TenureState,
-    /// When it began, in seconds since 1970.
+    /// The time of its start, in seconds since 1970.
     pub since: u64,
-    /// Where its daemon ran.
+    /// The host and boot on which its daemon ran.
     pub boot: Boot,
-    /// Inode number of the image: a copy of the image has the record, too.
+    /// Inode number of the image, because a copy of the image has the record too.
     pub inode: u64,
     /// Creation time of the image in nanoseconds since 1970; 0 if its file system does not record it.
     pub born_ns: u64,
-    /// Where its cache is.
+    /// The place of its cache.
     pub cache: CachePlace,
 }
 
@@ -109,13 +109,13 @@ impl Record {
     /// Reads a record.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The problem with it.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let mut lines = Lines(bytes);
         let version = lines.next()?;
         if version != VERSION_LINE.as_bytes() {
             let version = String::from_utf8_lossy(version);
-            return Err(format!("it begins with {version:?}, where this version supports only {VERSION_LINE:?}"));
+            return Err(format!("it begins with {version:?}, but this version supports only {VERSION_LINE:?}"));
         }
         let generation = lines.decimal("generation")?;
         let id = lines.hexadecimal("id")?;
@@ -142,7 +142,7 @@ impl Record {
     }
 }
 
-/// The lines that are left of a record.
+/// The remaining lines of a record.
 struct Lines<'a>(&'a [u8]);
 
 impl<'a> Lines<'a> {
@@ -156,7 +156,7 @@ impl<'a> Lines<'a> {
     fn value(&mut self, key: &str) -> Result<&'a [u8], String> {
         let line = self.next()?;
         let value = line.strip_prefix(key.as_bytes()).and_then(|rest| rest.strip_prefix(b" "));
-        value.ok_or_else(|| format!("there is {:?} in place of the line {key:?}", String::from_utf8_lossy(line)))
+        value.ok_or_else(|| format!("found {:?} instead of the line {key:?}", String::from_utf8_lossy(line)))
     }
 
     fn decimal(&mut self, key: &str) -> Result<u64, String> {
@@ -210,8 +210,7 @@ mod tests {
         assert!(record(TenureState::Open, long).encode().len() <= BYTES_MAX);
     }
 
-    /// Whatever a record is damaged to, it is refused or is another valid record: it never is "no record", and never a
-    /// panic.
+    /// Any damaged record is refused, or is another valid record: never "no record", and never a panic.
     #[test]
     fn damaged_records_are_refused() {
         let bytes = record(TenureState::Open, CachePlace::Path("/dev/shm/genblk/1-2-3-4".into())).encode();

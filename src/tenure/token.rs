@@ -1,32 +1,32 @@
-//! Change tokens: what the host tells about the last change of an image, and what follows from two of them.
+//! Change tokens: the host's information about the last change of an image, and the conclusions from comparing two.
 //!
 //! A file's modification time changes with every write, its change time also with every change of an attribute; only
-//! the latter cannot be set by programs. The daemon records the token each time when no change of its own is in flight.
-//! If it dies then, the next daemon must find the very same token. If it dies with changes in flight, those changed the
-//! times once more; the heartbeat in the ledger bounds when.
+//! the latter cannot be set by programs. The daemon records the token whenever none of its own changes is in flight. If
+//! it dies at such a time, the next daemon must find the same token. If it dies with changes in flight, these have
+//! changed the times again; the heartbeat in the ledger bounds when.
 //!
-//! Of a block device the host counts the sectors that were written, from its attachment on. The daemon counts those
-//! that it wrote itself.
+//! For a block device, the host counts the sectors written since the device was attached, and the daemon counts those
+//! that it has written itself.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// How long after the daemon's last heartbeat the kernel may finish changes that were in flight when it died, and with
-/// it, may set the image's times.
+/// How long after the daemon's last heartbeat the kernel may finish changes that were in flight when the daemon died,
+/// and so may set the image's times.
 const IN_FLIGHT_SLACK_NS: u64 = 2_000_000_000;
-/// Coarsest unit in which a file system records times (FAT). A file system may record them more coarsely than it tells
-/// them while it is mounted.
+/// Coarsest resolution of file times (FAT). While a file system is mounted, it may report times more precisely than it
+/// stores them.
 const TIME_UNIT_MAX_NS: u64 = 2_000_000_000;
 
-/// What the host tells about the last change of an image. Each field is 0 where the host does not tell it.
+/// The host's information about the last change of an image. A field that the host does not report is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChangeToken {
     /// Size of the image in bytes.
     pub size_bytes: u64,
-    /// When its data was modified, in nanoseconds since 1970.
+    /// The time when its data was last modified, in nanoseconds since 1970.
     pub modified_ns: u64,
-    /// When its data or attributes were changed, in nanoseconds since 1970.
+    /// The time when its data or attributes were last changed, in nanoseconds since 1970.
     pub changed_ns: u64,
-    /// Space that it takes, in units of 512 bytes.
+    /// Its allocated space, in units of 512 bytes.
     pub blocks: u64,
     /// The kernel's sequence number of a block device.
     pub disk_sequence: u64,
@@ -60,34 +60,34 @@ pub fn wall_clock_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0))
 }
 
-/// How long ago a moment of the wall clock was.
+/// The time since a moment of the wall clock.
 pub fn age_of(wall_ns: u64) -> Duration {
     Duration::from_nanos(wall_clock_ns().saturating_sub(wall_ns))
 }
 
-/// What the last daemon knew of its image.
+/// The last daemon's record of its image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LastSeen {
     /// The last token that it recorded.
     pub token: ChangeToken,
-    /// Whether it started no change of the image since.
+    /// Whether it has not started a change of the image since.
     pub is_at_rest: bool,
-    /// Up to which size it served the image: the image may have grown since the token.
+    /// The size up to which it served the image, which may have grown since the token.
     pub served_bytes: u64,
-    /// When it last started or finished a change, in nanoseconds since 1970; 0 if never.
+    /// The time when it last started or finished a change, in nanoseconds since 1970; 0 if never.
     pub heartbeat_ns: u64,
-    /// Bytes of the changes that it started since.
+    /// Bytes of the changes that it has started since.
     pub changed_bytes: u64,
 }
 
-/// What tokens say about changes of an image by others.
+/// The verdict of tokens about changes of an image by other processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ChangeVerdict {
     /// No other process has changed its data.
     Unchanged,
-    /// All that is known fits a change by the last daemon alone.
+    /// The evidence is consistent with changes by the last daemon alone.
     Plausible,
-    /// The tokens do not tell, for this reason.
+    /// The tokens are inconclusive, for this reason.
     Unknown(String),
     /// Another process has changed its data, for this reason.
     Changed(String),
@@ -102,7 +102,7 @@ impl LastSeen {
     fn judge_times(&self, now: &ChangeToken) -> ChangeVerdict {
         let Self { token, is_at_rest, heartbeat_ns, .. } = *self;
         let same_size = token.size_bytes == now.size_bytes;
-        // A daemon that served the new size knew of the growth.
+        // If the last daemon served the new size, it caused or followed the growth.
         let is_known_size = same_size || !is_at_rest && now.size_bytes == self.served_bytes;
         if is_at_rest && same_size && (token.modified_ns, token.changed_ns) == (now.modified_ns, now.changed_ns) {
             return ChangeVerdict::Unchanged;
@@ -126,7 +126,7 @@ impl LastSeen {
             };
         }
         if now.changed_ns > latest(token.changed_ns) {
-            // A modification time that is known exactly shows that the data was not changed.
+            // If the modification time is known exactly, it proves that the data was not changed.
             return match is_at_rest && same_size && now.modified_ns == token.modified_ns {
                 true => ChangeVerdict::Plausible,
                 false => ChangeVerdict::Unknown("its attributes were changed".to_owned()),
@@ -151,7 +151,7 @@ impl LastSeen {
     }
 }
 
-/// `seen`, or `now` if that is `seen` after a file system has rounded it down.
+/// `now`, if a file system could have rounded `seen` down to it; otherwise `seen`.
 fn round_like(seen: u64, now: u64) -> u64 {
     let is_rounded = now.is_multiple_of(1_000_000_000) && now <= seen && seen - now < TIME_UNIT_MAX_NS;
     if is_rounded { now } else { seen }

@@ -56,7 +56,7 @@ fn a_renamed_image_does_not_miss_a_clean_cache_that_was_removed() {
         let (mut daemon, session) = killed_clean();
         let memory = daemon.directory().memory();
         while_renamed(&daemon, || match way {
-            "start" => start_and_stop_another(&daemon, "its image is gone, and it held no unwritten data"),
+            "start" => start_and_stop_another(&daemon, "its image no longer exists, and it held no unwritten data"),
             "prune" => {
                 let ended = genblk_recover(&["--prune", "--memory-dir", memory.to_str().expect("UTF-8")]);
                 assert!(ended.status.success() && ended.stdout.contains("removed 1 cache"), "{ended:?}");

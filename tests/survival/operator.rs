@@ -82,7 +82,7 @@ fn the_list_tells_image_memory_dirty_pages_and_state() {
     assert!(row[5].starts_with("in use by a daemon (pid "), "{row:?}");
     daemon.kill();
     fs::remove_file(daemon.image()).expect("the image can be removed");
-    assert_eq!(only_row(&genblk_recover(&[text(&folder)]))[5], "image is gone");
+    assert_eq!(only_row(&genblk_recover(&[text(&folder)]))[5], "image no longer exists");
     make_image(daemon.directory());
     assert_eq!(only_row(&genblk_recover(&[text(&folder)]))[5], "image was replaced");
     let path = daemon.directory().path().to_path_buf();
@@ -389,7 +389,7 @@ fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
     assert_eq!(left(), 2);
     fs::remove_file(other.image()).expect("the image can be removed");
     let mut third = start_in(TempDir::new("third"), &device);
-    third.await_log("its image is gone, and it held no unwritten data");
+    third.await_log("its image no longer exists, and it held no unwritten data");
     third.stop();
     assert!(dirty.exists() && left() == 1, "dirty pages stay");
     make_image(other.directory());

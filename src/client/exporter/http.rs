@@ -1,5 +1,5 @@
-//! HTTP for scrapers: GET /metrics and nothing else, one request for each connection. How long a client may take, how
-//! much it may send and how many there may be is bounded.
+//! HTTP for scrapers: only GET /metrics, one request per connection. The number of clients, the time that each may take
+//! and the amount that each may send are bounded.
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ use crate::error::Result;
 const CONNECTIONS_MAX: usize = 8;
 /// How long a client may take to send its request, and again to read the reply.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a client that is one too many may take: the others wait meanwhile.
+/// How long a client above the limit may take to read its refusal: the others wait meanwhile.
 const BUSY_TIMEOUT: Duration = Duration::from_millis(20);
 /// Longest head of a request.
 const HEAD_BYTES_MAX: usize = 8 << 10;
@@ -24,7 +24,7 @@ const HEAD_BYTES_MAX: usize = 8 << 10;
 const FIELDS_MAX: usize = 64;
 /// How much more of a refused request is read, so that its client gets the reply and not a reset.
 const REST_BYTES_MAX: u64 = 256 << 10;
-/// How long that may take.
+/// How long reading that may take.
 const REST_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Serves metrics until the process is killed.
@@ -37,12 +37,12 @@ pub fn serve(address: &ListenAddress, options: &ExporterOptions) -> Result<()> {
     let open = Arc::new(AtomicUsize::new(0));
     loop {
         let Ok(stream) = listener.accept() else {
-            // The process has no descriptor left, or the client has gone.
+            // The process has no descriptor left, or the client has disconnected.
             thread::sleep(Duration::from_millis(100));
             continue;
         };
         let mut client = ScrapeClient { stream, until: Instant::now() + CLIENT_TIMEOUT };
-        // Only this thread adds.
+        // Only this thread increments the count.
         if open.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
             client.until = Instant::now() + BUSY_TIMEOUT;
             let _ = client.reply("503 Service Unavailable", "", "too many connections\n");
@@ -51,7 +51,7 @@ pub fn serve(address: &ListenAddress, options: &ExporterOptions) -> Result<()> {
         open.fetch_add(1, Ordering::Relaxed);
         let (exporter, count) = (Arc::clone(&exporter), Arc::clone(&open));
         let serving = move || {
-            // A client that hangs up needs no reply.
+            // It fails if the client has disconnected.
             let _ = exporter.serve(&mut client);
             count.fetch_sub(1, Ordering::Relaxed);
         };
@@ -63,7 +63,7 @@ pub fn serve(address: &ListenAddress, options: &ExporterOptions) -> Result<()> {
 
 struct Exporter {
     options: ExporterOptions,
-    /// Why the daemon could not be asked last time.
+    /// Why the last query of the daemon failed.
     trouble: Mutex<Option<String>>,
 }
 
@@ -73,7 +73,11 @@ impl Exporter {
             ScrapeRequest::Metrics(format) => format,
             ScrapeRequest::Other => return client.refuse("404 Not Found", "", "the metrics are at /metrics\n"),
             ScrapeRequest::Method => {
-                return client.refuse("405 Method Not Allowed", "Allow: GET\r\n", "the exporter takes GET requests\n");
+                return client.refuse(
+                    "405 Method Not Allowed",
+                    "Allow: GET\r\n",
+                    "the exporter accepts only GET requests\n",
+                );
             }
             ScrapeRequest::TooLong => {
                 return client.refuse("431 Request Header Fields Too Large", "", "the request header is too long\n");
@@ -86,7 +90,7 @@ impl Exporter {
         client.reply("200 OK", &format!("Content-Type: {}\r\n", format.media_type()), &text)
     }
 
-    /// Says once on standard error why the daemon cannot be asked.
+    /// Reports once on standard error why the daemon cannot be queried.
     fn report(&self, trouble: Option<String>) {
         let mut last = self.trouble.lock().expect("no thread panics with it locked");
         if *last != trouble {
@@ -99,7 +103,7 @@ impl Exporter {
     }
 }
 
-/// What a client asks for.
+/// A client's request.
 #[derive(Debug, PartialEq, Eq)]
 enum ScrapeRequest {
     Metrics(TextFormat),
@@ -111,14 +115,14 @@ enum ScrapeRequest {
     Invalid,
 }
 
-/// A connection that ends at a time.
+/// A connection with a deadline.
 struct ScrapeClient {
     stream: Box<dyn ScrapeStream>,
     until: Instant,
 }
 
 impl ScrapeClient {
-    /// Sets for how long the next call may wait.
+    /// Bounds how long the next call may wait.
     fn bound_next_call(&self) -> io::Result<()> {
         let left = self.until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -157,8 +161,8 @@ impl ScrapeClient {
         Ok(())
     }
 
-    /// Replies with an error, and reads what the client sends meanwhile: the kernel drops a reply when a connection is
-    /// closed that has unread bytes.
+    /// Replies with an error, and reads the rest of the request: if a connection is closed with unread bytes, the
+    /// kernel drops the reply.
     fn refuse(&mut self, status: &str, fields: &str, why: &str) -> io::Result<()> {
         self.until = Instant::now() + REST_TIMEOUT;
         self.reply(status, &format!("Content-Type: text/plain; charset=utf-8\r\n{fields}"), why)?;
@@ -175,7 +179,7 @@ impl ScrapeClient {
     }
 }
 
-/// The request that `head` begins with; `None` if more is to come.
+/// The request at the start of `head`; `None` if it is incomplete.
 fn parse(head: &[u8]) -> Option<ScrapeRequest> {
     let mut fields = [httparse::EMPTY_HEADER; FIELDS_MAX];
     let mut request = httparse::Request::new(&mut fields);

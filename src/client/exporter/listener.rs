@@ -1,4 +1,4 @@
-//! Where the exporter listens: a TCP address, a Unix domain socket, or a socket that systemd has passed.
+//! The socket on which the exporter listens: a TCP address, a Unix domain socket, or a socket passed by systemd.
 
 use std::env;
 use std::fmt;
@@ -17,10 +17,10 @@ use crate::sys::fd::take_inherited;
 
 /// The first descriptor that systemd passes (sd_listen_fds(3)).
 const FIRST_PASSED: RawFd = 3;
-/// Rights to the file of a Unix domain socket: its directory decides who may connect.
+/// Mode of a Unix domain socket's file: access is controlled by its directory.
 const SOCKET_MODE: u32 = 0o666;
 
-/// Where to listen.
+/// The address to listen on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
     /// A host and a port.
@@ -96,9 +96,9 @@ impl ScrapeListener {
 
 /// A connection of a scraper.
 pub(super) trait ScrapeStream: Read + Write + Send {
-    /// Sets for how long one call may wait, and that no more will be written.
+    /// Sets how long each read or write may wait.
     fn set_timeouts(&self, timeout: Duration) -> io::Result<()>;
-    /// Tells the other end that the reply has ended.
+    /// Signals the end of the reply to the other end.
     fn end_writing(&self) -> io::Result<()>;
 }
 
@@ -122,7 +122,7 @@ impl ScrapeStream for UnixStream {
     }
 }
 
-/// Listens at a path, in place of the socket of an exporter that has ended.
+/// Listens at a path; replaces the socket of an exporter that has ended.
 fn bind(path: &Path) -> io::Result<UnixListener> {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     let nobody_listens = || matches!(UnixStream::connect(path), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused);
@@ -148,7 +148,7 @@ fn listener_of(socket: OwnedFd) -> io::Result<ScrapeListener> {
         return Err(io::Error::other("the socket does not listen: the unit needs Accept=no"));
     }
     let tcp = TcpListener::from(socket);
-    // The standard library knows no other way to ask for the family of a socket.
+    // The standard library has no other way to get the family of a socket.
     Ok(match tcp.local_addr() {
         Ok(_) => ScrapeListener::Tcp(tcp),
         Err(_) => ScrapeListener::Unix(OwnedFd::from(tcp).into()),

@@ -1,5 +1,5 @@
-//! The metrics: which they are, and where their values come from. Times are in seconds, sizes in bytes; counters run
-//! from the start of the daemon. What cannot happen has no series.
+//! The list of metrics, and the origin of their values. Times are in seconds, sizes in bytes; counters run from the
+//! start of the daemon. A combination of labels that cannot occur has no series.
 
 use super::super::sample::DaemonSample;
 use super::text::{MetricType, MetricsText, seconds};
@@ -11,7 +11,7 @@ use crate::units::PAGE_BYTES;
 
 use MetricType::{Counter, Gauge, Histogram, Summary};
 
-/// Writes all metrics; of a daemon that did not reply, that it is not up.
+/// Writes all metrics; for a daemon that did not reply, only that it is not up.
 pub(super) fn write(text: &mut MetricsText, sample: Option<&DaemonSample>, with_buckets: bool) {
     text.family("genblk_up", Gauge, "Whether the daemon replied to the exporter.");
     text.sample("genblk_up", &[], u8::from(sample.is_some()));
@@ -137,24 +137,24 @@ fn of_devices(
     }
 }
 
-/// What a metric shows of a cache.
+/// The value of a metric of a cache.
 type CacheValue = fn(&CacheStatistics) -> u64;
 
 /// Metrics of the cache.
 const OF_CACHE: [(DeviceMetric<'static>, CacheValue); 12] = [
     (
-        ("genblk_cache_lookup_pages_total", Counter, "Pages of 4 KiB that reads asked for."),
+        ("genblk_cache_lookup_pages_total", Counter, "Pages of 4 KiB that reads requested."),
         CacheStatistics::lookup_pages,
     ),
-    (("genblk_cache_hit_pages_total", Counter, "Pages that reads asked for and found in memory."), |cache| {
+    (("genblk_cache_hit_pages_total", Counter, "Pages that reads requested and found in memory."), |cache| {
         cache.hit_pages
     }),
-    (("genblk_cache_hole_pages_total", Counter, "Pages that reads asked for in holes of the image."), |cache| {
+    (("genblk_cache_hole_pages_total", Counter, "Pages that reads requested in holes of the image."), |cache| {
         cache.hole_pages
     }),
     (("genblk_cache_evicted_pages_total", Counter, "Pages that were evicted."), |cache| cache.evicted_pages),
     (("genblk_readahead_pages_total", Counter, "Pages that were read ahead."), |cache| cache.readahead_pages),
-    (("genblk_readahead_used_pages_total", Counter, "Pages that were read ahead and then asked for."), |cache| {
+    (("genblk_readahead_used_pages_total", Counter, "Pages that were read ahead and then requested."), |cache| {
         cache.readahead_used_pages
     }),
     (
@@ -167,8 +167,10 @@ const OF_CACHE: [(DeviceMetric<'static>, CacheValue); 12] = [
     ),
     (("genblk_cache_size_bytes", Gauge, "Cache memory for pages."), |cache| bytes_of(cache.frames)),
     (("genblk_cache_free_bytes", Gauge, "Cache memory that holds no page."), |cache| bytes_of(cache.frames_free)),
-    (("genblk_cache_dirty_bytes", Gauge, "Dirty data: newer than the image."), |cache| bytes_of(cache.dirty_pages)),
-    (("genblk_cache_dirty_limit_bytes", Gauge, "Present limit of dirty data."), |cache| {
+    (("genblk_cache_dirty_bytes", Gauge, "Dirty data: not yet written to the image."), |cache| {
+        bytes_of(cache.dirty_pages)
+    }),
+    (("genblk_cache_dirty_limit_bytes", Gauge, "Current limit on dirty data."), |cache| {
         bytes_of(cache.dirty_limit_pages)
     }),
     (("genblk_cache_metadata_bytes", Gauge, "Memory of the cache besides the pages."), |cache| cache.metadata_bytes),
@@ -183,7 +185,7 @@ fn about_caches(text: &mut MetricsText, devices: &[DeviceStatistics]) {
         of_devices(text, devices, metric, |device| value(&device.cache));
     }
     let name = "genblk_request_waits_total";
-    text.family(name, Counter, "Times that a request had to wait before it was admitted.");
+    text.family(name, Counter, "How often a request had to wait before it was admitted.");
     for device in devices {
         let reasons =
             [("room", device.cache.stalls), ("dirty_limit", device.cache.throttled), ("rate_limit", device.limited)];
@@ -192,7 +194,7 @@ fn about_caches(text: &mut MetricsText, devices: &[DeviceStatistics]) {
         }
     }
     let name = "genblk_rate_limited_seconds_total";
-    text.family(name, Counter, "Time for which limits held requests back at the head of their ring.");
+    text.family(name, Counter, "Time for which rate limits delayed requests at the head of their ring.");
     for device in devices {
         text.sample(name, &[("device", &device.name)], seconds(device.limited_us.saturating_mul(1000)));
     }
@@ -234,7 +236,7 @@ fn about_store(text: &mut MetricsText, devices: &[DeviceStatistics], with_bucket
 
 fn about_workers(text: &mut MetricsText, devices: &[DeviceStatistics]) {
     let name = "genblk_worker_busy_seconds_total";
-    text.family(name, Counter, "Time of the worker threads in turns that found work.");
+    text.family(name, Counter, "Time that the worker threads spent in turns with work.");
     for device in devices {
         for (index, worker) in device.workers.iter().enumerate() {
             let labels = [("device", device.name.as_str()), ("worker", &index.to_string())];

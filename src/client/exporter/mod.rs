@@ -1,5 +1,5 @@
-//! `genblk exporter`: the daemon's statistics as Prometheus metrics, once or over HTTP. It is a process of its own, so
-//! that the daemon has neither an HTTP parser nor a TCP socket.
+//! `genblk exporter`: the daemon's statistics as Prometheus metrics, once or over HTTP. It is a separate process, so
+//! the daemon has neither an HTTP parser nor a TCP socket.
 
 mod http;
 mod listener;
@@ -21,7 +21,7 @@ pub use text::TextFormat;
 /// How long the daemon may take to reply to a scrape.
 const SCRAPE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Which daemon is asked, and what is shown of it.
+/// Options of `genblk exporter`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExporterOptions {
     /// The control socket.
@@ -30,7 +30,7 @@ pub struct ExporterOptions {
     pub with_buckets: bool,
 }
 
-/// Metrics at this moment, and why the daemon could not be asked. That is a metric, too (`genblk_up 0`).
+/// The current metrics, and the error if the daemon could not be queried, which is also a metric (`genblk_up 0`).
 pub fn metrics(options: &ExporterOptions, format: TextFormat) -> (String, Result<()>) {
     let sample = DaemonSample::take(&options.socket, Instant::now() + SCRAPE_TIMEOUT);
     let mut text = MetricsText::new(format);

@@ -1,4 +1,4 @@
-//! Metrics as text, in both formats that scrapers ask for: the Prometheus text format 0.0.4
+//! Metrics as text, in both formats that scrapers request: the Prometheus text format 0.0.4
 //! (<https://prometheus.io/docs/instrumenting/exposition_formats/>) and OpenMetrics 1.0
 //! (<https://prometheus.io/docs/specs/om/open_metrics_spec/>). They differ in the name of a counter's family, in what
 //! is escaped in a help text, and in the last line.
@@ -8,8 +8,8 @@ use std::fmt::{self, Write as _};
 use crate::control::wire::Latency;
 use crate::counters::latency::{Latencies, bound_of};
 
-/// The upper bounds of the histograms, in nanoseconds: powers of two, which are bounds of genblk's own buckets, so that
-/// the counts are exact. From 1 us to 17 s.
+/// The upper bounds of the histograms in nanoseconds, from 1 us to 17 s. They are powers of two, which are also bounds
+/// of genblk's own buckets, so the counts are exact.
 const BOUNDS_NS: [u64; 13] = {
     let (mut bounds, mut at) = ([1 << 10; 13], 1);
     while at < bounds.len() {
@@ -65,7 +65,7 @@ impl TextFormat {
     }
 }
 
-/// What a metric is.
+/// The type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MetricType {
     Counter,
@@ -89,7 +89,7 @@ impl MetricType {
 /// The labels of a sample: names and values.
 pub(super) type Labels<'a> = &'a [(&'a str, &'a str)];
 
-/// A text that grows.
+/// The text of the metrics, written one after another.
 #[derive(Debug, Default)]
 pub(super) struct MetricsText {
     text: String,
@@ -97,7 +97,7 @@ pub(super) struct MetricsText {
 }
 
 impl MetricsText {
-    /// A text in this format.
+    /// An empty text in this format.
     pub fn new(format: TextFormat) -> Self {
         Self { text: String::new(), format }
     }

@@ -27,13 +27,13 @@ const HELP: &[&str] = &[
     " s         sort by the next of r/s, w/s, r99, f99, dirty, busy, or not at all",
     " up, down  select a disk (k, j)",
     " w         histogram of the latencies of the selected disk in the last interval",
-    " p         pause: the numbers stay (space)",
+    " p         pause updates (also: space)",
     " h         this text; Esc goes back",
-    " r/s w/s f/s  reads, writes and FLUSHes in a second",
-    " r99 w99 f99  99th percentile of their times",
-    " hit%         pages in memory, of those that reads asked for and are no holes",
-    " dirty        data that is newer than the image",
-    " busy         time of the workers in turns that found work, of one processor",
+    " r/s w/s f/s  reads, writes and FLUSHes per second",
+    " r99 w99 f99  99th percentile of their latencies",
+    " hit%         pages found in memory, of those that reads requested, without holes",
+    " dirty        data not yet written to the image",
+    " busy         time that the workers spent in turns with work, of one processor",
 ];
 
 /// Whether there are colours.

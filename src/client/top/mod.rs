@@ -1,6 +1,6 @@
-//! `genblk top`: what the disks of a daemon do, redrawn each second on a terminal; or one picture of it as text.
+//! `genblk top`: the activity of a daemon's disks, redrawn each second on a terminal; or one screen as text.
 //!
-//! `state.rs` keeps what is shown, and `draw.rs` draws it.
+//! `state.rs` holds the shown state, and `draw.rs` draws it.
 
 mod draw;
 mod state;
@@ -23,24 +23,23 @@ use state::{TopCommand, TopState};
 
 /// How long the daemon may take to reply. Keys wait meanwhile.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Size of the picture as text: the least for which the screen is made.
+/// Size of the screen as text: the minimum for which the layout is made.
 const PICTURE: (u16, u16) = (80, 24);
 
-/// What is asked for.
+/// Options of `genblk top`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopOptions {
     /// The control socket.
     pub socket: PathBuf,
     /// How often it is redrawn.
     pub interval: Duration,
-    /// One picture as text, after an interval.
+    /// Whether to print one screen as text, after one interval.
     pub once: bool,
-    /// Whether colours are wanted, where it is a terminal.
+    /// Whether to use colours on a terminal.
     pub with_colour: bool,
 }
 
-/// Draws until a key ends it. Of a daemon that ends meanwhile the last numbers stay, and the next one is shown when it
-/// replies.
+/// Draws until a key ends it. If the daemon ends meanwhile, its last numbers stay until the next daemon replies.
 ///
 /// # Errors
 /// The errors of [`super::ControlClient::connect`] at the start; [`ErrorKind::Config`] if there is no terminal;
@@ -48,7 +47,7 @@ pub struct TopOptions {
 pub fn top(options: &TopOptions) -> Result<()> {
     let has_terminal = io::stdout().is_terminal() && io::stdin().is_terminal();
     if !has_terminal && !options.once {
-        let advice = "\"genblk top --once\" prints one picture, \"genblk stat 1\" the numbers of each second";
+        let advice = "\"genblk top --once\" prints one screen, \"genblk stat 1\" a report each second";
         return Err(Error::new(ErrorKind::Config, format!("genblk top needs a terminal; {advice}")));
     }
     let mut state = TopState::new(take(options)?);
@@ -60,7 +59,7 @@ pub fn top(options: &TopOptions) -> Result<()> {
     let failed = |e| Error::io(ErrorKind::System, "cannot draw on the terminal", e);
     let mut terminal = ratatui::try_init().map_err(failed)?;
     let ended = run(&mut terminal, options, &mut state);
-    // The shell gets its terminal back, whatever has happened.
+    // Restore the terminal for the shell, even after an error.
     let restored = ratatui::try_restore();
     ended.and(restored).map_err(failed)
 }
@@ -89,7 +88,7 @@ fn run(terminal: &mut DefaultTerminal, options: &TopOptions, state: &mut TopStat
     }
 }
 
-/// What a key means; redrawing alone for a terminal that has another size.
+/// The command of a key; a change of the terminal's size only redraws.
 fn command_of(event: &Event) -> Option<TopCommand> {
     let key = match event {
         Event::Key(key) if key.kind != KeyEventKind::Release => key,
@@ -112,7 +111,7 @@ fn command_of(event: &Event) -> Option<TopCommand> {
     })
 }
 
-/// The screen as text, without the spaces at the ends of lines.
+/// The screen as text, without trailing spaces.
 fn picture(state: &TopState) -> String {
     let Ok(mut terminal) = Terminal::new(TestBackend::new(PICTURE.0, PICTURE.1));
     let Ok(_) = terminal.draw(|frame| draw::draw(frame, state, Palette { has_colour: false }));

@@ -1,4 +1,4 @@
-//! What `genblk top` shows: the last two samples, what came before them, and what the keys have chosen.
+//! The state of `genblk top`: the last two samples, the history before them, and the choices made by keys.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -8,10 +8,10 @@ use super::super::table::Numbers;
 use crate::control::wire::{DeviceStatistics, DeviceStatus};
 use crate::error::Result;
 
-/// How many intervals a sparkline shows at most.
+/// Most intervals that a sparkline shows.
 const HISTORY: usize = 240;
 
-/// What a key asks for.
+/// The commands of the keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TopCommand {
     Quit,
@@ -26,7 +26,7 @@ pub(super) enum TopCommand {
     Help,
 }
 
-/// What is below the list of disks.
+/// The view below the list of disks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum TopView {
     /// Details of the selected disk.
@@ -34,14 +34,14 @@ pub(super) enum TopView {
     Details,
     /// Its latencies.
     Histogram,
-    /// What the keys do.
+    /// The keys and columns.
     Help,
 }
 
-/// By what the disks are sorted, the greatest first.
+/// The column by which the disks are sorted, largest first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum SortKey {
-    /// As the daemon has them.
+    /// In the daemon's order.
     #[default]
     Order,
     Reads,
@@ -56,7 +56,7 @@ impl SortKey {
     const ALL: [Self; 7] =
         [Self::Order, Self::Reads, Self::Writes, Self::ReadLatency, Self::FlushLatency, Self::Dirty, Self::Busy];
 
-    /// The column that it is.
+    /// The title of the column.
     pub fn name(self) -> &'static str {
         match self {
             Self::Order => "none",
@@ -87,12 +87,12 @@ impl SortKey {
     }
 }
 
-/// What a disk has done in the last intervals.
+/// The activity of a disk in the last intervals.
 #[derive(Clone, Debug, Default)]
 pub(super) struct DiskHistory {
-    /// Reads in a second.
+    /// Reads per second.
     pub reads: VecDeque<u64>,
-    /// Writes in a second.
+    /// Writes per second.
     pub writes: VecDeque<u64>,
 }
 
@@ -107,12 +107,12 @@ pub(super) struct TopState {
     sort: SortKey,
     view: TopView,
     is_paused: bool,
-    /// The disk that is selected.
+    /// The selected disk.
     selected: Option<String>,
 }
 
 impl TopState {
-    /// Shows what has happened since the daemon's start.
+    /// A state that shows averages since the daemon's start.
     pub fn new(now: DaemonSample) -> Self {
         let before = DaemonSample { time_us: now.description.since_us, statistics: Vec::new(), ..now.clone() };
         let selected = now.devices.first().map(|device| device.name.clone());
@@ -120,7 +120,7 @@ impl TopState {
         Self { before, now, history: BTreeMap::new(), trouble: None, sort, view, is_paused: false, selected }
     }
 
-    /// A new sample, or why there is none.
+    /// Adds a new sample, or the reason why there is none.
     pub fn update(&mut self, sample: Result<DaemonSample>) {
         let sample = match sample {
             Ok(sample) => sample,
@@ -133,7 +133,7 @@ impl TopState {
         let is_same_daemon = sample.description == self.now.description;
         self.before = std::mem::replace(&mut self.now, sample);
         if !is_same_daemon {
-            // Its counters began at 0.
+            // Another daemon: its counters started at 0.
             *self = Self {
                 sort: self.sort,
                 view: self.view,
@@ -163,7 +163,7 @@ impl TopState {
         }
     }
 
-    /// Does what a key asks for.
+    /// Executes the command of a key.
     pub fn apply(&mut self, command: TopCommand) {
         let toggled = |view, now| if view == now { TopView::Details } else { view };
         match command {
@@ -182,12 +182,12 @@ impl TopState {
         }
     }
 
-    /// Whether it shows the same numbers until the key is pressed again.
+    /// Whether updates are paused until the key is pressed again.
     pub fn is_paused(&self) -> bool {
         self.is_paused
     }
 
-    /// Where in a list of disks the selected one is; the first if it has gone.
+    /// The index of the selected disk in a list of disks; the first if it was detached.
     pub fn selected_of(&self, names: &[String]) -> usize {
         names.iter().position(|name| Some(name) == self.selected.as_ref()).unwrap_or(0)
     }
@@ -223,7 +223,7 @@ impl TopState {
         Interval::of_all(&self.before.statistics, &self.now.statistics, self.seconds(), Numbers::Short)
     }
 
-    /// The disks with what they did, sorted.
+    /// The disks with their activity, sorted.
     pub fn disks(&self) -> Vec<(&DeviceStatus, Option<Interval<'_>>)> {
         let mut intervals: BTreeMap<&str, Interval<'_>> =
             self.intervals().into_iter().map(|interval| (interval.now.name.as_str(), interval)).collect();
@@ -237,7 +237,7 @@ impl TopState {
         disks
     }
 
-    /// Latencies of requests of a kind: 50th, 99th and 99.9th percentile, those from memory and those that waited.
+    /// Latencies of requests of one kind, from memory and waited: 50th, 99th and 99.9th percentile of each.
     pub fn percentiles(interval: &Interval<'_>, operation: &str) -> [String; 2] {
         let requests = interval.requests(operation);
         [&requests.from_memory, &requests.waited].map(|latencies| {
@@ -246,8 +246,8 @@ impl TopState {
         })
     }
 
-    /// The sums over all disks: reads and writes, and reads from memory of all reads, in pages; dirty data and its
-    /// limit, in pages.
+    /// The sums over all disks: reads and writes; pages read, and those of them from memory; dirty pages and their
+    /// limit.
     pub fn totals(&self) -> TopTotals {
         let mut totals = TopTotals::default();
         for interval in self.intervals() {

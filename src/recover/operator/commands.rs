@@ -1,4 +1,4 @@
-//! The commands that end a cache: write it to its image, throw it away, remove what holds nothing.
+//! The commands that remove a cache: write it to its image, discard it, or remove caches without unwritten data.
 
 use std::path::{Path, PathBuf};
 
@@ -18,29 +18,29 @@ use crate::sys::process::effective_uid;
 use crate::tenure::record::TenureState;
 use crate::units::counted;
 
-/// Whether the operator has consented beforehand to what cannot be undone.
+/// Whether the operator has consented in advance to an operation that cannot be undone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Consent {
-    /// No: ask on a terminal, and refuse without one.
+    /// No: ask on a terminal; refuse if there is none.
     Ask,
     /// Yes.
     Forced,
 }
 
-/// What to write to which image.
+/// Arguments of [`recover`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recovery {
     /// The cache file.
     pub cache: PathBuf,
-    /// Where its image is now, if it has moved.
+    /// The new path of its image, if it has moved.
     pub image: Option<PathBuf>,
-    /// Whether to write even to an image that is not shown to be the cache's.
+    /// Whether to write even to an image that cannot be shown to be the cache's.
     pub consent: Consent,
 }
 
 /// Writes the cache in a file to its image and removes the file; returns a message for the operator.
 ///
-/// => A file that records something of its guest stays, without its pages: the next daemon must know it.
+/// => A file that records a guest's state stays, without its pages, for the next daemon.
 ///
 /// # Errors
 /// [`ErrorKind::Ledger`] when the file is not a cache of this user and of this boot, or its image was replaced;
@@ -58,7 +58,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
         let context = format!("{shown} holds no pages; remove it with --discard");
         return Err(Error::new(ErrorKind::Ledger, context));
     }
-    // Checks what the ledger refers to.
+    // Check that the ledger refers only to existing pages.
     file.survey()?;
     let image_path = recovery.image.as_ref().unwrap_or(&header.image.path);
     if !image_path.is_absolute() && !store::is_remote(image_path) && recovery.image.is_none() {
@@ -88,7 +88,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     let written = written.map_err(|e| e.with_hint(&hint))?;
     let written = counted(written, "page");
     let file = arena.into_file().expect(HAS_FILE);
-    // Before the file goes: a daemon must not miss it.
+    // Before the file is removed: otherwise a daemon would report it as missing.
     end_tenure(&file, Some(&*image), header.tenure, TenureState::Clean)?;
     let guest = file.header()?.map_or(header.guest, |header| header.guest);
     if guest == GuestState::FRESH {
@@ -100,8 +100,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     Ok(format!("wrote {written} to {image_shown}; {shown} stays without its pages, because {why}\n"))
 }
 
-/// Refuses another user's cache: root would write bytes of that user's choice to an image
-/// of that user's choice.
+/// Refuses another user's cache: root would write bytes of that user's choice to an image of that user's choice.
 fn refuse_other_users(path: &Path) -> Result<()> {
     let user = effective_uid();
     if user != 0 {
@@ -112,7 +111,7 @@ fn refuse_other_users(path: &Path) -> Result<()> {
         return Ok(());
     }
     let (shown, owner) = (visible(path), seen.owner);
-    let why = "root would write what it says to whatever image it names";
+    let why = "root would write its contents to any image that it names";
     let hint = format!("recover it as that user: sudo -u '#{owner}' genblk recover {shown}");
     Err(Error::new(ErrorKind::Ledger, format!("{shown} belongs to user {owner}, and {why}; {hint}")))
 }
@@ -120,17 +119,17 @@ fn refuse_other_users(path: &Path) -> Result<()> {
 /// Removes a cache file with everything in it; returns a message for the operator.
 ///
 /// # Errors
-/// [`ErrorKind::Ledger`] when the file is not a cache file, or holds data that the image lacks and there is no consent;
+/// [`ErrorKind::Ledger`] when the file is not a cache file, or holds unwritten data and there is no consent;
 /// [`ErrorKind::Locked`] when a daemon uses it.
 pub fn discard(path: &Path, consent: Consent) -> Result<String> {
     let shown = visible(path);
     let file = ArenaFile::open_existing(path, whose())?;
-    // A file that cannot be read may hold anything.
+    // A file that cannot be read may hold unwritten data.
     let survey = file.survey();
     let held = match &survey {
         Ok(None) => None,
         Ok(Some(survey)) => held_by(survey),
-        Err(e) => Some(format!("what cannot be read ({e})")),
+        Err(e) => Some(format!("data that cannot be read ({e})")),
     };
     if let Some(held) = held.filter(|_| consent == Consent::Ask) {
         if !is_interactive() {
@@ -152,7 +151,7 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
 
 /// Records that the tenure of a cache that is deleted has ended: in the record of the image, or next to the cache.
 ///
-/// => The image of another user's cache is not opened: root would open whatever that user names.
+/// => The image of another user's cache is not opened: root would open any path that the user names.
 fn end_tenure_of(file: &ArenaFile, survey: &Survey) -> Result<()> {
     let header = &survey.header;
     let is_lossless = header.guest.data == GuestData::Intact && !survey.is_dirty();
@@ -164,7 +163,7 @@ fn end_tenure_of(file: &ArenaFile, survey: &Survey) -> Result<()> {
     end_tenure(file, image.as_deref(), header.tenure, state)
 }
 
-/// What is lost with a cache; `None`: nothing.
+/// The data that is lost if a cache is deleted; `None`: none.
 fn held_by(survey: &Survey) -> Option<String> {
     let (header, shown) = (&survey.header, visible(&survey.header.image.path));
     if survey.is_dirty() {
@@ -175,12 +174,12 @@ fn held_by(survey: &Survey) -> Option<String> {
         let dirty = counted(survey.dirty_pages, "dirty page");
         return Some(format!("{dirty}{ranges}, not yet written to image {shown}"));
     }
-    // At an image that has one, the record takes the place of the loss marker.
+    // If the image has a record, that replaces the loss marker.
     let is_only_note = header.guest.data == GuestData::Lost && !header.tenure.is_some_and(|tenure| tenure.is_recorded);
-    is_only_note.then(|| format!("the only note that completed writes of image {shown} were lost"))
+    is_only_note.then(|| format!("the only record that completed writes of image {shown} were lost"))
 }
 
-/// Removes the cache files in `directory` from which nothing would be lost; returns what to tell the operator.
+/// Removes the cache files in `directory` that hold no unwritten data; returns a report for the operator.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when the directory cannot be read.

@@ -15,26 +15,26 @@ use crate::store::is_remote;
 use crate::sys::process::effective_uid;
 use crate::tenure::token::ChangeVerdict;
 
-/// Name of root's folder; those of other users continue with a hyphen and the user's number.
+/// Name of root's folder; the names of other users' folders continue with a hyphen and the UID.
 const FOLDER: &str = "genblk";
 
-/// A cache file, and what is known of it.
+/// A cache file, and what was found out about it.
 #[derive(Debug)]
 pub(super) struct CacheFile {
     pub(super) path: PathBuf,
     pub(super) seen: Seen,
 }
 
-/// What has become of the image of a cache.
+/// The present state of a cache's image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ImageState {
-    /// It is where it was.
+    /// It is at its path, unchanged.
     There,
-    /// It is where it was, and another than the cache's daemon has changed it.
+    /// It is at its path, but another program than the cache's daemon has changed it.
     Changed,
-    /// There is nothing at its path.
+    /// Nothing exists at its path.
     Gone,
-    /// Its file system is not mounted, or its device not attached.
+    /// Its file system is not mounted, or its device is not attached.
     Away,
     /// Another image is at its path.
     Replaced,
@@ -42,14 +42,14 @@ pub(super) enum ImageState {
     Unknown,
 }
 
-/// What can be done with a cache file without a loss.
+/// Which part of a cache file is still needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CacheNeed {
-    /// It holds what the image lacks, or what a guest must be told, or is in use.
+    /// All of it: it holds unwritten data or a report of data loss for the guest, or is in use.
     Needed,
-    /// Its pages can be freed. What it records of the guest is still of use.
+    /// Its header, which records the guest's state; its pages can be freed.
     HeaderNeeded,
-    /// It can be removed.
+    /// Nothing: it can be removed.
     Needless,
 }
 
@@ -63,16 +63,16 @@ impl CacheFile {
         Ok(Self { path, seen })
     }
 
-    /// What has become of its image. May wait for the image's file system.
+    /// The state of its image. May wait for the image's file system.
     pub(super) fn image(&self) -> ImageState {
         match &self.seen.survey {
-            // A path of a forged file could be relative to wherever the operator is.
+            // A forged file could contain a path relative to the operator's working directory.
             Ok(Some(survey)) if survey.header.image.path.is_absolute() => image_state(&survey.header),
             _ => ImageState::Unknown,
         }
     }
 
-    /// What it is needed for.
+    /// Which part of it is still needed.
     pub(super) fn needed(&self) -> CacheNeed {
         match &self.seen.survey {
             _ if self.seen.is_locked => CacheNeed::Needed,
@@ -82,7 +82,7 @@ impl CacheFile {
                 if header.guest == GuestState::FRESH {
                     CacheNeed::Needless
                 } else if header.frames > 0 && self.image() == ImageState::Gone {
-                    // The image may have another name by now, and its guest may still run.
+                    // The image may have been renamed, and its guest may still run.
                     CacheNeed::HeaderNeeded
                 } else {
                     CacheNeed::Needed
@@ -93,7 +93,7 @@ impl CacheFile {
     }
 }
 
-/// What has become of the image of the cache with this header.
+/// The state of the image of the cache with this header.
 fn image_state(header: &Header) -> ImageState {
     let (path, identity) = (&header.image.path, &header.image.identity);
     if is_remote(path) {
@@ -114,19 +114,19 @@ fn image_state(header: &Header) -> ImageState {
     }
 }
 
-/// Whether two identities are those of one image, whose file system may be mounted under another number now.
+/// Whether two identities are those of one image, whose file system may now have another device number.
 fn is_same(found: &ImageId, known: &ImageId) -> bool {
     let is_remounted = known.born_ns != 0 && (found.inode, found.born_ns) == (known.inode, known.born_ns);
     found == known || is_remounted
 }
 
-/// Whose files this process may inspect.
+/// The users whose files this process may inspect.
 pub(super) fn whose() -> AllowedOwner {
     if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }
 
-/// The folders with cache files in `directory`, which is a memory directory or such a folder itself: this user's, or
-/// for root those of all users.
+/// The folders with cache files in `directory`, which is a memory directory or such a folder itself: the folder of this
+/// user, or for root those of all users.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when `directory` cannot be read.
@@ -151,7 +151,7 @@ pub(super) fn folders(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(folders)
 }
 
-/// The user whose folder has this name; `None`: it is no such folder.
+/// The user whose folder has this name; `None`: it is not such a folder.
 fn owner_of_folder(name: &OsStr) -> Option<u32> {
     let rest = name.to_str()?.strip_prefix(FOLDER)?;
     if rest.is_empty() { Some(0) } else { rest.strip_prefix('-')?.parse().ok() }
@@ -161,7 +161,7 @@ fn is_cache_name(name: &OsStr) -> bool {
     name.to_str().is_some_and(ImageId::is_file_name)
 }
 
-/// The cache files in a folder, each with what is known of it, or why nothing is.
+/// The cache files in a folder, each with the result of inspecting it.
 ///
 /// => Reads the ledger of each, which takes time in proportion to the caches: see [`cache_files`].
 ///
@@ -189,7 +189,7 @@ pub(super) fn caches_in(directory: &Path, report: &mut Report) -> Result<Vec<(Pa
     Ok(found)
 }
 
-/// The paths of the cache files in a folder, and whose they may be.
+/// The paths of the cache files in a folder, and the users who may own them.
 ///
 /// # Errors
 /// As [`caches`].

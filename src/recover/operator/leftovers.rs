@@ -1,4 +1,4 @@
-//! What a daemon tells of the caches that no daemon uses, when it starts and when it lacks memory.
+//! A daemon's reports about caches that no daemon uses, at its start and when memory is insufficient.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -22,7 +22,7 @@ use crate::systemd::ServiceManager;
 use crate::tenure::record::TenureState;
 use crate::units::counted;
 
-/// Where daemons keep caches unless they are told otherwise.
+/// The directory in which daemons keep caches by default.
 const DEFAULT_MEMORY_DIR: &str = "/dev/shm";
 /// Longest wait for the file system of an image's path.
 const RESOLVE_MAX: Duration = Duration::from_secs(1);
@@ -46,7 +46,7 @@ pub fn warn_unused_fds(config: &Config, manager: &Arc<ServiceManager>) {
     }
 }
 
-/// What a cache file holds, for the operator.
+/// The contents of a cache file, for the operator.
 fn description(file: ArenaFile) -> Result<String> {
     let Some(header) = file.header()? else { return Ok("empty".to_owned()) };
     let image = visible(&header.image.path);
@@ -72,7 +72,8 @@ struct Unheld {
 }
 
 impl Unheld {
-    /// Counts a cache; one without pages takes next to no memory, and waits for the next daemon of its image.
+    /// Counts a cache. One without pages is not counted: it takes almost no memory, and the next daemon of its image
+    /// uses it.
     fn add(&mut self, cache: &CacheFile) {
         let survey = cache.seen.survey.as_ref().ok().and_then(Option::as_ref);
         if survey.is_some_and(|survey| survey.header.frames == 0) {
@@ -92,7 +93,7 @@ fn unheld_below(memory_dir: &Path) -> Vec<CacheFile> {
     unheld.filter_map(|path| CacheFile::look_at(path, whose).ok()).filter(|cache| !cache.seen.is_locked).collect()
 }
 
-/// What is known of those cache files in this user's folder below a memory directory whose header `is_wanted`.
+/// The cache files in this user's folder below a memory directory whose headers satisfy `is_wanted`.
 pub(in crate::recover) fn caches_below(memory_dir: &Path, mut is_wanted: impl FnMut(&Header) -> bool) -> Vec<Seen> {
     let Ok((paths, whose)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
     let wanted = paths.into_iter().filter(|path| {
@@ -111,8 +112,8 @@ fn memory_dirs<'a>(devices: impl IntoIterator<Item = &'a DeviceConfig>) -> BTree
     configured.chain([PathBuf::from(DEFAULT_MEMORY_DIR)]).collect()
 }
 
-/// Whether a cache that an earlier daemon left for the image of a device, as its path was then, holds what the image
-/// lacks. Does not wait for the image, which may not answer.
+/// Whether a cache that an earlier daemon left for the image at a device's path holds unwritten data. Does not wait for
+/// the image, which may not answer.
 pub fn has_unwritten_cache(config: &DeviceConfig) -> bool {
     let memory_dirs = memory_dirs([config]);
     let image = resolved(&config.image);
@@ -122,7 +123,7 @@ pub fn has_unwritten_cache(config: &DeviceConfig) -> bool {
     caches.any(|seen| matches!(&seen.survey, Ok(Some(survey)) if survey.is_dirty()))
 }
 
-/// The path without symbolic links, or the path itself if its file system does not tell in time.
+/// The path without symbolic links, or the path itself if its file system does not answer in time.
 fn resolved(path: &Path) -> PathBuf {
     let (sender, resolved) = channel();
     let asked = path.to_path_buf();
@@ -132,25 +133,29 @@ fn resolved(path: &Path) -> PathBuf {
     answer.and_then(io::Result::ok).unwrap_or_else(|| path.to_path_buf())
 }
 
-/// Removes the caches that hold nothing and whose images are gone, and logs how many others no daemon uses.
+/// Removes the caches that hold no unwritten data and whose images no longer exist, and logs how many others no daemon
+/// uses.
 ///
-/// => The devices are open: their caches are in use. A configured image may have replaced another one, whose cache is
-///    among the others.
+/// => The devices are open, so their caches are in use. If a configured image has replaced another one, the cache of
+/// the replaced one is among the others.
 pub fn warn_unused_files(config: &Config) {
     for memory_dir in memory_dirs(&config.devices) {
         let mut unheld = Unheld::default();
         for cache in unheld_below(&memory_dir) {
             let may_clear = cache.needed() != CacheNeed::Needed && cache.image() == ImageState::Gone;
-            // The image is not at the path that it had, so its record cannot be told.
+            // The image is no longer at its path, so its record cannot be changed.
             let note =
                 |file: &ArenaFile, survey: &Survey| end_tenure(file, None, survey.header.tenure, TenureState::Clean);
             match may_clear.then(|| clear(&cache, note)) {
                 Some(Ok(Cleared::Removed(_))) => {
-                    info!("removed cache {}: its image is gone, and it held no unwritten data", visible(&cache.path));
+                    info!(
+                        "removed cache {}: its image no longer exists, and it held no unwritten data",
+                        visible(&cache.path)
+                    );
                 }
                 Some(Ok(Cleared::Shrunk(_))) => {}
                 Some(Err(e)) => {
-                    warn!("cannot remove {}, which holds nothing: {e}", visible(&cache.path));
+                    warn!("cannot remove {}, which holds no unwritten data: {e}", visible(&cache.path));
                     unheld.add(&cache);
                 }
                 Some(Ok(Cleared::Kept)) | None => unheld.add(&cache),
@@ -162,7 +167,7 @@ pub fn warn_unused_files(config: &Config) {
     }
 }
 
-/// What became of a cache that was cleared, and how many bytes of memory that freed.
+/// The result of clearing a cache, with the bytes of memory that it freed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cleared {
     Kept,
@@ -170,11 +175,11 @@ pub(super) enum Cleared {
     Removed(u64),
 }
 
-/// Frees what a cache does not need, as far as nothing is lost. Before it removes a cache, calls `end_tenure`, which
-/// sees to it that the next daemon does not miss the cache.
+/// Frees the part of a cache that is no longer needed, without losing data. Before it removes a cache, calls
+/// `end_tenure`, which ensures that the next daemon does not report the cache as missing.
 ///
 /// # Errors
-/// Those of `end_tenure`, and why the file cannot be opened: it stays.
+/// Errors of `end_tenure`, and of opening the file. The file stays then.
 pub(super) fn clear(cache: &CacheFile, end_tenure: impl Fn(&ArenaFile, &Survey) -> Result<()>) -> Result<Cleared> {
     let needed = cache.needed();
     if needed == CacheNeed::Needed {
@@ -214,7 +219,7 @@ fn describe(unheld: &Unheld, memory_dir: &Path) -> String {
     )
 }
 
-/// For an error about memory: which memory the caches take that no daemon uses; `None` if there are none.
+/// A hint for an error about insufficient memory: the memory that unused caches take; `None` if there are none.
 pub fn hint_for(memory_dir: &MemoryDir) -> Option<String> {
     let memory_dir = match memory_dir {
         MemoryDir::Path(path) => path,
@@ -232,7 +237,7 @@ pub fn bytes_kept_for(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
     kept.into_iter().filter_map(|seen| seen.survey.ok().flatten()).map(|survey| survey.memory_bytes).sum()
 }
 
-/// Checks that no other user could have made or can change this user's folder below a memory directory.
+/// Checks that no other user could have created or can change this user's folder below a memory directory.
 ///
 /// # Errors
 /// [`ErrorKind::Ledger`] when one could.

@@ -13,8 +13,8 @@ use crate::units::counted;
 /// Bytes of a mebibyte.
 const MIB: u64 = 1 << 20;
 
-/// The caches in `directory`, a memory directory or a folder of caches itself: a line each, and what can be done. For
-/// root those of all users.
+/// The caches in `directory`, a memory directory or a folder of caches itself: one line each, and the possible
+/// commands. For root those of all users.
 ///
 /// # Errors
 /// [`crate::error::ErrorKind::Memory`] when the directory cannot be read.
@@ -39,11 +39,11 @@ pub fn list(directory: &Path) -> Result<Report> {
     }
     if is_any_dirty {
         report.text.push_str(
-            "To write a cache to its image: genblk recover CACHE; to throw it away: genblk recover --discard CACHE\n",
+            "To write a cache to its image: genblk recover CACHE; to discard it: genblk recover --discard CACHE\n",
         );
     }
     if is_any_prunable {
-        report.text.push_str("To remove those from which nothing would be lost: genblk recover --prune\n");
+        report.text.push_str("To remove all caches without unwritten data: genblk recover --prune\n");
     }
     Ok(report)
 }
@@ -66,7 +66,7 @@ fn row(cache: &CacheFile) -> [String; 6] {
     ]
 }
 
-/// What the operator needs to know of a cache.
+/// The state of a cache in words.
 fn state(cache: &CacheFile) -> String {
     let Seen { is_locked, holder, survey, .. } = &cache.seen;
     let mut parts = Vec::new();
@@ -94,7 +94,7 @@ fn state(cache: &CacheFile) -> String {
             if survey.header.is_set_aside {
                 parts.push("set aside".to_owned());
             }
-            // Its own daemon changes the image.
+            // The daemon that uses it changes the image.
             let note = if *is_locked { None } else { image_note(cache.image()) };
             parts.extend(note.map(str::to_owned));
         }
@@ -106,7 +106,7 @@ fn image_note(image: ImageState) -> Option<&'static str> {
     match image {
         ImageState::There => None,
         ImageState::Changed => Some("image was changed since"),
-        ImageState::Gone => Some("image is gone"),
+        ImageState::Gone => Some("image no longer exists"),
         ImageState::Away => Some("image is not mounted"),
         ImageState::Replaced => Some("image was replaced"),
         ImageState::Unknown => Some("image cannot be inspected"),
@@ -124,7 +124,7 @@ fn age(age: Duration) -> String {
     }
 }
 
-/// Rows under headings, in columns; numbers are aligned to the right.
+/// Rows in columns under headings; numbers are aligned to the right.
 fn table(rows: &[[String; 6]]) -> String {
     let headings = ["CACHE", "IMAGE", "MIB", "DIRTY PAGES", "AGE", "STATE"].map(str::to_owned);
     let is_number = |column: usize| matches!(column, 2..=4);

@@ -1,4 +1,4 @@
-//! What the operator sees of the caches that earlier daemons left, and the commands that end them.
+//! The list of caches that earlier daemons left, and the commands that remove them.
 
 mod commands;
 mod folders;
@@ -12,7 +12,7 @@ pub use list::list;
 
 pub(super) use leftovers::caches_below;
 
-/// Makes a write beyond RLIMIT_FSIZE fail with EFBIG, in place of ending the process in the middle of a write-back.
+/// Makes a write beyond RLIMIT_FSIZE fail with EFBIG instead of ending the process in the middle of a write-back.
 pub fn ignore_file_size_signal() {
     // It cannot fail: the signal exists, and can be ignored.
     let _ = crate::sys::signal::ignore(&[libc::SIGXFSZ]);
@@ -24,28 +24,28 @@ use crate::error::{Error, ErrorKind, Result};
 /// The report of a command that inspects many caches.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// What it found and did.
+    /// The text to print.
     pub text: String,
-    /// What it could not inspect or do.
+    /// Failures to inspect or change a cache.
     failures: Vec<String>,
 }
 
 impl Report {
-    /// Something could not be inspected or done: `what`, because of an error.
+    /// Records a failure: `what`, and its error.
     fn fail(&mut self, what: &str, error: &Error) {
         self.failures.push(format!("{what}: {error}"));
     }
 
-    /// What could not be inspected or done, as one error.
+    /// All failures as one error.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`], if there was something.
+    /// [`ErrorKind::Memory`], if there were failures.
     pub fn result(self) -> Result<()> {
         if self.failures.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::Memory, self.failures.join("\n"))) }
     }
 }
 
-/// What a file records of its guest, for the operator.
+/// The guest's state that a file records, in words.
 fn remembered(guest: GuestState) -> &'static str {
     match (guest.data, guest.write_through) {
         (GuestData::Lost, _) => "completed writes were lost",

@@ -1,4 +1,4 @@
-//! Talks with the operator: questions, progress, and paths that may contain anything.
+//! Output on the operator's terminal: questions, progress, and paths that may contain any bytes.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::Path;
@@ -12,13 +12,14 @@ const LINE_INTERVAL: Duration = Duration::from_secs(3);
 /// Columns of the bar.
 const BAR_COLUMNS: u64 = 40;
 
-/// A path without control characters: a file of another user may name any path, and a terminal obeys some of them.
+/// A path without control characters: a file of another user may contain any path, and a terminal executes some control
+/// characters.
 pub(super) fn visible(path: &Path) -> String {
     let text = path.display().to_string();
     text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
-/// Whether there is an operator to ask.
+/// Whether the command runs on a terminal, so that it can ask.
 pub(super) fn is_interactive() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
@@ -32,8 +33,8 @@ pub(super) fn ask(question: &str) -> bool {
     read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes")
 }
 
-/// Shows how far a write-back is: a bar on a terminal, a line every few seconds elsewhere. What ends at once shows
-/// nothing.
+/// Shows the progress of a write-back: a bar on a terminal, otherwise a line every few seconds. A write-back that ends
+/// immediately shows nothing.
 #[derive(Debug)]
 pub(super) struct ProgressBar {
     is_terminal: bool,

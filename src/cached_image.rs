@@ -199,7 +199,7 @@ impl CachedImage {
         error!(
             "{name}: the cache file{file} was removed or replaced while the daemon runs (by rm, or RemoveIPC= of \
              logind); the cache no longer survives a crash; stop the daemon with SIGTERM and start it again to \
-             get one that does"
+             restore that"
         );
         if let Err(cause) = replaced {
             self.arena.note_unmarked_loss();

@@ -187,7 +187,7 @@ fn a_guest_that_writes_the_header_of_another_format_is_served_again() {
     daemon.await_log("its guest writes a LUKS header; recorded, and still served");
     daemon.stop();
     daemon.restart();
-    daemon.await_log("looks like LUKS; served as raw, because its guest has written that");
+    daemon.await_log("looks like LUKS; served as raw, because its guest has written the header");
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_eq!(session.read(0, 512), luks());
     drop(session);
@@ -280,7 +280,7 @@ fn a_header_that_recover_writes_does_not_lock_the_guest_out() {
     let ended = run_to_end(Command::new(server_binary()).arg("recover").arg(&cache));
     assert!(ended.status.success() && !cache.exists(), "{ended:?}");
     daemon.restart();
-    daemon.await_log("looks like qcow2; served as raw, because its guest has written that");
+    daemon.await_log("looks like qcow2; served as raw, because its guest has written the header");
 }
 
 #[test]
@@ -296,7 +296,7 @@ fn a_description_that_ends_in_a_later_sector_does_not_lock_the_guest_out() {
     drop(session);
     daemon.stop();
     daemon.restart();
-    daemon.await_log("looks like VMDK; served as raw, because its guest has written that");
+    daemon.await_log("looks like VMDK; served as raw, because its guest has written the header");
 }
 
 /// On a block device nothing can be recorded at the image: the cache file has the record, also after an orderly end,

@@ -103,7 +103,7 @@ impl Broker {
         let answer = self.ask(&question(CONNECTION, 0, 0), None)?;
         match <[File; 2]>::try_from(answer.files) {
             Ok([listener, stream]) => Ok((OwnedFd::from(listener).into(), OwnedFd::from(stream).into())),
-            Err(_) => Err(io::Error::other("the broker has made no connection")),
+            Err(_) => Err(io::Error::other("the broker could not establish the connection")),
         }
     }
 
@@ -201,7 +201,7 @@ fn answer_next(device: &str, socket: &UnixStream) -> io::Result<()> {
                 Answer { files: files.into(), ..Answer::of(true) }
             }
             Err(e) => {
-                warn!("{device}: the broker cannot make the connection to vhost-user-backend: {e}");
+                warn!("{device}: the broker cannot establish the connection to vhost-user-backend: {e}");
                 Answer::of(false)
             }
         },

@@ -133,7 +133,7 @@ fn memory_thread(
         }
         let after = to_free.reserved_frames();
         if after != before {
-            info!("{name}: the cache has {} MiB now", (after as u64 * PAGE_BYTES) >> 20);
+            info!("{name}: the cache now has {} MiB", (after as u64 * PAGE_BYTES) >> 20);
         }
     })
 }

@@ -99,7 +99,8 @@ impl FileImage {
     /// [`ErrorKind::System`] for a record of a tenure that this genblk cannot read.
     pub(super) fn received(file: File, mut parts: FileParts) -> Result<Arc<Self>> {
         let record = parts.tenure.take().map(|bytes| Record::decode(&bytes)).transpose();
-        let record = record.map_err(|why| Error::new(ErrorKind::System, format!("the record of a tenure: {why}")))?;
+        let record = record
+            .map_err(|why| Error::new(ErrorKind::System, format!("cannot read the record of a tenure: {why}")))?;
         let engine = parts.engine;
         Ok(Arc::new(Self {
             image: Arc::new(OpenImage::received(file, parts)),
@@ -131,14 +132,14 @@ impl FileImage {
         let (label, name) = (self.image.label(), found.format);
         let why = match known_raw {
             Some(KnownRaw::Configured) => "the configuration says so",
-            _ if format.is_guest_written() => "its guest has written that",
+            _ if format.is_guest_written() => "its guest has written the header",
             Some(KnownRaw::KeptCache) => "it was served before, and its cache was kept",
             // A device cannot carry a record, and guests' disks that are encrypted as a whole are common. A LUKS
             // container that the host created loses nothing as long as the guest does not format it.
             None if self.image.is_device() && found.format == Format::Luks => {
                 log::warn!(
                     "{label} begins with a LUKS header; served as raw, because it is a block device: if its guest has \
-                     written that, set format = \"raw\" (--format raw)"
+                     written the header, set format = \"raw\" (--format raw)"
                 );
                 return Ok(());
             }

@@ -252,7 +252,7 @@ impl OpenImage {
         }
         check_size(&self.path, wanted).map_err(|error| error.to_string())?;
         if wanted > now && self.is_device() {
-            return Err(format!("device {} has {now} bytes; make it grow first", self.path.display()));
+            return Err(format!("device {} has {now} bytes; grow the device first", self.path.display()));
         }
         if wanted > now && !self.limits.writable {
             return Err("the image is read-only".to_owned());
@@ -349,7 +349,7 @@ impl OpenImage {
         if now < before && now < opened {
             log::error!("{label} has shrunk from {before} to {now} bytes: writes beyond its end fail");
         } else if now != before && now < opened {
-            log::warn!("{label} is {now} bytes, {opened} when opened");
+            log::warn!("{label} has {now} bytes; it had {opened} when it was opened");
         }
         if links == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
             log::error!("{label} was deleted: it is still served, but its data is lost when this daemon ends");

@@ -123,12 +123,12 @@ pub trait NamedImage: Backing {
     ///
     /// # Errors
     /// Errors of the store; [`io::ErrorKind::Unsupported`] if only the process that opened an image can serve it.
-    fn hand_out(&self, _fence: IoLock) -> io::Result<(File, ImageParts)> {
+    fn hand_out(&self, _io_lock: IoLock) -> io::Result<(File, ImageParts)> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
     /// Whether a descriptor that was handed out with this I/O lock is still open somewhere.
-    fn is_io_locked(&self, _fence: IoLock) -> bool {
+    fn is_io_locked(&self, _io_lock: IoLock) -> bool {
         false
     }
 

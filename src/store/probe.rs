@@ -120,7 +120,7 @@ pub(super) fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
     if let Ok(modified) = modified
         && let Err(error) = file.set_modified(modified)
     {
-        log::debug!("cannot set an image's modification time back: {error}");
+        log::debug!("cannot restore an image's modification time: {error}");
     }
     can_discard
 }
@@ -157,7 +157,9 @@ pub(super) fn try_direct(file: &File, label: &str, geometry: &BlockGeometry) -> 
 fn enable_direct(file: &File, geometry: &BlockGeometry) -> Result<Alignment, String> {
     sys::file::set_direct(file, true).map_err(|e| format!("cannot set O_DIRECT: {e}"))?;
     let candidates = match sys::file::direct_alignment(file) {
-        Some(reported) if reported.offset == 0 => return Err("the file system has none for this file".to_owned()),
+        Some(reported) if reported.offset == 0 => {
+            return Err("the file system does not support it for this file".to_owned());
+        }
         Some(reported) => vec![Alignment { block: reported.offset.max(SECTOR), memory: reported.memory }],
         // The kernel does not report it: try the usual values of devices.
         None => {

@@ -204,9 +204,9 @@ impl FormatRecord {
                     state.known.recorded = names;
                 }
                 Err(e) if is_new => warn!(
-                    "{label}: its guest writes a {name} header, which can be recorded in the cache, and not at the \
-                     image ({e}): set format = \"raw\" (--format raw), or a start after the next boot of the host \
-                     refuses it"
+                    "{label}: its guest writes a {name} header, which can be recorded only in the cache, not in the \
+                     image ({e}): set format = \"raw\" (--format raw), or a start after the next reboot of the host \
+                     rejects the image"
                 ),
                 Err(_) => {}
             }

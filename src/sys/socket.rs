@@ -236,7 +236,7 @@ pub fn receive_with_files<const FILES_MAX: usize>(
     }
     if message.msg_flags & libc::MSG_CTRUNC != 0 {
         let limit = describe_limit(Limit::Descriptors);
-        let why = format!("more than {FILES_MAX} came, or RLIMIT_NOFILE ({limit}) is reached");
+        let why = format!("more than {FILES_MAX} were sent, or RLIMIT_NOFILE ({limit}) is reached");
         return Err(io::Error::other(format!("descriptors of a message are lost: {why}")));
     }
     Ok((received.cast_unsigned(), files))

@@ -79,8 +79,8 @@ impl Backing for NbdBacking {
     fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
         let Some(format) = bytes.get(..SECTOR_SIZE).filter(|_| first == 0).and_then(at_start) else { return 0 };
         warn!(
-            "{}: its guest writes a {} header, and that cannot be recorded at the server: set format = \"raw\" \
-             (--format raw), or a start without the kept cache refuses it",
+            "{}: its guest writes a {} header, which cannot be recorded on the server: set format = \"raw\" \
+             (--format raw), or the next start without the kept cache rejects the image",
             self.remote.label,
             format.name()
         );

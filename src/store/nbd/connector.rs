@@ -138,7 +138,7 @@ fn connect_queue(server: &ExportServer, asker: &UnixStream, mut last: LastServer
         };
         since = Instant::now();
         if let Err(e) = sent {
-            debug!("{}: cannot hand out a connection: {e}", server.label);
+            debug!("{}: cannot pass on a connection: {e}", server.label);
             return;
         }
     }

@@ -307,7 +307,7 @@ impl NamedImage for NbdImage {
             }
             // As for a block device: guests' disks that are encrypted as a whole are common.
             None if found.format == Format::Luks => warn!(
-                "{label} begins with a LUKS header; served as raw: if its guest has written that, set format = \
+                "{label} begins with a LUKS header; served as raw: if its guest has written the header, set format = \
                  \"raw\" (--format raw)"
             ),
             None => return Err(Error::new(ErrorKind::Image, found.refusal(&self.backing.path))),
@@ -327,7 +327,7 @@ impl NamedImage for NbdImage {
         Err(Error::new(ErrorKind::Config, format!("image {}: {NO_MULTI_CONN}", self.backing.path.display())))
     }
 
-    fn hand_out(&self, _fence: IoLock) -> io::Result<(File, ImageParts)> {
+    fn hand_out(&self, _io_lock: IoLock) -> io::Result<(File, ImageParts)> {
         let (remote, milliseconds) = (&self.backing.remote, |time: Duration| u64::try_from(time.as_millis()));
         let parts = NbdParts {
             limits: self.backing.limits.clone(),

@@ -5,12 +5,17 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
 
 use common::daemon::{Daemon, send};
-use common::operator::{IMAGE_BYTES, genblk, start, stdout_of, table};
+use common::operator::{Call, IMAGE_BYTES, call, genblk, start, start_prepared, stdout_of, table};
 use common::prng::{Prng, seed};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
@@ -201,5 +206,177 @@ fn a_size_that_is_too_large_is_refused_and_changes_nothing() {
     assert!(text.contains("cache.size_max"), "it takes effect after detach and attach: {max:?}");
     let config = stdout_of(&genblk(&control, &["config", "d0"]));
     assert!(config.contains("cache.size = \"4M\""), "{config}");
+    await_memory(&daemon, 4);
+}
+
+/// A host whose tasks wait for memory half of the time, while that is wanted: a file of PSI, which the daemon reads in
+/// place of the kernel's. Its time is ten times as fast.
+struct MemoryPressure {
+    is_high: Arc<AtomicBool>,
+    ends: Arc<AtomicBool>,
+    writer: Option<thread::JoinHandle<()>>,
+}
+
+impl MemoryPressure {
+    /// Starts with none. The directory of the file exists.
+    fn start(file: PathBuf) -> Self {
+        let (is_high, ends) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let flags = (Arc::clone(&is_high), Arc::clone(&ends));
+        let mut total = Duration::ZERO;
+        let mut write = move || {
+            let text = format!("some avg10=0.00 avg60=0.00 avg300=0.00 total={}\n", total.as_micros());
+            // A reader finds a whole file.
+            let aside = file.with_extension("new");
+            fs::write(&aside, text).and_then(|()| fs::rename(&aside, &file)).expect("a file can be written");
+            let begun = Instant::now();
+            thread::sleep(Duration::from_millis(5));
+            if flags.0.load(Ordering::Relaxed) {
+                total += begun.elapsed() * 5;
+            }
+            !flags.1.load(Ordering::Relaxed)
+        };
+        write();
+        Self { is_high, ends, writer: Some(thread::spawn(move || while write() {})) }
+    }
+
+    fn set(&self, is_high: bool) {
+        self.is_high.store(is_high, Ordering::Relaxed);
+    }
+}
+
+impl Drop for MemoryPressure {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
+    }
+}
+
+/// The sizes of the cache: configured, wanted and present, in MiB.
+fn sizes(control: &Path) -> [u64; 3] {
+    let listed = call(control, "List", &json!({}));
+    let device = &listed["parameters"]["devices"][0];
+    let sizes = ["cache_bytes", "cache_wanted_bytes", "cache_present_bytes"];
+    sizes.map(|name| device[name].as_u64().unwrap_or_default() / MIB)
+}
+
+fn pressed(name: &str) -> (Daemon, PathBuf, MemoryPressure) {
+    let mut pressure = None;
+    let (daemon, control) = start_prepared(name, |command, directory| {
+        let file = directory.join("pressure");
+        pressure = Some(MemoryPressure::start(file.clone()));
+        command.env("GENBLK_TEST_PRESSURE", file);
+    });
+    stdout_of(&genblk(&control, &["set", "d0", "cache.size=16M", "cache.size_min=4M"]));
+    (daemon, control, pressure.expect("it was started"))
+}
+
+/// Uses the disk until the cache has these sizes.
+#[track_caller]
+fn use_until(contents: &mut Contents, session: &mut Session, control: &Path, expected: [u64; 3]) {
+    poll_until(&format!("sizes of {expected:?}, not {:?}", sizes(control)), PATIENCE, || {
+        (0..50).for_each(|_| contents.step(session));
+        (sizes(control) == expected).then_some(())
+    });
+}
+
+/// Kinds of events of the daemon itself.
+fn events(control: &Path) -> Vec<String> {
+    let watched = Call::start(control, "Watch", &json!({"since": 0}), false).reply();
+    let events = watched["parameters"]["events"].as_array().expect("an array").clone();
+    events.iter().filter_map(|event| event["kind"].as_str().map(ToOwned::to_owned)).collect()
+}
+
+#[test]
+fn a_cache_shrinks_under_memory_pressure_and_comes_back_and_loses_nothing() {
+    if !cfg!(debug_assertions) {
+        return eprintln!("skipped: a released daemon takes indicators of memory pressure from the kernel alone");
+    }
+    let (mut daemon, control, pressure) = pressed("size-pressure");
+    let mut session = Session::open(&daemon.socket_of(0), &options());
+    let mut contents = Contents::new();
+    use_until(&mut contents, &mut session, &control, [16, 16, 16]);
+    pressure.set(true);
+    use_until(&mut contents, &mut session, &control, [16, 4, 4]);
+    await_memory(&daemon, 4);
+    let shown = stdout_of(&genblk(&control, &["list"]));
+    assert!(shown.contains("memory is short: its cache has 4.0M for now"), "{shown}");
+    // What the operator changes meanwhile does not give it its size again.
+    stdout_of(&genblk(&control, &["set", "d0", "poll_us=0"]));
+    // Nor does the death of its process.
+    send(daemon.disk_process("d0"), libc::SIGKILL);
+    session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    use_until(&mut contents, &mut session, &control, [16, 4, 4]);
+    contents.check_all(&mut session);
+    assert!(daemon.log().contains("memory pressure: tasks wait for memory"), "{}", daemon.log());
+    pressure.set(false);
+    use_until(&mut contents, &mut session, &control, [16, 16, 16]);
+    await_memory(&daemon, 16);
+    daemon.await_log("memory pressure has ended");
+    let events = events(&control);
+    let of_pressure: Vec<_> = events.iter().filter(|kind| kind.starts_with("memory_pressure")).collect();
+    assert_eq!(of_pressure, ["memory_pressure_began", "memory_pressure_ended"]);
+    contents.check_all(&mut session);
+    session.flush();
+    drop(session);
+    daemon.stop();
+    for (page, number) in (0..).zip(&contents.numbers) {
+        assert!(daemon.image_bytes(page * 4096, 4096) == Contents::bytes(*number), "page {page} of the image");
+    }
+}
+
+#[test]
+fn kills_while_memory_pressure_changes_the_size_lose_nothing() {
+    if !cfg!(debug_assertions) {
+        return eprintln!("skipped: as above");
+    }
+    let (mut daemon, control, pressure) = pressed("size-pressure-kills");
+    let mut session = Session::open(&daemon.socket_of(0), &options());
+    let mut contents = Contents::new();
+    for round in 0..8 {
+        pressure.set(round % 2 == 0);
+        let steps = contents.prng.below(2000);
+        (0..steps).for_each(|_| contents.step(&mut session));
+        if round % 3 == 0 {
+            send(daemon.disk_process("d0"), libc::SIGKILL);
+        } else {
+            daemon.kill();
+            daemon.restart();
+        }
+        session = session.reconnect(&daemon.socket_of(0));
+        session.start_ring(0);
+        contents.check_all(&mut session);
+    }
+    pressure.set(false);
+    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    use_until(&mut contents, &mut session, &control, [16, 16, 16]);
+    contents.check_all(&mut session);
+}
+
+#[test]
+fn a_daemon_without_memory_for_the_configured_size_serves_with_the_cache_that_it_finds() {
+    let (mut daemon, control) = start("size-short");
+    let config = daemon.directory().path().join("genblk.toml");
+    let text = fs::read_to_string(&config).expect("it was written");
+    let write = |size: &str, min: &str| {
+        let sizes = format!("cache.size = \"{size}\"\ncache.size_max = \"1T\"\ncache.size_min = \"{min}\"");
+        fs::write(&config, text.replace("cache.size = \"4M\"", &sizes)).expect("it can be written");
+    };
+    write("4M", "4M");
+    daemon.stop();
+    daemon.restart();
+    let mut session = Session::open(&daemon.socket_of(0), &options());
+    session.write(0, &Contents::bytes(7));
+    daemon.kill();
+    // No host that runs this has as much.
+    write("1T", "4M");
+    daemon.restart();
+    session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    assert!(session.read(0, 4096) == Contents::bytes(7));
+    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the present size", PATIENCE, || (sizes(&control) == [1 << 20, 4, 4]).then_some(()));
     await_memory(&daemon, 4);
 }

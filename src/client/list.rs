@@ -51,6 +51,10 @@ fn table(devices: &[DeviceStatus]) -> String {
             let keys = visible(&device.pending.join(", "));
             reasons += &format!("{}: pending until detach and attach: {keys}\n", device.name);
         }
+        if let Some(wanted) = device.cache_wanted_bytes.filter(|wanted| *wanted < device.cache_bytes) {
+            let wanted = Numbers::Short.bytes(wanted);
+            reasons += &format!("{}: memory is short: its cache has {wanted} for now\n", device.name);
+        }
         if let Some(us) = device.oldest_operation_us.filter(|us| *us >= SLOW_US) {
             reasons += &format!("{}: its image has not answered for {} s\n", device.name, us / 1_000_000);
         }
@@ -78,6 +82,8 @@ mod tests {
             front_end: Some(FrontEnd { pid: 4242, uid: 0 }),
             image_bytes: Some(20 << 30),
             cache_bytes: 256 << 20,
+            cache_wanted_bytes: Some(256 << 20),
+            cache_present_bytes: Some(256 << 20),
             resident_bytes: Some(128 << 20),
             dirty_bytes: Some(0),
             oldest_operation_us: None,
@@ -95,7 +101,12 @@ mod tests {
             ..served.clone()
         };
         let pending = vec!["workers".to_owned(), "cache.size".to_owned()];
-        let slow = DeviceStatus { oldest_operation_us: Some(12_300_000), pending, ..served.clone() };
+        let slow = DeviceStatus {
+            oldest_operation_us: Some(12_300_000),
+            pending,
+            cache_wanted_bytes: Some(64 << 20),
+            ..served.clone()
+        };
         let expected = "\
 disk  state    front-end  image          size  cache  used  dirty       mode
 vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
@@ -103,6 +114,7 @@ db    failed   -          /srv/vm1.img      -   256M     -      -  writeback
 vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
 db: no such ?[2Jfile
 vm1: pending until detach and attach: workers, cache.size
+vm1: memory is short: its cache has 64.0M for now
 vm1: its image has not answered for 12 s
 ";
         assert_eq!(table(&[served, failed, slow]), expected);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::keys::{DefaultValue, KEYS, Key, Value};
 use super::size::format_size;
-use super::{Config, DeviceConfig, Problem, Socket};
+use super::{CacheConfig, Config, DeviceConfig, Problem, SIZE_BYTES_MIN, Socket};
 
 /// The origin of a value, for messages.
 #[derive(Clone, Debug)]
@@ -69,10 +69,10 @@ impl DeviceBuilder {
             }
         }
         builder.check_workers(problems);
-        if let (Some(origin), Some(_)) = (builder.good.get("cache.size_max"), builder.good.get("cache.size"))
-            && let Some(message) = check_sizes(&builder.device)
-        {
-            problems.push(origin.problem(message));
+        let sizes_good =
+            ["cache.size", "cache.size_max", "cache.size_min"].iter().all(|key| builder.good.contains_key(key));
+        if sizes_good && let Some((key, message)) = check_sizes(&builder.device) {
+            problems.push(builder.good[key].problem(message));
         }
         builder
     }
@@ -122,12 +122,19 @@ pub(crate) fn finish(builders: Vec<DeviceBuilder>, mut problems: Vec<Problem>) -
     Err(problems)
 }
 
-/// Why a cache cannot have this size and this largest size.
-pub(super) fn check_sizes(device: &DeviceConfig) -> Option<String> {
-    let cache = &device.cache;
-    let (size, max) = (format_size(cache.size_bytes), format_size(cache.size_max_bytes));
-    let is_larger = cache.size_max_bytes != 0 && cache.size_bytes > cache.size_max_bytes;
-    is_larger.then(|| format!("{max} is less than cache.size, which is {size}"))
+/// Why a cache cannot have these sizes: the key that is wrong, and what is.
+pub(super) fn check_sizes(device: &DeviceConfig) -> Option<(&'static str, String)> {
+    let CacheConfig { size_bytes, size_max_bytes: max, size_min_bytes: min, .. } = device.cache;
+    let size = format_size(size_bytes);
+    if max != 0 && size_bytes > max {
+        return Some(("cache.size_max", format!("{} is less than cache.size, which is {size}", format_size(max))));
+    }
+    if min > size_bytes {
+        return Some(("cache.size_min", format!("{} is more than cache.size, which is {size}", format_size(min))));
+    }
+    let least = format_size(SIZE_BYTES_MIN);
+    let is_too_small = (1..SIZE_BYTES_MIN).contains(&min);
+    is_too_small.then(|| ("cache.size_min", format!("takes 0 or at least {least}, not {}", format_size(min))))
 }
 
 /// Checks the keys that must differ between a device and an earlier one, and those that must be equal.

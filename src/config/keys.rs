@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use super::problem::nearest;
 use super::size::{format_size, parse_size, size_suggestion};
 use super::{
-    Allocate, CacheMode, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, NbdFlush, OnError, Policy, Sandbox,
-    Socket, Survive,
+    Allocate, CacheMode, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, NbdFlush, OnError, Policy,
+    SIZE_BYTES_MAX, SIZE_BYTES_MIN, Sandbox, Socket, Survive,
 };
 use crate::nbd_uri::NbdUri;
 use crate::units::PAGE_BYTES;
@@ -251,13 +251,23 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         name: "cache.size",
         default: Is(Text("256M")),
-        kind: ValueKind::Size { min: 4 << 20, max: 8 << 40, set: |device, bytes| device.cache.size_bytes = bytes },
+        kind: ValueKind::Size {
+            min: SIZE_BYTES_MIN,
+            max: SIZE_BYTES_MAX,
+            set: |device, bytes| device.cache.size_bytes = bytes,
+        },
     },
     // Room to grow takes addresses, but no memory. 0: four times the size.
     Key {
         name: "cache.size_max",
         default: Is(Integer(0)),
         kind: ValueKind::Size { min: 0, max: 8 << 40, set: |device, bytes| device.cache.size_max_bytes = bytes },
+    },
+    // 0: memory pressure does not change the size.
+    Key {
+        name: "cache.size_min",
+        default: Is(Integer(0)),
+        kind: ValueKind::Size { min: 0, max: 8 << 40, set: |device, bytes| device.cache.size_min_bytes = bytes },
     },
     Key {
         name: "cache.mode",

@@ -165,6 +165,7 @@ impl DeviceConfig {
             cache: CacheConfig {
                 size_bytes: 0,
                 size_max_bytes: 0,
+                size_min_bytes: 0,
                 mode: CacheMode::None,
                 policy: Policy::S3Fifo,
                 readahead_max_bytes: 0,
@@ -245,6 +246,8 @@ pub struct CacheConfig {
     pub size_bytes: u64,
     /// The size to which it can grow while it is used; 0: see [`CacheConfig::room_bytes`].
     pub size_max_bytes: u64,
+    /// To which size memory pressure may shrink it; 0: it keeps its size.
+    pub size_min_bytes: u64,
     /// When a write completes.
     pub mode: CacheMode,
     /// Replacement policy.
@@ -273,6 +276,8 @@ pub struct CacheConfig {
     pub memory_dir: MemoryDir,
 }
 
+/// The smallest size of a cache.
+const SIZE_BYTES_MIN: u64 = 4 << 20;
 /// The default of `size_max` is the size times this.
 const ROOM_FACTOR: u64 = 4;
 /// The largest size of a cache: a frame number has 31 bits.

@@ -23,6 +23,7 @@ pub struct RuntimeConfig {
 pub const AT_ONCE: &[&str] = &[
     "poll_us",
     "cache.size",
+    "cache.size_min",
     "cache.mode",
     "cache.readahead_max",
     "cache.flush_target_ms",
@@ -226,8 +227,8 @@ pub fn changed(device: &DeviceConfig, object: &serde_json::Value) -> Result<Devi
             problems.push(origin.problem(why));
         }
     }
-    if let Some(why) = check_sizes(&device) {
-        problems.push(Origin { label: "cache.size_max".to_owned(), line: None }.problem(why));
+    if let Some((key, why)) = check_sizes(&device) {
+        problems.push(Origin { label: key.to_owned(), line: None }.problem(why));
     }
     if problems.is_empty() { Ok(device) } else { Err(problems) }
 }

@@ -39,6 +39,7 @@ pub(crate) fn value_of(name: &str, device: &DeviceConfig) -> Option<String> {
         "group" => text(&device.group),
         "cache.size" => text(&format_size(cache.size_bytes)),
         "cache.size_max" => text(&format_size(cache.size_max_bytes)),
+        "cache.size_min" => text(&format_size(cache.size_min_bytes)),
         "cache.mode" => word(&cache.mode),
         "cache.policy" => word(&cache.policy),
         "cache.readahead_max" => text(&format_size(cache.readahead_max_bytes)),

@@ -102,6 +102,24 @@ fn every_key_reaches_its_field() {
 }
 
 #[test]
+fn the_sizes_of_a_cache_are_in_order() {
+    let sizes = |size: &str, min: &str, max: &str| {
+        device("a", &format!("cache.size = \"{size}\"\ncache.size_min = \"{min}\"\ncache.size_max = \"{max}\""))
+    };
+    for (size, min, max) in [("8M", "0", "0"), ("8M", "4M", "16M"), ("8M", "8M", "8M")] {
+        assert!(Config::from_toml(&sizes(size, min, max)).is_ok(), "{min} {size} {max}");
+    }
+    let wrong = [
+        ("8M", "0", "4M", "7: device[0].cache.size_max: 4M is less than cache.size, which is 8M"),
+        ("8M", "12M", "0", "6: device[0].cache.size_min: 12M is more than cache.size, which is 8M"),
+        ("8M", "2M", "0", "6: device[0].cache.size_min: takes 0 or at least 4M, not 2M"),
+    ];
+    for (size, min, max, expected) in wrong {
+        assert_eq!(problems(&sizes(size, min, max)), [expected]);
+    }
+}
+
+#[test]
 fn memory_is_below_a_directory_or_with_systemd() {
     let memory_dir = |value: &str| device("a", &format!("cache.memory_dir = \"{value}\""));
     for (value, expected) in [("/dev/shm", MemoryDir::Path("/dev/shm".into())), ("systemd", MemoryDir::Systemd)] {

@@ -1,12 +1,19 @@
 //! The types of the interface (`io.genblk.Control.varlink`), and the envelope of a varlink message
 //! (<https://varlink.org/Method-Call>).
 
+mod parameters;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::counters::latency::{BUCKETS, Latencies, bound_of, bucket_of};
 use crate::counters::sizes::{Sizes, least_size_of, size_bucket_of};
+
+pub use parameters::{
+    AttachParameters, DetachParameters, DeviceParameters, DropParameters, FreezeParameters, ListParameters,
+    ReloadParameters, ResizeParameters, SetParameters, StatisticsParameters, ThawParameters, WatchParameters,
+};
 
 /// The interface's description.
 pub const INTERFACE: &str = include_str!("io.genblk.Control.varlink");
@@ -90,6 +97,10 @@ pub struct DeviceStatus {
     pub front_end: Option<FrontEnd>,
     pub image_bytes: Option<u64>,
     pub cache_bytes: u64,
+    #[serde(default)]
+    pub cache_wanted_bytes: Option<u64>,
+    #[serde(default)]
+    pub cache_present_bytes: Option<u64>,
     pub resident_bytes: Option<u64>,
     pub dirty_bytes: Option<u64>,
     pub oldest_operation_us: Option<u64>,
@@ -270,47 +281,6 @@ pub struct DeviceStatistics {
     pub limited_us: u64,
 }
 
-/// Parameters of a method that takes a device alone.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct DeviceParameters {
-    pub device: String,
-}
-
-/// Parameters of `Attach`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct AttachParameters {
-    pub config: Value,
-}
-
-/// Parameters of `Detach`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct DetachParameters {
-    pub device: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub force: Option<bool>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub discard: Option<bool>,
-}
-
-/// Parameters of `Set`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct SetParameters {
-    pub device: String,
-    pub config: Value,
-}
-
-/// Parameters of `Reload`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct ReloadParameters {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dry_run: Option<bool>,
-}
-
 /// The effect of a reload on a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -347,40 +317,11 @@ pub struct DeviceKeys {
     pub keys: Vec<String>,
 }
 
-/// Parameters of `Resize`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct ResizeParameters {
-    pub device: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes: Option<u64>,
-}
-
-/// Parameters of `Drop`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct DropParameters {
-    pub device: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub flushed: Option<bool>,
-}
-
 /// Results of `Drop`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct Dropped {
     pub dropped_bytes: u64,
-}
-
-/// Parameters of `Freeze`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct FreezeParameters {
-    pub device: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub timeout_ms: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reads: Option<bool>,
 }
 
 /// Results of `Freeze`.
@@ -390,15 +331,6 @@ pub struct Freezing {
     pub frozen: bool,
     pub frozen_us: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lease: Option<u64>,
-}
-
-/// Parameters of `Thaw`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct ThawParameters {
-    pub device: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub lease: Option<u64>,
 }
 
@@ -455,16 +387,6 @@ pub struct ControlEvent {
     pub detail: Value,
 }
 
-/// Parameters of `Watch`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct WatchParameters {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub since: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-}
-
 /// Results of `Watch`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
@@ -475,29 +397,11 @@ pub struct Watched {
     pub lost_events: u64,
 }
 
-/// Parameters of `List`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct ListParameters {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-}
-
 /// Results of `List`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct Devices {
     pub devices: Vec<DeviceStatus>,
-}
-
-/// Parameters of `Statistics`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the interface's description says it")]
-pub struct StatisticsParameters {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub interval_ms: Option<u64>,
 }
 
 /// Results of `Statistics`.
@@ -605,6 +509,8 @@ mod tests {
             front_end: None,
             image_bytes: None,
             cache_bytes: 0,
+            cache_wanted_bytes: None,
+            cache_present_bytes: None,
             resident_bytes: None,
             dirty_bytes: None,
             oldest_operation_us: None,

@@ -155,10 +155,7 @@ pub fn arena_for(
                 image.quarantine_earlier_writes();
             }
             let arena = Arena::attach(file, &header)?;
-            if frames > arena.reserved_frames() {
-                check_memory((frames - arena.reserved_frames()) as u64 * PAGE_BYTES)?;
-                arena.reserve(frames)?;
-            }
+            reserve(config, &arena, frames)?;
             arena.move_to(&header.image, &facts).map_err(|beyond| overhang(image, &arena, beyond))?;
             if guest.data == GuestData::Lost {
                 arena.set_data_loss();
@@ -192,6 +189,23 @@ pub fn arena_for(
         info!("{name}: the guest selected write-through earlier; it stays in effect");
     }
     Ok(arena)
+}
+
+/// Gives a cache that was found memory for `frames` frames. One that memory pressure may shrink keeps the size that it
+/// has, while there is no memory for more.
+fn reserve(config: &DeviceConfig, arena: &Arena, frames: usize) -> Result<()> {
+    let found = arena.reserved_frames();
+    let Some(more) = frames.checked_sub(found) else { return Ok(()) };
+    let reserved = check_memory(more as u64 * PAGE_BYTES).and_then(|()| arena.reserve(frames));
+    let frames_min = config.cache.size_min_bytes / PAGE_BYTES;
+    match reserved {
+        Err(error) if (1..=found as u64).contains(&frames_min) => {
+            let mib = (found as u64 * PAGE_BYTES) >> 20;
+            warn!("{}: {error}; the cache has {mib} MiB for now", config.name);
+            Ok(())
+        }
+        reserved => reserved,
+    }
 }
 
 /// How the server of a device's image is treated.

@@ -18,7 +18,7 @@ use crate::arena::check_memory;
 use crate::config::{AT_ONCE, CacheMode, Config, DeviceConfig, adopt, changed, differing_keys};
 use crate::control::change::{ChangeClient, Refusal};
 use crate::control::wire::{ChangeKind, DeviceChange, DeviceKeys, DeviceState};
-use crate::disk_protocol::{DeviceRequest, DeviceSettings};
+use crate::disk_protocol::DeviceRequest;
 use crate::sys::clock::monotonic_ns;
 use crate::systemd::ServiceManager;
 
@@ -95,7 +95,7 @@ impl Operator {
         let recorded = self.ask_main_thread(|requester| FleetChange::Set(Box::new(new), keys, record, requester));
         if recorded.is_err() && reserves {
             // Setting the old size again frees the memory that was allocated for the new one.
-            let settings = Box::new(DeviceSettings::from(&*entry.config));
+            let settings = Box::new(entry.in_force.settings());
             let _ = ask(entry, DeviceRequest::Configure { settings }, client);
         }
         recorded?;
@@ -111,7 +111,7 @@ impl Operator {
             thread::sleep(START_WATCH);
         };
         if now.link.is_some() {
-            let settings = Box::new(DeviceSettings::from(&*now.config));
+            let settings = Box::new(now.in_force.settings());
             let told = ask(&now, DeviceRequest::Configure { settings }, client);
             let flushed =
                 told.and_then(|_| if drains { ask(&now, DeviceRequest::Flush, client).map(drop) } else { Ok(()) });
@@ -257,7 +257,7 @@ impl Operator {
 
 /// Makes the process of a device allocate the memory for a cache of another size.
 fn reserve(entry: &OverviewEntry, new: &DeviceConfig, client: &ChangeClient) -> Result<(), Refusal> {
-    let (old, size_bytes) = (entry.config.cache.size_bytes, new.cache.size_bytes);
+    let (old, size_bytes) = (entry.in_force.cache_bytes(), entry.in_force.bounded(new.cache.size_bytes));
     if let Some(more) = size_bytes.checked_sub(old).filter(|more| *more > 0) {
         // The check is made here because the sandbox keeps the process from reading the host's memory statistics.
         check_memory(more).map_err(|e| Refusal::refused(entry.config.name.clone(), e.to_string()))?;

@@ -281,6 +281,7 @@ impl Disk {
     pub fn entry(&self) -> OverviewEntry {
         OverviewEntry {
             config: self.in_force.get(),
+            in_force: self.in_force.clone(),
             page: Arc::clone(self.keeper.page()),
             progress: self.progress(),
             link: self.handle.as_ref().map(DeviceHandle::link),

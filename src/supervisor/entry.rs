@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use super::handle::DeviceLink;
+use super::in_force::InForce;
 use super::keeper::KeeperCommand;
 use super::operator_state::{FreezeLease, OperatorState};
 use crate::config::DeviceConfig;
@@ -30,6 +31,8 @@ pub(super) struct DeviceProgress {
 #[derive(Clone, Debug)]
 pub(super) struct OverviewEntry {
     pub config: Arc<DeviceConfig>,
+    /// The same as it is by now, and what memory pressure leaves of it.
+    pub in_force: InForce,
     pub page: Arc<StatsPage>,
     pub progress: DeviceProgress,
     /// The link to its process, while it is served.

@@ -24,7 +24,7 @@ use super::keeper::{KeeperCommand, KeeperEvent};
 use super::operator::Operator;
 use super::overview::Overview;
 use super::runtime::RuntimeFile;
-use super::{Strictness, SupervisorEvent};
+use super::{Strictness, SupervisorEvent, pressure};
 
 /// How often the main thread checks the devices.
 const TICK: Duration = Duration::from_millis(250);
@@ -73,6 +73,8 @@ pub(super) struct Fleet {
     /// Why the daemon ends without a signal.
     failure: Option<Error>,
     is_ready: bool,
+    /// The thread that monitors memory pressure was started.
+    watches_pressure: bool,
     /// The state last reported to the service manager.
     status: String,
 }
@@ -107,6 +109,7 @@ impl Fleet {
             end: None,
             failure: None,
             is_ready: false,
+            watches_pressure: false,
             status: String::new(),
         })
     }
@@ -265,6 +268,10 @@ impl Fleet {
     }
 
     fn check_while_serving(&mut self) {
+        if !self.watches_pressure && self.disks.values().any(|disk| pressure::may_shrink(&disk.config())) {
+            self.watches_pressure = true;
+            pressure::start(&self.overview);
+        }
         let remaining = RemainingDevices::of(self.disks.values());
         self.disks.values_mut().for_each(|disk| disk.check(&remaining));
         self.finish_quiesced();

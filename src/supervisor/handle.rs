@@ -18,7 +18,16 @@ use crate::sys::socket::stop_listening;
 #[derive(Clone, Debug)]
 pub(super) struct DeviceLink {
     pub device: u32,
+    /// Number of the device for which its image was opened.
+    image_of: u32,
     pub process: Arc<Process>,
+}
+
+impl DeviceLink {
+    /// What devices with one image and one process have in common, and others not.
+    pub fn image_key(&self) -> (IoLock, u32) {
+        (self.process.io_lock(), self.image_of)
+    }
 }
 
 /// See the module.
@@ -63,7 +72,7 @@ impl DeviceHandle {
 
     /// The link to the device.
     pub fn link(&self) -> DeviceLink {
-        DeviceLink { device: self.device, process: Arc::clone(&self.process) }
+        DeviceLink { device: self.device, image_of: self.image_of, process: Arc::clone(&self.process) }
     }
 
     /// Process ID of its disk process, if it has one.

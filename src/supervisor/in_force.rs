@@ -1,32 +1,63 @@
-//! The current configuration of a device, with the changes that the operator has made since the start.
+//! The current configuration of a device, with the changes that the operator has made since the start, and the bound
+//! that memory pressure sets to the size of its cache.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::config::DeviceConfig;
+use crate::disk_protocol::DeviceSettings;
 
 /// See the module. Copies share the configuration.
 #[derive(Clone, Debug)]
-pub(super) struct InForce(Arc<Mutex<Arc<DeviceConfig>>>);
+pub(super) struct InForce(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    config: Arc<DeviceConfig>,
+    /// Bound of the cache's size; `None` without memory pressure.
+    cache_max: Option<u64>,
+}
 
 impl InForce {
     /// The configuration at the start of a device.
     pub fn new(config: &DeviceConfig) -> Self {
-        Self(Arc::new(Mutex::new(Arc::new(config.clone()))))
+        Self(Arc::new(Mutex::new(State { config: Arc::new(config.clone()), cache_max: None })))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Arc<DeviceConfig>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().expect("no thread panics with the configuration locked")
     }
 
     /// The current configuration.
     pub fn get(&self) -> Arc<DeviceConfig> {
-        Arc::clone(&self.lock())
+        Arc::clone(&self.lock().config)
     }
 
     /// Replaces the configuration.
     ///
     /// => It differs only in keys that may change while the device is served.
     pub fn set(&self, config: Arc<DeviceConfig>) {
-        *self.lock() = config;
+        self.lock().config = config;
+    }
+
+    /// Bounds the size of the cache. Returns the bound before.
+    pub fn bound_cache(&self, cache_max: Option<u64>) -> Option<u64> {
+        std::mem::replace(&mut self.lock().cache_max, cache_max)
+    }
+
+    /// The size that a cache of this configured size is to have at present.
+    pub fn bounded(&self, size_bytes: u64) -> u64 {
+        self.lock().cache_max.unwrap_or(u64::MAX).min(size_bytes)
+    }
+
+    /// The size that the cache is to have at present.
+    pub fn cache_bytes(&self) -> u64 {
+        self.bounded(self.get().cache.size_bytes)
+    }
+
+    /// What the device's process is to be told.
+    pub fn settings(&self) -> DeviceSettings {
+        let mut settings = DeviceSettings::from(&*self.get());
+        settings.cache.size_bytes = self.bounded(settings.cache.size_bytes);
+        settings
     }
 }

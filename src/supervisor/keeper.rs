@@ -275,6 +275,9 @@ impl KeeperThread {
         let is_shared = config.read_only && !config.isolate;
         let slot =
             if is_shared { context.images.get_or_open(identity, &config.group, open_cache) } else { open_cache() }?;
+        // One that memory pressure had shrunk, and for which there is no more memory.
+        let is_smaller = !is_shared && slot.cache_bytes < config.cache.size_bytes;
+        self.in_force.bound_cache(is_smaller.then_some(slot.cache_bytes));
         let socket = ListenSocket::open(&self.config, &self.context.sockets)?;
         Ok(Opened { socket, slot })
     }
@@ -371,7 +374,7 @@ impl KeeperThread {
     fn serve(&self, opened: &Opened) -> Result<ServiceEnd> {
         self.begin("starting a process");
         let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
-        let process = opened.slot.process(&self.in_force.get().as_ref().into())?;
+        let process = opened.slot.process(&self.in_force.settings())?;
         let page = &self.page;
         page.begin_process();
         let broker = broker::spawn(&self.config.name).map_err(system)?;
@@ -381,8 +384,8 @@ impl KeeperThread {
         // It fails if the keeper has ended, which needs no events.
         let sink = EventSink(Box::new(move |io_lock, event| drop(own.send(KeeperCommand::Process(io_lock, event)))));
         let served = self.in_force.get();
-        let settings = DeviceSettings::from(&*served);
-        process.serve(device, opened.slot.image_of(), settings, files, sink).map_err(system)?;
+        let settings = self.in_force.settings();
+        process.serve(device, opened.slot.image_of(), settings.clone(), files, sink).map_err(system)?;
         let handle =
             DeviceHandle::new(device, opened.slot.image_of(), &process, page, &opened.socket).map_err(system)?;
         let mut session = ProcessSession {
@@ -395,6 +398,7 @@ impl KeeperThread {
             ending: None,
             quiesced: false,
             served,
+            settings,
             image_bytes: None,
             size_checked: Instant::now(),
             ended: None,
@@ -413,6 +417,8 @@ struct ProcessSession<'a> {
     slot: &'a ImageSlot,
     /// The configuration that was sent to the process.
     served: Arc<DeviceConfig>,
+    /// The settings that were sent to it.
+    settings: DeviceSettings,
     /// The size of the image that was sent to the process for this device; `None` before it is served.
     image_bytes: Option<u64>,
     /// When the size of the image was last checked.
@@ -459,10 +465,9 @@ impl ProcessSession<'_> {
 
     /// Sends the process the changes that the operator made while it started. Later changes are sent as they are made.
     fn send_changes(&self) {
-        let in_force = self.worker.in_force.get();
-        if !Arc::ptr_eq(&in_force, &self.served) {
-            let settings = Box::new(DeviceSettings::from(&*in_force));
-            let request = DeviceRequest::Configure { settings };
+        let settings = self.worker.in_force.settings();
+        if settings != self.settings {
+            let request = DeviceRequest::Configure { settings: Box::new(settings) };
             // No thread waits for the reply to request 0.
             self.process.command(&ToDisk::Request { device: self.device, id: 0, request });
         }

@@ -26,6 +26,7 @@ mod observe;
 mod operator;
 mod operator_state;
 mod overview;
+mod pressure;
 mod process;
 mod reminder;
 mod restarts;

@@ -1,7 +1,7 @@
 //! The operator's changes of a device that are in progress.
 
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -9,9 +9,18 @@ use super::handle::DeviceLink;
 use crate::control::change::Refusal;
 use crate::store::file::IoLock;
 
+/// The change that memory pressure makes. It is short, and the operator's changes wait for it.
+const STEP: &str = "a step of its cache's size";
+/// How long they wait at most: the device's process may be stopped.
+const STEP_PATIENCE: Duration = Duration::from_secs(5);
+
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct OperatorState(Mutex<ChangeState>);
+pub(super) struct OperatorState {
+    state: Mutex<ChangeState>,
+    /// Notified when a change ends.
+    ended: Condvar,
+}
 
 #[derive(Debug, Default)]
 pub(super) struct ChangeState {
@@ -35,7 +44,7 @@ pub(super) struct FreezeLease {
 
 impl OperatorState {
     pub fn lock(&self) -> MutexGuard<'_, ChangeState> {
-        self.0.lock().expect("no thread panics with the state locked")
+        self.state.lock().expect("no thread panics with the state locked")
     }
 
     /// The freeze in progress, unless it was lost with its process.
@@ -48,12 +57,15 @@ impl OperatorState {
 }
 
 /// A change in progress. Dropping it ends it.
+#[derive(Debug)]
 pub(super) struct UnderWay(Arc<OperatorState>);
 
 impl UnderWay {
     /// Begins a change, unless another one is in progress.
     pub fn begin(state: &Arc<OperatorState>, device: &str, what: &'static str) -> Result<Self, Refusal> {
-        let mut changes = state.lock();
+        let is_step = |changes: &mut ChangeState| changes.change == Some(STEP);
+        let waited = state.ended.wait_timeout_while(state.lock(), STEP_PATIENCE, is_step);
+        let (mut changes, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if let Some(other) = changes.change {
             let busy = format!("{device}: {other}");
             return Err(Refusal::new("Busy", json!({ "what": busy })));
@@ -62,10 +74,22 @@ impl UnderWay {
         drop(changes);
         Ok(Self(Arc::clone(state)))
     }
+
+    /// Begins a change that memory pressure makes, unless another one is in progress.
+    pub fn begin_step(state: &Arc<OperatorState>) -> Option<Self> {
+        let mut changes = state.lock();
+        if changes.change.is_some() {
+            return None;
+        }
+        changes.change = Some(STEP);
+        drop(changes);
+        Some(Self(Arc::clone(state)))
+    }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.0.lock().change = None;
+        self.0.ended.notify_all();
     }
 }

@@ -60,6 +60,11 @@ impl Overview {
         self.entries.lock().expect("no thread panics with the list locked")
     }
 
+    /// All devices, as of the main thread's last check.
+    pub fn entries(&self) -> Vec<OverviewEntry> {
+        self.lock().clone()
+    }
+
     /// The device with this name.
     ///
     /// # Errors
@@ -116,6 +121,8 @@ fn device(entry: &OverviewEntry) -> DeviceStatus {
         front_end: now.front_end.filter(|_| is_serving).map(|(pid, uid)| FrontEnd { pid, uid }),
         image_bytes: serving(now.image_bytes).filter(|bytes| *bytes > 0),
         cache_bytes: config.cache.size_bytes,
+        cache_wanted_bytes: Some(entry.in_force.cache_bytes()),
+        cache_present_bytes: serving(now.cache.frames.saturating_mul(PAGE_BYTES)).filter(|bytes| *bytes > 0),
         resident_bytes: serving(now.cache.resident_pages.saturating_mul(PAGE_BYTES)),
         dirty_bytes: serving(now.cache.dirty_pages.saturating_mul(PAGE_BYTES)),
         oldest_operation_us: oldest_us(&now).filter(|_| is_serving),

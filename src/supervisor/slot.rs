@@ -46,6 +46,8 @@ pub(super) struct ImageSlot {
     /// The process may get further devices.
     is_shared: bool,
     hosting: Hosting,
+    /// Size of the cache that has memory: less than the configured one if the host has not had more.
+    pub cache_bytes: u64,
     state: Mutex<SlotState>,
 }
 
@@ -94,6 +96,7 @@ impl ImageSlot {
         };
         let arena = recover::arena_for(config, &*image, frames_of(config), manager);
         let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
+        let cache_bytes = arena.reserved_frames() as u64 * PAGE_BYTES;
         let state = SlotState {
             process: None,
             is_unused: !arena.is_kept_on_drop(),
@@ -103,7 +106,8 @@ impl ImageSlot {
         };
         let is_shared = group.is_some() || config.read_only && !config.isolate;
         let settings = DeviceSettings::from(config);
-        Ok(Arc::new(Self { image_of, settings, user, group, is_shared, hosting, state: Mutex::new(state) }))
+        let state = Mutex::new(state);
+        Ok(Arc::new(Self { image_of, settings, user, group, is_shared, hosting, cache_bytes, state }))
     }
 
     fn lock(&self) -> MutexGuard<'_, SlotState> {

@@ -26,7 +26,24 @@ impl MemoryLimit {
 pub fn tightest_memory_limit() -> Option<MemoryLimit> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    memory_limits(&groups, &mounts).into_iter().min_by_key(MemoryLimit::available_bytes)
+    let limits = groups_of(&groups, &mounts);
+    limits.iter().filter_map(|(group, names)| limit_in(group, names)).min_by_key(MemoryLimit::available_bytes)
+}
+
+/// The memory.high of the groups that this process belongs to, and the PSI file of its own group (memory.pressure;
+/// proc_pressure(5)), if there is one.
+pub fn pressure_indicators() -> (Vec<MemoryLimit>, Option<PathBuf>) {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    indicators_of(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"))
+}
+
+fn indicators_of(groups: &str, mounts: &str) -> (Vec<MemoryLimit>, Option<PathBuf>) {
+    let groups: Vec<PathBuf> =
+        groups_of(groups, mounts).into_iter().filter(|(_, names)| names.has_pressure).map(|(group, _)| group).collect();
+    let limits = groups.iter().filter_map(|group| limit_in(group, &HIGH)).collect();
+    // The first one is its own.
+    let pressure = groups.first().map(|group| group.join("memory.pressure"));
+    (limits, pressure.filter(|file| file.exists()))
 }
 
 /// The names of a version's files.
@@ -35,19 +52,29 @@ struct Names {
     used: &'static str,
     /// Keys of `memory.stat` whose sum the kernel can reclaim.
     reclaimable: [&'static str; 2],
+    /// Whether its groups have PSI files and a memory.high.
+    has_pressure: bool,
 }
 
 const V1: Names = Names {
     limit: "memory.limit_in_bytes",
     used: "memory.usage_in_bytes",
     reclaimable: ["total_inactive_file", "total_active_file"],
+    has_pressure: false,
 };
-const V2: Names = Names { limit: "memory.max", used: "memory.current", reclaimable: ["inactive_file", "active_file"] };
+const V2: Names = Names {
+    limit: "memory.max",
+    used: "memory.current",
+    reclaimable: ["inactive_file", "active_file"],
+    has_pressure: true,
+};
+/// The limit above which the kernel throttles a group of version 2.
+const HIGH: Names = Names { limit: "memory.high", ..V2 };
 
-/// Every limit of the groups in `groups` (the text of /proc/self/cgroup) and of their parents, found through `mounts`
-/// (the text of /proc/self/mountinfo).
-fn memory_limits(groups: &str, mounts: &str) -> Vec<MemoryLimit> {
-    let mut limits = Vec::new();
+/// The directories of the groups in `groups` (the text of /proc/self/cgroup) and of their parents, each after the one
+/// in it, found through `mounts` (the text of /proc/self/mountinfo).
+fn groups_of(groups: &str, mounts: &str) -> Vec<(PathBuf, &'static Names)> {
+    let mut found = Vec::new();
     for line in groups.lines() {
         // hierarchy-ID:controllers:path
         let mut fields = line.splitn(3, ':');
@@ -62,9 +89,9 @@ fn memory_limits(groups: &str, mounts: &str) -> Vec<MemoryLimit> {
         let below = Path::new(group).strip_prefix(&root).unwrap_or(Path::new(""));
         let innermost = mount_point.join(below.strip_prefix("/").unwrap_or(below));
         let groups = innermost.ancestors().take_while(|directory| directory.starts_with(&mount_point));
-        limits.extend(groups.filter_map(|directory| limit_in(directory, names)));
+        found.extend(groups.map(|directory| (directory.to_path_buf(), names)));
     }
-    limits
+    found
 }
 
 /// Mount point of the hierarchy with these controllers (of version 2 without any), and the group at its root.
@@ -103,6 +130,10 @@ fn limit_in(directory: &Path, names: &Names) -> Option<MemoryLimit> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn memory_limits(groups: &str, mounts: &str) -> Vec<MemoryLimit> {
+        groups_of(groups, mounts).iter().filter_map(|(group, names)| limit_in(group, names)).collect()
+    }
 
     /// A directory that is removed at the end.
     struct Root(PathBuf);
@@ -158,6 +189,24 @@ mod tests {
         assert_eq!(limits.len(), 1, "the root has no limit: {limits:?}");
         assert_eq!((limits[0].limit_bytes, limits[0].available_bytes()), (4096, 0), "more is used than allowed");
         assert_eq!(limits[0].file, root.0.join("vm/memory.limit_in_bytes"));
+    }
+
+    #[test]
+    fn memory_high_of_every_parent_counts_and_pressure_is_that_of_the_own_group() {
+        let root = Root::new("high");
+        root.write("", &[("memory.pressure", "")]);
+        let high = [("memory.high", "1000\n"), ("memory.current", "900\n"), ("memory.stat", "active_file 200\n")];
+        root.write("a.slice", &high);
+        let own = "a.slice/b.service";
+        root.write(own, &[("memory.high", "max\n"), ("memory.max", "5\n"), ("memory.pressure", "")]);
+        let mounts = root.mount("/", "cgroup2", "rw");
+        let (limits, pressure) = indicators_of("0::/a.slice/b.service\n", &mounts);
+        let file = root.0.join("a.slice/memory.high");
+        assert_eq!(limits, [MemoryLimit { file, limit_bytes: 1000, used_bytes: 700 }]);
+        assert_eq!(pressure, Some(root.0.join(own).join("memory.pressure")));
+        let (limits, pressure) = indicators_of("0::/a.slice\n", &mounts);
+        assert_eq!((limits.len(), pressure), (1, None), "a kernel without PSI");
+        assert_eq!(indicators_of("", ""), (Vec::new(), None));
     }
 
     #[test]

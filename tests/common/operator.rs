@@ -25,6 +25,11 @@ pub fn table(directory: &TempDir, name: &str, image: &str, more: &str) -> String
 
 /// Starts a daemon with the disk `d0` and a control socket. Nothing is written back unless somebody asks.
 pub fn start(name: &str) -> (Daemon, PathBuf) {
+    start_prepared(name, |_, _| {})
+}
+
+/// As [`start`], with a daemon whose command `prepare` has changed.
+pub fn start_prepared(name: &str, prepare: impl FnOnce(&mut Command, &Path)) -> (Daemon, PathBuf) {
     let directory = TempDir::new(name);
     let paths = directory.path().to_path_buf();
     let (control, image, socket) = (paths.join("control.sock"), paths.join("image"), paths.join("d0.sock"));
@@ -34,8 +39,11 @@ pub fn start(name: &str) -> (Daemon, PathBuf) {
     fs::write(&config, text).expect("a configuration can be written");
     let mut command = Command::new(server_binary());
     command.arg("--config").arg(config);
+    prepare(&mut command, &paths);
     let daemon = Daemon::launch(directory, command, vec![socket]);
     poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    // The socket of a disk is there before the disk is served.
+    poll_until("the disk", PATIENCE, || (state(&control) == "serving").then_some(()));
     (daemon, control)
 }
 

@@ -51,8 +51,10 @@ fn about_devices(text: &mut MetricsText, devices: &[DeviceStatus]) {
         }
     }
     type Value = fn(&DeviceStatus) -> Option<u64>;
-    let metrics: [(&str, &str, Value); 4] = [
+    let metrics: [(&str, &str, Value); 6] = [
         ("genblk_device_size_bytes", "Size of the disk.", |device| device.image_bytes),
+        ("genblk_cache_configured_bytes", "Configured size of the cache.", |device| Some(device.cache_bytes)),
+        ("genblk_cache_wanted_bytes", "Size that the cache is to have at present.", |device| device.cache_wanted_bytes),
         ("genblk_device_front_end", "Whether a front-end is connected.", |device| {
             Some(device.front_end.is_some().into())
         }),

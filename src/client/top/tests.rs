@@ -33,6 +33,8 @@ fn status(name: &str) -> DeviceStatus {
         front_end: Some(FrontEnd { pid: 4242, uid: 0 }),
         image_bytes: Some(20 << 30),
         cache_bytes: 256 << 20,
+        cache_wanted_bytes: None,
+        cache_present_bytes: None,
         resident_bytes: Some(1 << 20),
         dirty_bytes: Some(0),
         oldest_operation_us: None,

@@ -11,12 +11,8 @@
 //!
 //! `make sim SEED=n` replays one seed here too.
 
-mod control;
-mod drain;
-mod growth;
 mod guest;
 mod life;
-mod limits;
 mod oracle;
 mod scenario;
 mod store;

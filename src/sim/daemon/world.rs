@@ -1,17 +1,19 @@
 //! One simulated world: a guest, a front-end, daemons one after the other, and a disk, all driven by one seed on one
 //! thread.
 
+mod control;
+mod drain;
+mod growth;
+mod limits;
+
 use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
 
 use super::super::Counts;
-use super::control::{FrontEndConnection, LAST_FLUSHES_MAX};
-use super::growth::Growth;
 use super::guest::{Completed, GuestAction, Ring, SECTORS_MAX, Submitted, guest_memory, written};
 use super::life::{Configuration, Directory, Life, in_daemon};
-use super::limits::LimitedRate;
 use super::oracle::{ANY, Oracle, RequestId};
 use super::scenario::{Scenario, budget, settings};
 use super::store::SimulatedImage;
@@ -21,6 +23,10 @@ use crate::device::budget::Budget;
 use crate::fault_injection::crash_after;
 use crate::prng::Prng;
 use crate::units::{SectorSpan, Tick};
+
+use control::{FrontEndConnection, LAST_FLUSHES_MAX};
+use growth::Growth;
+use limits::LimitedRate;
 
 /// Rounds of the last phase after which a request in flight counts as stuck.
 const ROUNDS_MAX: u32 = 100_000;
@@ -45,7 +51,7 @@ pub(super) struct World {
     pub oracle: Oracle,
     /// The daemon, while it lives.
     pub life: Option<Life>,
-    pub session: FrontEndConnection,
+    session: FrontEndConnection,
     pub now_us: u64,
     /// The present period in write-through mode.
     pub write_through: Option<u64>,
@@ -71,13 +77,13 @@ pub(super) struct World {
     restores: Option<Prng>,
     /// The image grows. Not in worlds in which backups are restored, because only a sample distinguishes an image of
     /// another size from a restored one.
-    pub growth: Option<Growth>,
+    growth: Option<Growth>,
     /// The contents of the image at some time.
     pub backup: Option<Vec<u64>>,
     /// The backup was restored, and no daemon has started since.
     is_restored: bool,
     /// The guest's rate is limited.
-    pub limited: Option<LimitedRate>,
+    limited: Option<LimitedRate>,
     /// Number of completed requests that limits count.
     pub limited_completed: u64,
 }

@@ -1,8 +1,8 @@
 //! The image grows: another process makes it larger between any two steps, and the daemon is notified later, or dies
 //! before that. The next daemon serves it with its present size.
 
-use super::guest::{SECTORS_MAX, written};
-use super::world::World;
+use super::super::guest::{SECTORS_MAX, written};
+use super::World;
 use crate::prng::Prng;
 use crate::units::{ImageHoles, SECTOR_BYTES, SECTORS_PER_PAGE};
 

@@ -1,7 +1,7 @@
 //! A ring that drains while a long read is in progress.
 
-use super::guest::GuestAction;
-use super::world::World;
+use super::super::guest::GuestAction;
+use super::World;
 use crate::device::budget::Budget;
 use crate::fault_injection::run_with;
 use crate::units::{ImageHoles, SECTORS_PER_PAGE, SectorSpan};

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use vm_memory::MmapRegion;
 
-use super::life::in_daemon;
-use super::oracle::OracleSnapshot;
-use super::world::World;
+use super::super::life::in_daemon;
+use super::super::oracle::OracleSnapshot;
+use super::World;
 use crate::device::control::Untracked;
 use crate::device::inflight::{InflightTracker, ring_bytes};
 use crate::device::{RingSetup, WorkerCommand};

@@ -1,6 +1,6 @@
 //! The operator limits the guest's rate, and changes the limits at any time.
 
-use super::world::World;
+use super::World;
 use crate::device::limits::{RateLimit, RateLimits};
 use crate::prng::Prng;
 

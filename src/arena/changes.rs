@@ -16,7 +16,7 @@ pub struct IdlePoint {
     changed_bytes: u64,
 }
 
-/// Where a cache's file holds the heartbeat, for the simulator.
+/// Offset of the heartbeat in a cache's file, for the simulator.
 #[cfg(test)]
 pub const HEARTBEAT_AT: u64 = field::HEARTBEAT as u64;
 

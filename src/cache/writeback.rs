@@ -68,7 +68,7 @@ impl Writeback {
         self.groups_without_progress = 0;
     }
 
-    /// Frames became free: pages that lacked one are tried again, in another turn.
+    /// Frames became free: pages that lacked one are retried, in another turn.
     pub fn made_room(&mut self) {
         if std::mem::take(&mut self.lacks_frame) {
             self.reset_progress();

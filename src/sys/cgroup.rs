@@ -41,7 +41,7 @@ fn indicators_of(groups: &str, mounts: &str) -> (Vec<MemoryLimit>, Option<PathBu
     let groups: Vec<PathBuf> =
         groups_of(groups, mounts).into_iter().filter(|(_, names)| names.has_pressure).map(|(group, _)| group).collect();
     let limits = groups.iter().filter_map(|group| limit_in(group, &HIGH)).collect();
-    // The first one is its own.
+    // The first entry is the process's own group.
     let pressure = groups.first().map(|group| group.join("memory.pressure"));
     (limits, pressure.filter(|file| file.exists()))
 }
@@ -71,8 +71,8 @@ const V2: Names = Names {
 /// The limit above which the kernel throttles a group of version 2.
 const HIGH: Names = Names { limit: "memory.high", ..V2 };
 
-/// The directories of the groups in `groups` (the text of /proc/self/cgroup) and of their parents, each after the one
-/// in it, found through `mounts` (the text of /proc/self/mountinfo).
+/// The directories of the groups in `groups` (the text of /proc/self/cgroup) and of their parents, with each group
+/// before its parent, found through `mounts` (the text of /proc/self/mountinfo).
 fn groups_of(groups: &str, mounts: &str) -> Vec<(PathBuf, &'static Names)> {
     let mut found = Vec::new();
     for line in groups.lines() {

@@ -79,7 +79,7 @@ fn check(result: libc::c_long) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// What the C library and the standard library do late or rarely, and need of the system for that.
+/// Uses those parts of the C library and the standard library that make further system calls late or rarely.
 fn use_runtime() -> io::Result<()> {
     // Memory in blocks of every size, which grow: from the heap, from arenas, and in mappings of their own.
     for bits in 4..27 {
@@ -98,10 +98,11 @@ fn use_runtime() -> io::Result<()> {
     thread::sleep(Duration::from_millis(1));
     thread::yield_now();
     std::hint::black_box((Instant::now(), SystemTime::now(), io::Error::from_raw_os_error(libc::ESTALE).to_string()));
-    // The status of an open file, and what the standard library asks when that has failed for the first time.
+    // The status of an open file, and the calls that the standard library makes after that has failed for the first
+    // time.
     io::stderr().as_fd().try_clone_to_owned().map(File::from)?.metadata()?;
     let (path, buffer) = (std::ptr::null::<libc::c_char>(), std::ptr::null_mut::<libc::statx>());
-    // SAFETY: the kernel is given no memory, and fails with EFAULT.
+    // SAFETY: the kernel gets no memory, and fails with EFAULT.
     let asked = check(unsafe { libc::syscall(libc::SYS_statx, 0, path, 0, libc::STATX_BASIC_STATS, buffer) });
     match asked {
         Err(e) if e.raw_os_error() == Some(libc::EFAULT) => Ok(()),

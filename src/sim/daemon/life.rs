@@ -100,15 +100,16 @@ impl Directory {
         xattr::remove(&image, ATTRIBUTE).expect("the file system of the world has attributes");
     }
 
-    /// The file of the arena that an earlier daemon has left.
+    /// The file of the arena that an earlier daemon left.
     fn arena(&self) -> Option<PathBuf> {
         let files = fs::read_dir(&self.path).expect("the directory");
         let directory = files.flatten().map(|entry| entry.path()).find(|path| path.is_dir())?;
         Some(fs::read_dir(directory).expect("the directory").flatten().next()?.path())
     }
 
-    /// Writes what the image holds to its file, which changes by that at this moment. To the next daemon it must look
-    /// as if the last one did it: that one's last change is from this moment, too, however long the simulation paused.
+    /// Writes the contents of the image to its file, which changes the file's times. For the next daemon the last
+    /// daemon must appear to have done it: that daemon's last change gets the same time, however long the simulation
+    /// paused.
     fn write_image(&self, bytes: &[u8]) {
         fs::write(self.image(), bytes).expect("the image's file");
         let Some(arena) = self.arena() else { return };
@@ -119,7 +120,7 @@ impl Directory {
         }
     }
 
-    /// The number of frames of the arena that an earlier daemon has left; 0 of one without pages.
+    /// The number of frames of the arena that an earlier daemon left; 0 if it has no pages.
     fn arena_frames(&self) -> Option<u64> {
         let path = self.arena()?;
         let header = ArenaFile::open_existing(&path, AllowedOwner::Own)

@@ -150,7 +150,7 @@ impl World {
         self.session.task = Some(Task::Starting(receivers));
     }
 
-    /// The front-end stops a vring, which starts again when it has stopped.
+    /// The front-end stops a vring, and starts it again after that.
     pub fn stop_ring(&mut self, ring: usize) {
         self.stop_rings(ring..ring + 1, Next::Restart(ring));
     }

@@ -9,7 +9,7 @@ use crate::units::{ImageHoles, SECTORS_PER_PAGE, SectorSpan};
 /// Pages of a window, and of a read, which is long.
 const WINDOW_PAGES: u64 = 3;
 const READ_PAGES: u64 = 4;
-/// Steps of a worker after which it has done what it can.
+/// Steps of a worker after which it has finished its present work.
 const STEPS: u32 = 20;
 
 /// The first window has two operations, with a page between them that is in memory. When one of them ends, more than
@@ -17,7 +17,7 @@ const STEPS: u32 = 20;
 fn stop_within_a_long_read(seed: u64) -> bool {
     let mut world = World::new(seed);
     if world.settings.holes == ImageHoles::Possible {
-        // Its maps would count as operations, too.
+        // The worker's maps would count as operations too.
         return false;
     }
     world.settings.readahead_pages_max = 0;

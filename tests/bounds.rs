@@ -1,4 +1,4 @@
-//! What a hostile guest or front-end can take from others: nothing but a bounded time, and a bounded memory.
+//! The harm that a hostile guest or front-end can do to others: it costs them only bounded time and bounded memory.
 //!
 //! A hostile guest floods its ring with legal requests for 4 GiB each; bystanders are measured meanwhile. The limits
 //! are those of a debug build on a loaded machine: without the bounds the waits are of many seconds.
@@ -64,7 +64,7 @@ fn reads_of_4_gib_keep_neither_another_queue_nor_a_control_message_waiting() {
     assert!(stopped < WAIT_MAX, "GET_VRING_BASE of an idle ring takes {stopped:?}");
     let (stopped, base) = timed(|| session.stop_ring(0));
     assert!(stopped < WAIT_MAX, "GET_VRING_BASE of the flooded ring takes {stopped:?}");
-    // What was not completed was not taken: the ring resumes there, and each request completes once.
+    // Requests that were not completed count as not taken: the ring resumes there, and each request completes once.
     assert_eq!(base, session.rings[0].used_idx());
     flood.make_small(&session);
     session.start_ring(0);

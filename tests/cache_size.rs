@@ -49,7 +49,7 @@ fn set_size(control: &Path, size: &str) -> Output {
     genblk(control, &["set", "d0", &format!("cache.size={size}")])
 }
 
-/// What the guest has written: a number for each page.
+/// The guest's writes: a number for each page.
 struct Contents {
     numbers: Vec<u64>,
     prng: Prng,
@@ -64,7 +64,7 @@ impl Contents {
         number.to_le_bytes().repeat(512)
     }
 
-    /// Writes a random page, or reads it and checks what it has.
+    /// Writes a random page, or reads it and checks its contents.
     fn step(&mut self, session: &mut Session) {
         let page = self.prng.below(PAGES);
         let index = usize::try_from(page).expect("few");

@@ -1,4 +1,4 @@
-//! What a device counts: known requests give exactly their counts, bytes and latencies.
+//! The counters of a device: known requests give exactly their counts, bytes and latencies.
 
 mod common;
 

@@ -117,7 +117,7 @@ fn a_front_end_that_cuts_its_memory_short_ends_its_own_disk_alone() {
     let mut hostile = open(&daemon, 0);
     hostile.write(8, &pattern(1, 8, 4096));
     hostile.memory.cut_short();
-    // The worker looks at the ring.
+    // The worker polls the ring.
     hostile.rings[0].kick.write(1).expect("an eventfd can be written");
     daemon.await_log("d0: its process has died: killed by SIGBUS: the file of the guest's memory was truncated");
     assert_eq!(other.read(8, 4096), pattern(2, 8, 4096));
@@ -204,7 +204,7 @@ fn a_disk_whose_process_dies_too_often_is_left_alone_until_sighup() {
     daemon.stop();
 }
 
-/// An orderly end cannot write back what a disk without a process has in its cache. It says so.
+/// A clean stop cannot write back the cache of a disk without a process, and reports that.
 #[test]
 fn a_disk_that_was_left_alone_with_completed_writes_ends_the_daemon_with_an_error_and_keeps_its_cache() {
     let mut daemon = start("unserved", 2, &format!("{SMALL}\nrestart_burst = 0"));
@@ -223,7 +223,7 @@ fn a_disk_that_was_left_alone_with_completed_writes_ends_the_daemon_with_an_erro
     daemon.stop();
 }
 
-/// The same for a disk whose image cannot be opened any more.
+/// The same for a disk whose image can no longer be opened.
 #[test]
 fn an_orderly_end_names_a_disk_that_could_not_be_opened_if_its_cache_holds_completed_writes() {
     let mut daemon = start("unopened", 2, SMALL);
@@ -410,7 +410,7 @@ fn forty_disks_start_in_two_seconds_and_each_process_takes_at_most_6_mib_beside_
     daemon.stop();
 }
 
-/// What a disk process can reach by its descriptors: its image, its cache, its sockets, and nothing of another disk.
+/// The descriptors of a disk process lead to its image, its cache, its sockets, and to nothing of another disk.
 #[test]
 fn a_disk_process_has_no_descriptor_of_another_disk_or_of_the_configuration() {
     let mut daemon = start("reach", 2, SMALL);

@@ -1,4 +1,4 @@
-//! What happens to a daemon and its disks is told as events.
+//! Events of a daemon and its disks.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -57,7 +57,7 @@ fn what_happens_is_told_to_those_who_watch() {
     await_served(&control);
     stdout_of(&genblk(&control, &["detach", "d0"]));
     await_event(&mut stream, "detached");
-    // Those that were kept, once, of one disk that is gone by now.
+    // The kept events of one disk, which has been detached meanwhile, printed once.
     let kept = call(&control, "Watch", &json!({"device": "d0"}));
     let events = kept["parameters"]["events"].as_array().expect("events");
     assert_eq!(events.last().map(|event| &event["kind"]), Some(&json!("detached")));

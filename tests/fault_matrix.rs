@@ -1,4 +1,4 @@
-//! Every kind of image failure, at every time, under every policy: what the guest must see.
+//! Every kind of image failure, at every time, under every policy, with the results that the guest must get.
 //!
 //! Short transfers are not covered here: the store continues them, and its own tests check that (`src/store/tests.rs`).
 //! An operation that takes too long is either a delay, for which every policy waits, or a [`Fault::TimedOut`].
@@ -52,9 +52,9 @@ struct Cell {
 /// The result of the first FLUSH after the image has started to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FlushResult {
-    /// It succeeds at once.
+    /// It succeeds immediately.
     Succeeds,
-    /// It fails at once.
+    /// It fails immediately.
     Fails,
     /// It waits until the image recovers, and succeeds.
     Waits,

@@ -1,4 +1,4 @@
-//! Limits of a guest's rates: exact, set while the disk is served, and in nobody's way.
+//! Limits of a guest's rates: exact, set while the disk is served, and without effect on other guests.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -18,7 +18,7 @@ use common::wait::{ABSENCE, PATIENCE, poll_until};
 
 /// Requests that a guest keeps in flight.
 const DEPTH: usize = 32;
-/// What a rate may deviate by, in percent.
+/// Largest deviation of a rate, in percent.
 const TOLERANCE: u32 = 2;
 /// How often a rate may be too low, because the machine did not run the guest.
 const ATTEMPTS: u32 = 5;
@@ -51,7 +51,7 @@ fn read_many(session: &mut Session, count: usize, bytes: usize) -> Duration {
 #[track_caller]
 fn assert_takes(session: &mut Session, count: usize, bytes: usize, expected: Duration) {
     let slack = expected * TOLERANCE / 100;
-    // What was saved up is used up first.
+    // The saved part is used up first.
     read_many(session, count / 2, bytes);
     for attempt in 1..=ATTEMPTS {
         let found = read_many(session, count, bytes);

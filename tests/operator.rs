@@ -1,4 +1,4 @@
-//! What an operator does with a disk while guests use it: flush, drop, freeze, thaw, resume, attach and detach.
+//! Commands of an operator for a disk while guests use it: flush, drop, freeze, thaw, resume, attach and detach.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -224,7 +224,7 @@ fn a_disk_is_attached_and_detached_while_another_is_served() {
     second.write(8, &[2; 4096]);
     drop(second);
     let image = daemon.directory().path().join("d1.img");
-    // The daemon may not have seen yet that the front-end has gone.
+    // The daemon may not have noticed yet that the front-end has disconnected.
     poll_until("the end of the disk", PATIENCE, || genblk(&control, &["detach", "d1"]).status.success().then_some(()));
     assert_eq!(names(&control), ["d0"]);
     assert_eq!(fs::read(&image).expect("the image exists")[4096..8192], [2; 4096]);

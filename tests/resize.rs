@@ -1,4 +1,4 @@
-//! Images that grow while a guest uses them: by command, and because somebody else made the file grow.
+//! Images that grow while a guest uses them: by command, and because another process made the file grow.
 
 #[path = "common/mod.rs"]
 mod common;

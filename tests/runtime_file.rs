@@ -1,5 +1,5 @@
-//! What the operator has changed, kept for the next daemon: it must find every disk whose image lacks something, and it
-//! must not find what an orderly stop has ended.
+//! The operator's changes, kept for the next daemon: it must find every disk with unwritten data, and must not find
+//! disks that a clean stop has ended.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -52,7 +52,7 @@ fn attach(daemon: &Daemon, control: &Path, name: &str, image: &str) {
     stdout_of(&genblk(control, &["attach", &file.display().to_string()]));
 }
 
-/// Starts the next daemon; it must serve both disks, and `d1` with what was written.
+/// Starts the next daemon; it must serve both disks, and `d1` with the written data.
 #[track_caller]
 fn check_next(attached: &mut Attached) {
     let sockets = [attached.daemon.socket_of(0), attached.socket.clone()];

@@ -1,4 +1,4 @@
-//! The space that an image takes on the host's file system (`st_blocks`), beside the data that the guest has written.
+//! The space that an image takes on the host's file system (`st_blocks`), compared with the data that the guest wrote.
 
 mod common;
 

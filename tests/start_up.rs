@@ -1,5 +1,5 @@
 //! Start-up: the daemon refuses what it cannot serve, with a clear message and exit status, and the attempt damages
-//! nothing. What it serves, it announces in one line.
+//! nothing. Each served disk is announced in one line.
 
 mod common;
 
@@ -321,7 +321,7 @@ fn a_daemon_that_can_serve_no_device_ends_with_the_reasons() {
     }
 }
 
-/// Also: it is served as soon as it can be, and the service manager is told.
+/// Also: it is served as soon as possible, and the service manager is notified.
 #[test]
 fn one_missing_image_does_not_keep_the_other_devices_from_being_served() {
     const DEVICES: usize = 8;

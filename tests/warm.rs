@@ -1,4 +1,4 @@
-//! A disk that was stopped in order is warm again soon after its next start.
+//! A disk that was stopped cleanly is warm again soon after its next start.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -38,7 +38,7 @@ fn start(name: &str) -> (Daemon, PathBuf, PathBuf) {
     (Daemon::launch(directory, command, vec![socket]), control, warm)
 }
 
-/// Reads what the guest uses.
+/// Reads the pages that the guest uses.
 fn read_hot(daemon: &Daemon) {
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     for offset in (0..HOT_BYTES).step_by(READ_BYTES) {

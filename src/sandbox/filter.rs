@@ -266,8 +266,8 @@ const THREADS: &[Call] = &[
     Any(libc::SYS_rseq),
 ];
 
-/// Paths, all of which fail; see [`failing`]. realpath(3) of an older C library asks for the status of each part of a
-/// path.
+/// Calls with paths, all of which fail; see [`failing`]. realpath(3) of an older C library asks for the status of each
+/// part of a path.
 const PATHS: &[Call] = &[
     Any(libc::SYS_openat),
     #[cfg(target_arch = "x86_64")]

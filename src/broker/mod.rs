@@ -30,10 +30,14 @@ const FILES_MAX: usize = 2;
 /// Longest name of a process in bytes (TASK_COMM_LEN).
 const NAME_BYTES_MAX: usize = 16;
 
-/// A question: its kind, three bytes of padding, a process ID, and an address.
+/// A question: its kind, a byte of padding, its number, a process ID, and an address.
 const QUESTION_BYTES: usize = 16;
-/// An answer: its kind, the length of a name, and the name.
-const ANSWER_BYTES: usize = 2 + NAME_BYTES_MAX;
+/// An answer: its kind, the length of a name, the number of the question, and the name.
+const ANSWER_BYTES: usize = NAME_AT + NAME_BYTES_MAX;
+/// Where the number is in a question and in an answer.
+const NUMBER_AT: std::ops::Range<usize> = 2..4;
+/// Where the name is in an answer.
+const NAME_AT: usize = 4;
 
 /// Kinds of questions.
 const NAME_OF: u8 = 1;
@@ -51,7 +55,15 @@ pub struct Broker {
     /// The device of the control plane; the prefix of log lines.
     name: String,
     /// `None` after a failure.
-    socket: Mutex<Option<UnixStream>>,
+    link: Mutex<Option<Link>>,
+}
+
+/// The connection to the broker.
+#[derive(Debug)]
+struct Link {
+    socket: UnixStream,
+    /// Number of the last question. A broker that was stopped answers late, and its answer is not for a later question.
+    number: u16,
 }
 
 impl Broker {
@@ -71,13 +83,13 @@ impl Broker {
         {
             debug!("{name}: cannot bound the wait for answers about front-ends: {e}");
         }
-        Self { name: name.to_owned(), socket: Mutex::new(Some(socket)) }
+        Self { name: name.to_owned(), link: Mutex::new(Some(Link { socket, number: 0 })) }
     }
 
     /// The name of a process; `None` if there is no such process, or if the name cannot be determined.
     pub fn name_of(&self, pid: u32) -> Option<String> {
         let answer = self.ask(&question(NAME_OF, pid, 0), None).ok()?;
-        let name = answer.bytes.get(2..2 + usize::from(answer.bytes[1]))?;
+        let name = answer.bytes.get(NAME_AT..NAME_AT + usize::from(answer.bytes[1]))?;
         answer.is_yes().then(|| String::from_utf8_lossy(name).into_owned())
     }
 
@@ -108,23 +120,39 @@ impl Broker {
     }
 
     fn ask(&self, question: &[u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let stream = socket.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        let answer = ask(stream, question, file);
-        if let Err(e) = &answer {
-            // A late answer would be mistaken for that of the next question.
-            warn!("{}: the broker no longer answers ({e}): no further front-end can be served", self.name);
-            *socket = None;
+        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = link.as_mut().ok_or(io::ErrorKind::NotConnected)?.ask(*question, file);
+        match &answer {
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                warn!("{}: the broker does not answer: the daemon is stopped or has no processor time", self.name);
+            }
+            Err(e) => {
+                warn!("{}: the broker no longer answers ({e}): no further front-end can be served", self.name);
+                *link = None;
+            }
+            Ok(_) => {}
         }
         answer
     }
 }
 
-fn ask(socket: &UnixStream, question: &[u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
-    send(socket, question, file.as_slice())?;
-    let mut bytes = [0; ANSWER_BYTES];
-    let (received, files) = receive_with_files::<FILES_MAX>(socket, &mut bytes)?;
-    if received == ANSWER_BYTES { Ok(Answer { bytes, files }) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+impl Link {
+    /// Asks, and waits for the answer. Skips answers that come too late.
+    fn ask(&mut self, mut question: [u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
+        self.number = self.number.wrapping_add(1);
+        question[NUMBER_AT].copy_from_slice(&self.number.to_ne_bytes());
+        send(&self.socket, &question, file.as_slice())?;
+        loop {
+            let mut bytes = [0; ANSWER_BYTES];
+            let (received, files) = receive_with_files::<FILES_MAX>(&self.socket, &mut bytes)?;
+            if received != ANSWER_BYTES {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if bytes[NUMBER_AT] == question[NUMBER_AT] {
+                return Ok(Answer { bytes, files });
+            }
+        }
+    }
 }
 
 fn send(socket: &UnixStream, message: &[u8], files: &[RawFd]) -> io::Result<()> {
@@ -163,7 +191,7 @@ impl Answer {
     fn of_name(name: Option<String>) -> Self {
         let Some(name) = name else { return Self::of(false) };
         let mut answer = Self::of(true);
-        let (room, len) = (&mut answer.bytes[2..], name.len().min(NAME_BYTES_MAX));
+        let (room, len) = (&mut answer.bytes[NAME_AT..], name.len().min(NAME_BYTES_MAX));
         room[..len].copy_from_slice(&name.as_bytes()[..len]);
         answer.bytes[1] = u8::try_from(len).expect("at most NAME_BYTES_MAX");
         answer
@@ -191,7 +219,7 @@ fn answer_next(device: &str, socket: &UnixStream) -> io::Result<()> {
     }
     let pid = u32::from_ne_bytes(question[4..8].try_into().expect("four bytes"));
     let address = u64::from_ne_bytes(question[8..].try_into().expect("eight bytes"));
-    let answer = match (question[0], files.first()) {
+    let mut answer = match (question[0], files.first()) {
         (NAME_OF, _) => Answer::of_name(name_of(pid)),
         (IS_PRIVATE, Some(file)) => Answer::of(memory_map::is_private(pid, address, file)),
         (IS_EVENTFD, Some(file)) => Answer::of(is_eventfd(file)),
@@ -207,6 +235,7 @@ fn answer_next(device: &str, socket: &UnixStream) -> io::Result<()> {
         },
         _ => Answer::of(false),
     };
+    answer.bytes[NUMBER_AT].copy_from_slice(&question[NUMBER_AT]);
     let files: Vec<RawFd> = answer.files.iter().map(AsRawFd::as_raw_fd).collect();
     send(socket, &answer.bytes, &files)
 }
@@ -246,11 +275,28 @@ mod tests {
 
     #[test]
     fn questions_of_no_known_kind_or_without_their_file_are_denied() {
-        let socket = UnixStream::from(spawn("test").unwrap());
-        for (kind, file) in [(IS_PRIVATE, None), (77, Some(socket.as_raw_fd()))] {
-            let answer = ask(&socket, &question(kind, 1, 2), file).unwrap();
+        let broker = Broker::start("test").unwrap();
+        for (kind, file) in [(IS_PRIVATE, None), (77, Some(io::stdin().as_raw_fd()))] {
+            let answer = broker.ask(&question(kind, 1, 2), file).unwrap();
             assert!(!answer.is_yes() && answer.files.is_empty());
         }
+    }
+
+    #[test]
+    fn a_broker_that_was_stopped_answers_again_and_late_answers_are_skipped() {
+        let (client, server) = UnixStream::pair().unwrap();
+        let broker = Broker::new("test", client.try_clone().unwrap().into());
+        client.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        assert_eq!(broker.connection().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(broker.name_of(std::process::id()), None, "the broker is stopped");
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        thread::scope(|scope| {
+            // The two that nobody waits for any more, and one that asks now.
+            scope.spawn(|| (0..3).for_each(|_| answer_next("test", &server).unwrap()));
+            assert!(!broker.is_eventfd(&memfd::create(c"test").unwrap()));
+        });
+        drop(server);
+        assert_eq!(broker.connection().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]

@@ -164,3 +164,23 @@ fn every_target_has_a_fuzzer_and_a_corpus() {
         assert!(!corpus(name).is_empty(), "{name}");
     }
 }
+
+/// `make fuzz` builds with `--locked`, which a new dependency of genblk makes fail: copy Cargo.lock to fuzz/, and run
+/// `cargo metadata --manifest-path fuzz/Cargo.toml`.
+#[test]
+fn the_fuzzers_are_locked_to_the_dependencies_of_genblk() {
+    let read = |path: &str| {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(path);
+        let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        text.parse::<toml::Table>().expect("TOML")
+    };
+    let (manifest, lock) = (read("Cargo.toml"), read("fuzz/Cargo.lock"));
+    let packages = lock["package"].as_array().expect("packages");
+    let genblk = packages.iter().find(|package| package["name"].as_str() == Some("genblk")).expect("genblk");
+    let names = genblk["dependencies"].as_array().expect("its dependencies").iter().filter_map(toml::Value::as_str);
+    let mut locked: Vec<&str> = names.filter_map(|name| name.split(' ').next()).collect();
+    let mut wanted: Vec<&str> =
+        manifest["dependencies"].as_table().expect("a table").keys().map(String::as_str).collect();
+    (locked.sort_unstable(), wanted.sort_unstable());
+    assert_eq!(locked, wanted, "fuzz/Cargo.lock is of another version of genblk");
+}

@@ -38,12 +38,12 @@ pub struct Budget {
     /// The same for each worker of a device that shares its image with others: the operations that one has in flight
     /// delay the others at the disk. 4 MiB keep a disk busy.
     pub shared_pages: u64,
-    /// A ring waits while the requests taken from it have more pages than this. So a ring that is to stop has little
-    /// left to complete.
+    /// A ring waits while the requests taken from it have more pages than its share of this: see
+    /// [`Budget::ring_share`]. So rings that are to stop have little left to complete.
     pub ring_pages: u64,
     /// A longer read or write is *long*: while one is in progress, nothing else is taken from its ring, and it is
-    /// returned to the driver if the ring stops. 16 MiB: drivers send less, because their systems limit requests to 4
-    /// MiB or so.
+    /// returned to the driver if the ring stops. 4 MiB: drivers send no more, because their systems limit requests to
+    /// that or less.
     pub long_pages: u64,
 }
 
@@ -56,7 +56,7 @@ impl Default for Budget {
             worker_pages: 32 * MIB,
             shared_pages: 4 * MIB,
             ring_pages: 32 * MIB,
-            long_pages: 16 * MIB,
+            long_pages: 4 * MIB,
         }
     }
 }
@@ -71,6 +71,12 @@ impl Budget {
     /// The load of a request, which counts against [`Budget::ring_pages`].
     pub(super) fn load_of(&self, pages: u64) -> u64 {
         if self.is_long(pages) { pages.max(self.ring_pages) } else { pages }
+    }
+
+    /// The share of a ring when this many rings of the worker have requests in progress. All of them together have
+    /// little left to complete: the more there are, the less each has, but at least a window.
+    pub(super) fn ring_share(&self, rings: usize) -> u64 {
+        (self.ring_pages / rings.max(1) as u64).max(self.window_pages)
     }
 
     /// Whether a read or write of this many pages is long.
@@ -91,6 +97,13 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rings_share_what_may_be_taken_and_each_may_take_a_window() {
+        let budget = Budget::default();
+        let shares = [0, 1, 4, 16, 256].map(|rings| budget.ring_share(rings) * PAGE_BYTES >> 20);
+        assert_eq!(shares, [32, 32, 8, 2, 1]);
+    }
 
     #[test]
     fn a_window_ends_with_a_page_or_with_its_request() {

@@ -165,6 +165,11 @@ impl Ring {
         self.load_max = pages;
     }
 
+    /// Whether requests with pages were taken and not completed.
+    pub(super) fn has_load(&self) -> bool {
+        self.load > 0
+    }
+
     /// The number of pages that can still be taken. The request that exceeds it is the last one taken.
     pub(super) fn load_left(&self) -> u64 {
         self.load_max.saturating_sub(self.load)

@@ -370,6 +370,11 @@ impl Worker {
     fn take_within_budget(&mut self) -> bool {
         let mut budget = self.device.budget.turn_pages;
         let (mut taken, count) = (false, self.rings.len());
+        if count > 1 {
+            let loaded = self.rings.iter().flatten().filter(|ring| ring.has_load()).count();
+            let share = self.device.budget.ring_share(loaded);
+            self.rings.iter_mut().flatten().for_each(|ring| ring.set_load_max(share));
+        }
         for index in (self.first_ring.min(count)..count).chain(0..self.first_ring.min(count)) {
             if self.ring_to_serve(index).is_some_and(|ring| ring.has_more()) {
                 let ring = self.rings[index].as_mut().expect("it was found a line above");

@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn rings_share_what_may_be_taken_and_each_may_take_a_window() {
         let budget = Budget::default();
-        let shares = [0, 1, 4, 16, 256].map(|rings| budget.ring_share(rings) * PAGE_BYTES >> 20);
+        let shares = [0, 1, 4, 16, 256].map(|rings| (budget.ring_share(rings) * PAGE_BYTES) >> 20);
         assert_eq!(shares, [32, 32, 8, 2, 1]);
     }
 

@@ -181,6 +181,7 @@ fn the_fuzzers_are_locked_to_the_dependencies_of_genblk() {
     let mut locked: Vec<&str> = names.filter_map(|name| name.split(' ').next()).collect();
     let mut wanted: Vec<&str> =
         manifest["dependencies"].as_table().expect("a table").keys().map(String::as_str).collect();
-    (locked.sort_unstable(), wanted.sort_unstable());
+    locked.sort_unstable();
+    wanted.sort_unstable();
     assert_eq!(locked, wanted, "fuzz/Cargo.lock is of another version of genblk");
 }

@@ -38,8 +38,8 @@ pub struct Budget {
     /// The same for each worker of a device that shares its image with others: the operations that one has in flight
     /// delay the others at the disk. 4 MiB keep a disk busy.
     pub shared_pages: u64,
-    /// A ring waits while the requests taken from it have more pages than its share of this: see
-    /// [`Budget::ring_share`]. So rings that are to stop have little left to complete.
+    /// A ring waits while the requests taken from it have more pages than its share of this
+    /// (`ring_share`). So rings that are to stop have little left to complete.
     pub ring_pages: u64,
     /// A longer read or write is *long*: while one is in progress, nothing else is taken from its ring, and it is
     /// returned to the driver if the ring stops. 4 MiB: drivers send no more, because their systems limit requests to

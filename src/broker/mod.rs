@@ -55,12 +55,12 @@ pub struct Broker {
     /// The device of the control plane; the prefix of log lines.
     name: String,
     /// `None` after a failure.
-    link: Mutex<Option<Link>>,
+    link: Mutex<Option<BrokerLink>>,
 }
 
 /// The connection to the broker.
 #[derive(Debug)]
-struct Link {
+struct BrokerLink {
     socket: UnixStream,
     /// Number of the last question. A broker that was stopped answers late, and its answer is not for a later question.
     number: u16,
@@ -83,7 +83,7 @@ impl Broker {
         {
             debug!("{name}: cannot bound the wait for answers about front-ends: {e}");
         }
-        Self { name: name.to_owned(), link: Mutex::new(Some(Link { socket, number: 0 })) }
+        Self { name: name.to_owned(), link: Mutex::new(Some(BrokerLink { socket, number: 0 })) }
     }
 
     /// The name of a process; `None` if there is no such process, or if the name cannot be determined.
@@ -136,7 +136,7 @@ impl Broker {
     }
 }
 
-impl Link {
+impl BrokerLink {
     /// Asks, and waits for the answer. Skips answers that come too late.
     fn ask(&mut self, mut question: [u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
         self.number = self.number.wrapping_add(1);

@@ -45,7 +45,7 @@ mod word {
     pub const IS_BUSY: usize = 10;
     pub const HOLDER_PID: usize = 11;
     pub const HOLDER_UID: usize = 12;
-    /// The memory whose access raised SIGBUS: a code of [`super::CutMemory`]; 0: none.
+    /// The memory whose access raised SIGBUS: a code of [`super::TruncatedMemory`]; 0: none.
     pub const CUT_MEMORY: usize = 13;
     /// 1 if a front-end is served, and its process ID and user ID.
     pub const HAS_FRONT_END: usize = 14;
@@ -60,7 +60,7 @@ mod word {
 
 /// Memory whose file was truncated while the process used it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CutMemory {
+pub enum TruncatedMemory {
     /// The guest's memory, which the front-end shares.
     Guest,
     /// The inflight region, which the front-end keeps.
@@ -69,7 +69,7 @@ pub enum CutMemory {
     Cache,
 }
 
-impl CutMemory {
+impl TruncatedMemory {
     const ALL: [Self; 3] = [Self::Guest, Self::Inflight, Self::Cache];
 
     /// In words, for messages.
@@ -116,7 +116,7 @@ pub struct DiskState {
     /// Size of the image in bytes.
     pub image_bytes: u64,
     /// Whether the end of the daemon would lose completed writes that are only in a volatile cache.
-    pub has_unkept_data: bool,
+    pub has_volatile_dirty_data: bool,
     /// The oldest operation in flight.
     pub oldest: Option<OldestOp>,
     /// Process ID and user ID of the front-end that is served while another one waits to be accepted.
@@ -187,7 +187,7 @@ impl StatsPage {
         let (pid, uid) = state.front_end.unwrap_or_default();
         words.store(word::FRONT_END_PID, pid.into());
         words.store(word::FRONT_END_UID, uid.into());
-        words.store(word::HAS_UNKEPT_DATA, state.has_unkept_data.into());
+        words.store(word::HAS_UNKEPT_DATA, state.has_volatile_dirty_data.into());
         words.store(word::OLDEST_KIND, state.oldest.map_or(0, |oldest| code_of(oldest.kind)));
         if let Some(OldestOp { span, age, .. }) = state.oldest {
             words.store(word::OLDEST_START, span.start);
@@ -229,7 +229,7 @@ impl StatsPage {
             cache: Stats::from_array(std::array::from_fn(|index| load(word::CACHE + index))),
             image_bytes: load(word::IMAGE_BYTES),
             is_frozen: load(word::IS_FROZEN) != 0,
-            has_unkept_data: load(word::HAS_UNKEPT_DATA) != 0,
+            has_volatile_dirty_data: load(word::HAS_UNKEPT_DATA) != 0,
             oldest,
             busy_with: (load(word::IS_BUSY) != 0).then(|| process(word::HOLDER_PID, word::HOLDER_UID)),
             front_end: (load(word::HAS_FRONT_END) != 0).then(|| process(word::FRONT_END_PID, word::FRONT_END_UID)),
@@ -250,7 +250,7 @@ impl StatsPage {
     }
 
     /// Records the memory whose access raised SIGBUS. May be called in a signal handler.
-    pub fn note_cut_memory(&self, memory: CutMemory) {
+    pub fn record_truncated(&self, memory: TruncatedMemory) {
         self.words.store(word::CUT_MEMORY, memory.code());
     }
 
@@ -261,8 +261,8 @@ impl StatsPage {
     }
 
     /// Takes the record of the memory whose access raised SIGBUS in the process that ended.
-    pub fn take_cut_memory(&self) -> Option<CutMemory> {
-        let found = CutMemory::of(self.words.load(word::CUT_MEMORY));
+    pub fn take_cut_memory(&self) -> Option<TruncatedMemory> {
+        let found = TruncatedMemory::of(self.words.load(word::CUT_MEMORY));
         self.words.store(word::CUT_MEMORY, 0);
         found
     }
@@ -305,7 +305,7 @@ mod tests {
         let state = DiskState {
             cache: Stats { completed_ops: 3, dirty_pages: 4, ..Stats::default() },
             image_bytes: 4096,
-            has_unkept_data: true,
+            has_volatile_dirty_data: true,
             oldest: Some(oldest),
             busy_with: Some((17, 0)),
             front_end: Some((18, 1)),
@@ -327,8 +327,8 @@ mod tests {
     #[test]
     fn the_last_words_of_a_process_are_read_once() {
         let (page, _file) = StatsPage::create(1).unwrap();
-        for memory in CutMemory::ALL {
-            page.note_cut_memory(memory);
+        for memory in TruncatedMemory::ALL {
+            page.record_truncated(memory);
             assert_eq!(page.take_cut_memory(), Some(memory));
             assert_eq!(page.take_cut_memory(), None);
         }

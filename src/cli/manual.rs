@@ -11,7 +11,7 @@ use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
 use super::Cli;
-use crate::config::{AT_ONCE, documented_keys};
+use crate::config::{LIVE_KEYS, documented_keys};
 
 /// Sections common to the commands that connect to a running daemon.
 const CLIENT_SECTIONS: &str = "\
@@ -164,7 +164,7 @@ fn configuration_page() -> String {
             prose(&mut roff, text);
             roff.control("PP", []);
             let default = key.default.map_or_else(|| "It is required".to_owned(), |value| format!("Default: {value}"));
-            let change = if AT_ONCE.contains(&key.name) {
+            let change = if LIVE_KEYS.contains(&key.name) {
                 "It can change while the disk is served: genblk-set(1)."
             } else {
                 "A change takes effect after detach and attach."

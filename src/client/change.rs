@@ -80,7 +80,7 @@ fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<Stri
         DeviceAction::Thaw { .. } => {
             let thawed: Thawed = serde_json::from_value(results.clone()).map_err(|e| unknown(e.into()))?;
             if !thawed.held {
-                return Err(torn(device));
+                return Err(freeze_ended_early(device));
             }
             format!("thawed after {} ms; nothing was written meanwhile", thawed.frozen_us / 1000)
         }
@@ -88,6 +88,6 @@ fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<Stri
 }
 
 /// The error for a freeze that ended early.
-pub(super) fn torn(device: &str) -> Error {
+pub(super) fn freeze_ended_early(device: &str) -> Error {
     Error::new(ErrorKind::Control, format!("{device}: the freeze ended early: a copy made meanwhile is inconsistent"))
 }

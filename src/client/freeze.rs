@@ -7,7 +7,7 @@ use std::process::{Command, ExitStatus};
 use serde_json::json;
 
 use super::ControlClient;
-use super::change::{DeviceAction, change, torn};
+use super::change::{DeviceAction, change, freeze_ended_early};
 use crate::control::wire::{FreezeParameters, Freezing};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -54,6 +54,6 @@ pub fn freeze(socket: &Path, options: &FreezeOptions, print: impl Fn(&str)) -> R
     drop(lease);
     let status =
         ran.map_err(|e: io::Error| Error::io(ErrorKind::Control, format!("cannot run {}", program.display()), e))?;
-    print(&thawed.map_err(|_| torn(device))?);
+    print(&thawed.map_err(|_| freeze_ended_early(device))?);
     Ok(Some(status))
 }

@@ -27,7 +27,7 @@ pub(crate) use keys::documented_keys;
 pub(crate) use keys::{SYSTEMD, Value, key};
 pub use problem::Problem;
 pub(crate) use problem::report;
-pub use runtime::{AT_ONCE, RuntimeConfig, adopt, changed, check_beside, device_of};
+pub use runtime::{LIVE_KEYS, RuntimeConfig, changed, check_conflicts, device_of, with_keys_of};
 pub use shown::{device_table, differing_keys};
 pub(crate) use size::parse_size;
 

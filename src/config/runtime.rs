@@ -20,7 +20,7 @@ pub struct RuntimeConfig {
 }
 
 /// The keys that may change while a device is served. The mode "none" is an exception.
-pub const AT_ONCE: &[&str] = &[
+pub const LIVE_KEYS: &[&str] = &[
     "poll_us",
     "cache.size",
     "cache.size_min",
@@ -167,7 +167,7 @@ impl RuntimeConfig {
         devices.iter_mut().for_each(&mut set);
         attached.iter_mut().for_each(set);
         for device in &attached {
-            match check_beside(device, &devices) {
+            match check_conflicts(device, &devices) {
                 Ok(()) => devices.push(device.clone()),
                 Err(found) => {
                     problems.extend(found.iter().map(|problem| format!("{}: {}", device.name, problem.message)));
@@ -182,7 +182,7 @@ impl RuntimeConfig {
 ///
 /// # Errors
 /// Every problem.
-pub fn check_beside(device: &DeviceConfig, others: &[DeviceConfig]) -> Result<(), Vec<Problem>> {
+pub fn check_conflicts(device: &DeviceConfig, others: &[DeviceConfig]) -> Result<(), Vec<Problem>> {
     let others: Vec<DeviceBuilder> = others.iter().map(DeviceBuilder::of).collect();
     let mut problems = Vec::new();
     check_against(&DeviceBuilder::of(device), &others, &mut problems);
@@ -203,7 +203,7 @@ fn set_value(device: &mut DeviceConfig, name: &str, value: &str) -> Result<(), S
 }
 
 /// A device with these keys set to the values of another one.
-pub fn adopt(device: &DeviceConfig, other: &DeviceConfig, keys: &[&str]) -> DeviceConfig {
+pub fn with_keys_of(device: &DeviceConfig, other: &DeviceConfig, keys: &[&str]) -> DeviceConfig {
     let mut device = device.clone();
     for name in keys {
         let value = value_of(name, other).expect("a key that may change has a value");
@@ -368,8 +368,8 @@ mod tests {
         let new = changed(&old, &json!({"poll_us": 7, "cache.mode": "writethrough", "cache": {"hold_max_ms": 100}}));
         let new = new.expect("it is valid");
         assert_eq!(crate::config::differing_keys(&old, &new), ["poll_us", "cache.mode", "cache.hold_max_ms"]);
-        assert_eq!(crate::config::differing_keys(&old, &adopt(&old, &new, &["poll_us"])), ["poll_us"]);
+        assert_eq!(crate::config::differing_keys(&old, &with_keys_of(&old, &new, &["poll_us"])), ["poll_us"]);
         assert_eq!(changed(&old, &json!({"poll_us": -1, "x": 1})).unwrap_err().len(), 2);
-        assert!(AT_ONCE.iter().all(|name| key(name).is_some()));
+        assert!(LIVE_KEYS.iter().all(|name| key(name).is_some()));
     }
 }

@@ -213,7 +213,7 @@ impl ChangeClient {
     }
 
     /// Waits for this time; returns early with `true` if the client has disconnected.
-    pub fn has_hung_up_within(&self, time: Duration) -> bool {
+    pub fn wait_disconnected(&self, time: Duration) -> bool {
         self.hung_up.recv_timeout(time) == Err(RecvTimeoutError::Disconnected)
     }
 }

@@ -31,7 +31,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const INTERVAL_MS: std::ops::RangeInclusive<u64> = 100..=3_600_000;
 const INTERVAL_MS_DEFAULT: u64 = 1000;
 /// How often to check whether the client of a change has disconnected.
-const HANG_UP_WATCH: Duration = Duration::from_millis(100);
+const DISCONNECT_POLL: Duration = Duration::from_millis(100);
 
 /// The daemon, as the control socket shows and changes it. No method waits.
 pub trait Host: Send + Sync + 'static {
@@ -163,7 +163,7 @@ fn caller(stream: &UnixStream) -> Caller {
 /// Sends the replies to a change, until the last one or until the client disconnects.
 fn change_of(connection: &mut VarlinkConnection, begun: &BegunChange, is_oneway: bool) -> io::Result<()> {
     loop {
-        let reply = match begun.steps.recv_timeout(HANG_UP_WATCH) {
+        let reply = match begun.steps.recv_timeout(DISCONNECT_POLL) {
             Ok(ChangeReply::More(parameters)) => MethodReply { parameters, continues: Some(true), error: None },
             Ok(ChangeReply::Last(Ok(parameters))) => MethodReply { parameters, ..MethodReply::default() },
             Ok(ChangeReply::Last(Err(Refusal { error: name, parameters }))) => error(name, parameters),
@@ -326,7 +326,7 @@ fn stream_events(connection: &mut VarlinkConnection, host: &dyn Host, parameters
         if std::mem::take(&mut is_first) || watched.lost || !watched.events.is_empty() {
             connection.send(&MethodReply { parameters: value(&watched), continues: Some(true), error: None })?;
         }
-        while !log.wait_for(since, HANG_UP_WATCH) {
+        while !log.wait_for(since, DISCONNECT_POLL) {
             if connection.has_ended() {
                 return Ok(());
             }

@@ -24,7 +24,7 @@ use crate::broker::Broker;
 use crate::cached_image::CachedImage;
 use crate::device::Untracked;
 use crate::disk_protocol::{Channel, DeviceReply, DeviceSettings, ErrorText, FromDisk, Received, ToDisk};
-use crate::disk_stats::{CutMemory, StatsPage};
+use crate::disk_stats::{StatsPage, TruncatedMemory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::{self, ThreadKind};
 use crate::service::{Service, cached_image};
@@ -346,12 +346,12 @@ static BUS_ERROR_PAGES: device::StatsPages = device::StatsPages::new();
 /// Records which memory was accessed, so that the supervisor can log it. Runs in a signal handler.
 fn note_bus_error(address: usize) {
     let memory = match regions::of(address) {
-        Some(Region::Cache) => CutMemory::Cache,
-        Some(Region::Inflight) => CutMemory::Inflight,
+        Some(Region::Cache) => TruncatedMemory::Cache,
+        Some(Region::Inflight) => TruncatedMemory::Inflight,
         // No other mapping is shared with another process.
-        None => CutMemory::Guest,
+        None => TruncatedMemory::Guest,
     };
-    BUS_ERROR_PAGES.for_each(|page| page.note_cut_memory(memory));
+    BUS_ERROR_PAGES.for_each(|page| page.record_truncated(memory));
 }
 
 /// Runs `body` on a thread with this name.

@@ -49,7 +49,7 @@ pub(super) fn end(mut control: Control) -> Result<()> {
         if completed != progress.1 {
             progress = (Instant::now(), completed);
         }
-        let is_kept = !control.devices().any(|device| device.state().has_unkept_data);
+        let is_kept = !control.devices().any(|device| device.state().has_volatile_dirty_data);
         let (age, stalled) = (begun.elapsed(), progress.0.elapsed());
         let untracked = match () {
             () if stalled >= STALL_MAX || is_kept && age >= UNTRACKED_PATIENCE => Some(Untracked::Lose),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use log::{error, info, warn};
 
-use super::proof::{Likeness, Proof, SET_ASIDE, prove};
+use super::proof::{MatchStrength, Proof, SET_ASIDE, prove};
 use super::search::{Candidate, Search, is_of, whose};
 use super::write_back::Unwritten;
 use crate::arena::{Arena, ArenaFile, GuestData, GuestState, ImageFacts};
@@ -112,7 +112,7 @@ impl Leftovers {
             }
             Proof::Overtaken(why) | Proof::Refuted(why) | Proof::Unproven(why) => {
                 self.guest = self.guest.or(header.guest);
-                if read_only || likeness == Likeness::Similar {
+                if read_only || likeness == MatchStrength::Similar {
                     return Ok(());
                 }
                 info!("{name}: dropped the cache in {file}, which held no unwritten data: {why}");
@@ -166,7 +166,7 @@ impl Leftovers {
 
     /// Records a file without pages, which holds only the guest's state.
     fn add_marker(&mut self, read_only: bool, candidate: Candidate) {
-        if candidate.likeness == Likeness::Similar {
+        if candidate.likeness == MatchStrength::Similar {
             return;
         }
         self.guest = self.guest.or(candidate.header.guest);
@@ -331,11 +331,11 @@ pub(super) fn refusal(
     };
     let context = format!("image {image} has changed since its cache {file} was written: {why}");
     let holds = format!("the cache holds {unwritten} ({mib} MiB{last})");
-    Error::new(ErrorKind::Ledger, format!("{context}; {holds}; {}", ways_out(&image.to_string(), file)))
+    Error::new(ErrorKind::Ledger, format!("{context}; {holds}; {}", remedies(&image.to_string(), file)))
 }
 
 /// The operator's choices for a cache that must not be used.
-fn ways_out(image: &str, file: &ArenaFile) -> String {
+fn remedies(image: &str, file: &ArenaFile) -> String {
     let serve = format!("to serve the image without the cache, run \"genblk take-over {image}\"");
     if file.is_in_fdstore() {
         return format!("{serve}; to delete the cache, {}", file.removal_hint());

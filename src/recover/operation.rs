@@ -6,7 +6,7 @@ use std::sync::Arc;
 use log::warn;
 
 use super::left::{record_of, refusal};
-use super::proof::{Likeness, Proof, prove};
+use super::proof::{MatchStrength, Proof, prove};
 use super::search::{Search, facts_of};
 use super::write_back::Unwritten;
 use crate::arena::{Arena, ArenaFile, Header, TenureFacts};
@@ -45,7 +45,7 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
     match prove(arena, header, likeness, image, record.as_ref()) {
         Proof::Proven => Ok(()),
         // The operator has named both the cache and the image, which is stronger evidence than a path.
-        Proof::Unproven(_) if likeness == Likeness::Similar => Ok(()),
+        Proof::Unproven(_) if likeness == MatchStrength::Similar => Ok(()),
         Proof::Unproven(why) | Proof::Refuted(why) | Proof::Overtaken(why) => {
             let file = arena.file().expect(super::HAS_FILE);
             Err(refusal(image, file, Unwritten::of(arena), header.last_seen.heartbeat_ns, &why))

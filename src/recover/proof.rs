@@ -21,7 +21,7 @@ use crate::units::{
 const SAMPLE_PAGES: usize = 200;
 /// Pages that are compared if they are in the cache, because every mount of a file system changes one of them: the
 /// superblocks of ext4 and XFS, of btrfs, and the same in a first partition at 1 MiB.
-const TELLTALE_PAGES: [u64; 6] = [0, 1, 16, 256, 257, 272];
+const SUPERBLOCK_PAGES: [u64; 6] = [0, 1, 16, 256, 257, 272];
 
 /// A reason why a cache cannot be proven to belong to an image.
 pub(crate) const NOTHING_TO_COMPARE: &str = "the cache has no clean page to compare";
@@ -44,7 +44,7 @@ pub(super) enum Proof {
 
 /// How strongly a cache's header indicates that it belongs to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Likeness {
+pub(super) enum MatchStrength {
     /// It may belong: the path is the same, and nothing indicates another image.
     Similar,
     /// It belongs, by the file's identity, the name of the device, or the image's record.
@@ -52,7 +52,7 @@ pub(super) enum Likeness {
 }
 
 /// Whether the image's `record` shows that another tenure has held it after the one of `header`.
-pub(super) fn overtaken(header: &Header, record: Option<&Record>) -> Option<Proof> {
+pub(super) fn superseded(header: &Header, record: Option<&Record>) -> Option<Proof> {
     if header.is_set_aside {
         return Some(Proof::Overtaken(SET_ASIDE.to_owned()));
     }
@@ -79,11 +79,11 @@ pub(super) fn overtaken(header: &Header, record: Option<&Record>) -> Option<Proo
 pub(super) fn prove(
     arena: &Arena,
     header: &Header,
-    likeness: Likeness,
+    likeness: MatchStrength,
     image: &dyn NamedImage,
     record: Option<&Record>,
 ) -> Proof {
-    if let Some(objection) = overtaken(header, record) {
+    if let Some(objection) = superseded(header, record) {
         return objection;
     }
     if planted(PlantedBug::ProofSkipped) {
@@ -98,9 +98,9 @@ pub(super) fn prove(
     let doubt = match verdict {
         ChangeVerdict::Unchanged => return Proof::Proven,
         ChangeVerdict::Changed(why) => return Proof::Refuted(why),
-        ChangeVerdict::Plausible if likeness == Likeness::Same => None,
+        ChangeVerdict::Plausible if likeness == MatchStrength::Same => None,
         ChangeVerdict::Plausible => Some("it may be another file at the same path".to_owned()),
-        ChangeVerdict::Unknown(_) if is_known_image && likeness == Likeness::Same => None,
+        ChangeVerdict::Unknown(_) if is_known_image && likeness == MatchStrength::Same => None,
         ChangeVerdict::Unknown(why) => Some(why),
     };
     let known_bytes = header.image.size_bytes.min(image.limits().size_bytes.get());
@@ -170,7 +170,7 @@ pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, 
         Some(run.start + left)
     });
     // Half of the places for each kind.
-    let (mut pages, telltale): (BTreeSet<u64>, BTreeSet<u64>) = (spread.step_by(2).collect(), TELLTALE_PAGES.into());
+    let (mut pages, telltale): (BTreeSet<u64>, BTreeSet<u64>) = (spread.step_by(2).collect(), SUPERBLOCK_PAGES.into());
     pages.extend(telltale);
     let records = arena.records().filter(|(_, record)| !record.dirty.is_empty());
     let dirty: HashSet<u64> = records.map(|(_, record)| record.page.0).collect();
@@ -198,7 +198,7 @@ fn compare_sample(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> 
     pages.sort_unstable_by_key(|(page, _, mask)| (*page, mask.0));
     pages.retain(|(page, ..)| !dirty.contains(page));
     let step = pages.len().div_ceil(SAMPLE_PAGES).max(1);
-    let chosen = pages.iter().enumerate().filter(|(n, (page, ..))| n % step == 0 || TELLTALE_PAGES.contains(&page.0));
+    let chosen = pages.iter().enumerate().filter(|(n, (page, ..))| n % step == 0 || SUPERBLOCK_PAGES.contains(&page.0));
     let mut equal = 0;
     for (_, &(page, frame, mask)) in chosen {
         match is_equal(arena, image, page, frame, mask) {

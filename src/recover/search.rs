@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::LOCK_PATIENCE;
-use super::proof::Likeness;
+use super::proof::MatchStrength;
 use super::write_back::Unwritten;
 use crate::arena::{AllowedOwner, ArenaFile, Header, ImageFacts};
 use crate::config::MemoryDir;
@@ -53,7 +53,7 @@ fn is_of_original(record: &Record, facts: &ImageFacts) -> bool {
 pub(super) struct Candidate {
     pub(super) file: ArenaFile,
     pub(super) header: Header,
-    pub(super) likeness: Likeness,
+    pub(super) likeness: MatchStrength,
     /// Unwritten data in a cache of another user. Such a file is read but not mapped, because that user can truncate
     /// it.
     pub(super) foreign: Option<Unwritten>,
@@ -144,19 +144,19 @@ impl Search<'_> {
         self.open(path, likeness, is_recorded)
     }
 
-    fn open(&self, path: &Path, likeness: Likeness, is_recorded: bool) -> Result<Option<Candidate>> {
+    fn open(&self, path: &Path, likeness: MatchStrength, is_recorded: bool) -> Result<Option<Candidate>> {
         match ArenaFile::open_within(path, whose(), LOCK_PATIENCE) {
             Ok(file) => self.candidate(file, likeness),
             Err(e) if e.kind() == ErrorKind::Locked && is_recorded => Err(e),
             // A running daemon uses it for another image: this image's lock is ours.
-            Err(e) if e.kind() == ErrorKind::Locked && likeness == Likeness::Similar => Ok(None),
+            Err(e) if e.kind() == ErrorKind::Locked && likeness == MatchStrength::Similar => Ok(None),
             Err(_) if !path.exists() => Ok(None),
             Err(e) if e.kind() == ErrorKind::Memory => Err(self.unreachable(path, &e)),
             Err(e) => Err(e),
         }
     }
 
-    fn candidate(&self, file: ArenaFile, likeness: Likeness) -> Result<Option<Candidate>> {
+    fn candidate(&self, file: ArenaFile, likeness: MatchStrength) -> Result<Option<Candidate>> {
         if !file.is_in_fdstore() && file.owner() != effective_uid() {
             let survey = file.survey().ok().flatten().filter(|survey| survey.is_of_this_boot);
             return Ok(survey.map(|survey| {
@@ -236,7 +236,7 @@ impl Search<'_> {
     ///
     /// # Errors
     /// The header cannot be read, and by its name the file belongs to the image, or no file can be read at present.
-    fn likeness_of(&self, peeked: Result<Option<Header>>, name: &OsStr) -> Result<Option<Likeness>> {
+    fn likeness_of(&self, peeked: Result<Option<Header>>, name: &OsStr) -> Result<Option<MatchStrength>> {
         let first_name = self.facts.identity.file_name(0, 0);
         let prefix = first_name.trim_end_matches('0');
         match peeked {
@@ -250,26 +250,26 @@ impl Search<'_> {
     }
 
     /// How strongly a header indicates that its cache belongs to the image; `None`: it does not.
-    pub(super) fn likeness(&self, header: &Header) -> Option<Likeness> {
+    pub(super) fn likeness(&self, header: &Header) -> Option<MatchStrength> {
         let (left, image) = (&header.image, self.facts);
         let recorded = self.record.map(|record| record.tenure);
         if recorded.is_some() && recorded == header.tenure.map(|tenure| tenure.id)
             || left.identity == image.identity && image.identity.inode != 0
         {
-            return Some(Likeness::Same);
+            return Some(MatchStrength::Same);
         }
         let (old, new) = (&left.identity, &image.identity);
         let is_device = self.image.kind() == ImageKind::Device;
         if !is_device && old.inode == new.inode && old.born_ns == new.born_ns && old.born_ns != 0 {
             // The file system was remounted, unless the original still exists.
-            return if is_copy(left, new) { None } else { Some(Likeness::Same) };
+            return if is_copy(left, new) { None } else { Some(MatchStrength::Same) };
         }
         if is_device && !left.alias.is_empty() && !image.alias.is_empty() {
-            return (left.alias == image.alias).then_some(Likeness::Same);
+            return (left.alias == image.alias).then_some(MatchStrength::Same);
         }
         let are_both_born = old.born_ns != 0 && new.born_ns != 0;
         let was_replaced = !is_device && (old.device == new.device || are_both_born);
-        (left.path == image.path && !was_replaced).then_some(Likeness::Similar)
+        (left.path == image.path && !was_replaced).then_some(MatchStrength::Similar)
     }
 }
 

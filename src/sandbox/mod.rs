@@ -70,7 +70,7 @@ impl ThreadKind {
     }
 
     /// Whether code that threads of this kind call may use paths.
-    fn meets_paths(self) -> bool {
+    fn may_call_with_paths(self) -> bool {
         matches!(self, Self::Main | Self::Opener)
     }
 }

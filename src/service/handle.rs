@@ -32,7 +32,7 @@ impl ServiceHandle {
         if let Some(oldest) = image.oldest_op() {
             state.oldest = oldest.map(|(kind, span, age)| OldestOp { kind, span, age });
         }
-        state.has_unkept_data = image.arena().file().is_none() && image.has_unstable_data();
+        state.has_volatile_dirty_data = image.arena().file().is_none() && image.has_unstable_data();
         state
     }
 

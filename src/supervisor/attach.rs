@@ -8,13 +8,13 @@ use serde_json::json;
 use super::disk::{Detaching, Disk};
 use super::fleet::Fleet;
 use super::fleet_change::{FleetChange, FleetPlan, Recorded, Requester};
-use crate::config::{Config, DeviceConfig, adopt, check_beside, differing_keys};
+use crate::config::{Config, DeviceConfig, check_conflicts, differing_keys, with_keys_of};
 use crate::control::change::Refusal;
 use crate::disk_protocol::Ending;
 use crate::error::Error;
 
 /// Prefix of the error for a device that was detached although its cache still holds dirty data.
-pub(super) const NOT_WHOLE: &str = "detached, but dirty data remains: ";
+pub(super) const DETACHED_DIRTY: &str = "detached, but dirty data remains: ";
 
 impl Fleet {
     /// Begins a change that the operator requested.
@@ -76,7 +76,7 @@ impl Fleet {
             };
         }
         let others: Vec<DeviceConfig> = self.disks.values().map(|disk| DeviceConfig::clone(&disk.config())).collect();
-        match check_beside(device, &others) {
+        match check_conflicts(device, &others) {
             Ok(()) => Ok(true),
             Err(problems) => {
                 let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
@@ -89,7 +89,7 @@ impl Fleet {
     fn set(&mut self, device: &DeviceConfig, keys: &[&str], record: Recorded) -> Result<(), Refusal> {
         let index = self.find(&device.name).ok_or_else(|| no_such_device(&device.name))?;
         // Other keys may have changed since the operator's thread read them.
-        let device = adopt(&self.disks[&index].config(), device, keys);
+        let device = with_keys_of(&self.disks[&index].config(), device, keys);
         if let Some(runtime) = self.runtime.as_mut().filter(|_| record == Recorded::Runtime) {
             let before = runtime.changes.clone();
             runtime.changes.note_set(&device, keys);
@@ -128,14 +128,14 @@ impl Fleet {
         if !problems.is_empty() {
             return Err(Refusal::new("Invalid", json!({ "problems": problems })));
         }
-        let in_force = self.disks.values().filter(|disk| !disk.is_ending()).map(Disk::config).collect();
+        let current = self.disks.values().filter(|disk| !disk.is_ending()).map(Disk::config).collect();
         let of_files = |device: &DeviceConfig| files.devices.iter().find(|file| file.name == device.name);
         let overridden = wanted.iter().filter_map(|device| {
             let set = self.runtime.as_ref()?.changes.keys_set(&device.name);
             let keys = differing_keys(of_files(device)?, device).into_iter().filter(|key| set.contains(key));
             Some((device.name.clone(), keys.collect::<Vec<_>>())).filter(|(_, keys)| !keys.is_empty())
         });
-        Ok(FleetPlan { overridden: overridden.collect(), wanted, in_force })
+        Ok(FleetPlan { overridden: overridden.collect(), wanted, current })
     }
 
     fn attach(&mut self, device: &DeviceConfig, record: Recorded, requester: Requester) {
@@ -244,7 +244,7 @@ impl Fleet {
                 (Some(error), _) => {
                     let text = error.to_string();
                     let why = text.strip_prefix(&name).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&text);
-                    Err(Refusal::refused(&*name, format!("{NOT_WHOLE}{why}")))
+                    Err(Refusal::refused(&*name, format!("{DETACHED_DIRTY}{why}")))
                 }
             });
         }

@@ -9,13 +9,13 @@ use log::{error, info, warn};
 use serde_json::{Value, json};
 
 use super::SupervisorEvent;
-use super::attach::NOT_WHOLE;
+use super::attach::DETACHED_DIRTY;
 use super::entry::OverviewEntry;
 use super::fleet_change::{FleetChange, FleetPlan, Recorded};
 use super::operator::{Operator, ask, invalid};
-use super::operator_state::UnderWay;
+use super::operator_state::ChangeGuard;
 use crate::arena::check_memory;
-use crate::config::{AT_ONCE, CacheMode, Config, DeviceConfig, adopt, changed, differing_keys};
+use crate::config::{CacheMode, Config, DeviceConfig, LIVE_KEYS, changed, differing_keys, with_keys_of};
 use crate::control::change::{ChangeClient, Refusal};
 use crate::control::wire::{ChangeKind, DeviceChange, DeviceKeys, DeviceState};
 use crate::disk_protocol::DeviceRequest;
@@ -30,15 +30,16 @@ const START_WATCH: Duration = Duration::from_millis(20);
 /// others.
 fn split_keys(old: &DeviceConfig, new: &DeviceConfig) -> (Vec<&'static str>, Vec<&'static str>) {
     let caches = |device: &DeviceConfig| device.cache.mode != CacheMode::None;
-    let may_change = |key: &&'static str| AT_ONCE.contains(key) && (*key != "cache.mode" || caches(old) && caches(new));
+    let may_change =
+        |key: &&'static str| LIVE_KEYS.contains(key) && (*key != "cache.mode" || caches(old) && caches(new));
     differing_keys(old, new).into_iter().partition(may_change)
 }
 
 impl Operator {
     /// Begins a change of a device's keys. Returns its present entry, which includes earlier changes.
-    fn begin_change(&self, device: &str, what: &'static str) -> Result<(OverviewEntry, UnderWay), Refusal> {
+    fn begin_change(&self, device: &str, what: &'static str) -> Result<(OverviewEntry, ChangeGuard), Refusal> {
         let entry = self.overview.entry(device)?;
-        let change = UnderWay::begin(&entry.operator, device, what)?;
+        let change = ChangeGuard::begin(&entry.operator, device, what)?;
         Ok((self.overview.entry(device)?, change))
     }
 
@@ -55,7 +56,7 @@ impl Operator {
         if !others.is_empty() {
             return Err(Refusal::new("NeedsReattach", json!({ "device": device, "keys": others })));
         }
-        self.put_in_force(&entry, new, &keys, Recorded::Runtime, client)?;
+        self.apply(&entry, new, &keys, Recorded::Runtime, client)?;
         if !keys.is_empty() {
             self.overview.events.add(Some(device), "set", json!({ "keys": keys }));
         }
@@ -63,7 +64,7 @@ impl Operator {
     }
 
     /// Changes keys of a device: first in the record for the next daemon, then in its process.
-    fn put_in_force(
+    fn apply(
         &self,
         entry: &OverviewEntry,
         new: DeviceConfig,
@@ -95,7 +96,7 @@ impl Operator {
         let recorded = self.ask_main_thread(|requester| FleetChange::Set(Box::new(new), keys, record, requester));
         if recorded.is_err() && reserves {
             // Setting the old size again frees the memory that was allocated for the new one.
-            let settings = Box::new(entry.in_force.settings());
+            let settings = Box::new(entry.current.settings());
             let _ = ask(entry, DeviceRequest::Configure { settings }, client);
         }
         recorded?;
@@ -111,7 +112,7 @@ impl Operator {
             thread::sleep(START_WATCH);
         };
         if now.link.is_some() {
-            let settings = Box::new(now.in_force.settings());
+            let settings = Box::new(now.current.settings());
             let told = ask(&now, DeviceRequest::Configure { settings }, client);
             let flushed =
                 told.and_then(|_| if drains { ask(&now, DeviceRequest::Flush, client).map(drop) } else { Ok(()) });
@@ -137,11 +138,11 @@ impl Operator {
             let problems: Vec<String> = error.to_string().lines().map(ToOwned::to_owned).collect();
             Refusal::new("Invalid", json!({ "problems": problems }))
         })?;
-        let FleetPlan { wanted, in_force, overridden } = self.compare(files)?;
-        let find = |name: &str| in_force.iter().find(|device| device.name == name);
+        let FleetPlan { wanted, current, overridden } = self.compare(files)?;
+        let find = |name: &str| current.iter().find(|device| device.name == name);
         let added: Vec<&DeviceConfig> = wanted.iter().filter(|device| find(&device.name).is_none()).collect();
         let gone: Vec<&Arc<DeviceConfig>> =
-            in_force.iter().filter(|device| !wanted.iter().any(|other| other.name == device.name)).collect();
+            current.iter().filter(|device| !wanted.iter().any(|other| other.name == device.name)).collect();
         let mut changes = Vec::new();
         if !dry_run {
             self.attach_all(&added, client)?;
@@ -160,7 +161,7 @@ impl Operator {
                 changes.push(DeviceChange::of(&new.name, ChangeKind::Pending, owned(&pending)));
             }
         }
-        changes.extend(gone.iter().map(|device| self.detach_gone(&device.name, dry_run, client)));
+        changes.extend(gone.iter().map(|device| self.detach_removed(&device.name, dry_run, client)));
         if !dry_run {
             self.overview.events.add(None, "reloaded", json!({ "changes": changes }));
         }
@@ -169,7 +170,7 @@ impl Operator {
     }
 
     /// Detaches a device that the files no longer list, or records that it is kept.
-    fn detach_gone(&self, name: &str, dry_run: bool, client: &ChangeClient) -> DeviceChange {
+    fn detach_removed(&self, name: &str, dry_run: bool, client: &ChangeClient) -> DeviceChange {
         // A device that was never served has no guest, and detaching it leaves a cache of an earlier daemon alone. But
         // a guest waits for a device whose process has died.
         let never_served = |entry: OverviewEntry| entry.link.is_none() && !entry.progress.was_served;
@@ -178,7 +179,7 @@ impl Operator {
         let Err(refusal) = detached else { return DeviceChange::of(name, ChangeKind::Detached, Vec::new()) };
         let reason = why(&refusal);
         if self.overview.entry(name).is_err() {
-            let reason = reason.strip_prefix(NOT_WHOLE).unwrap_or(&reason).to_owned();
+            let reason = reason.strip_prefix(DETACHED_DIRTY).unwrap_or(&reason).to_owned();
             return DeviceChange::of(name, ChangeKind::Detached, vec![reason]);
         }
         let recorded = self.ask_main_thread(|requester| FleetChange::Keep(name.to_owned(), requester));
@@ -243,7 +244,7 @@ impl Operator {
     ) -> DeviceChange {
         let set = || {
             let (entry, _change) = self.begin_change(&old.name, "reload")?;
-            self.put_in_force(&entry, adopt(&entry.config, new, keys), keys, Recorded::Files, client)
+            self.apply(&entry, with_keys_of(&entry.config, new, keys), keys, Recorded::Files, client)
         };
         match if dry_run { Ok(()) } else { set() } {
             Ok(()) => DeviceChange::of(&old.name, ChangeKind::Changed, owned(keys)),
@@ -257,7 +258,7 @@ impl Operator {
 
 /// Makes the process of a device allocate the memory for a cache of another size.
 fn reserve(entry: &OverviewEntry, new: &DeviceConfig, client: &ChangeClient) -> Result<(), Refusal> {
-    let (old, size_bytes) = (entry.in_force.cache_bytes(), entry.in_force.bounded(new.cache.size_bytes));
+    let (old, size_bytes) = (entry.current.cache_bytes(), entry.current.bounded(new.cache.size_bytes));
     if let Some(more) = size_bytes.checked_sub(old).filter(|more| *more > 0) {
         // The check is made here because the sandbox keeps the process from reading the host's memory statistics.
         check_memory(more).map_err(|e| Refusal::refused(entry.config.name.clone(), e.to_string()))?;

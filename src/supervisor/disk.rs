@@ -22,10 +22,10 @@ pub(super) use change::{Detaching, RemainingDevices};
 
 use super::SupervisorEvent;
 use super::context::Context;
+use super::current_config::CurrentConfig;
 use super::entry::{DeviceProgress, OverviewEntry};
 use super::fleet_change::{Recorded, Requester};
 use super::handle::DeviceHandle;
-use super::in_force::InForce;
 use super::keeper::{self, Keeper, KeeperCommand};
 use super::operator_state::OperatorState;
 use super::reminder::{FIRST, Reminder};
@@ -72,7 +72,7 @@ pub(super) struct Disk {
     /// The command or signal that resumes it, for messages.
     resume_by: String,
     image: PathBuf,
-    in_force: InForce,
+    current: CurrentConfig,
     keeper: Keeper,
     /// Changes by the operator that are in progress.
     operator: Arc<OperatorState>,
@@ -102,7 +102,7 @@ pub(super) struct Disk {
     /// Since when its rings have stopped.
     quiesced: Option<Instant>,
     /// When the wait for its hung threads was given up, and whether its process was killed.
-    given_up: Option<(Instant, bool)>,
+    abandoned_hung: Option<(Instant, bool)>,
     /// Schedules log lines about a process that does not run.
     silence_reminder: Reminder,
     /// Schedules log lines about waiting for the image because the cache is volatile.
@@ -130,14 +130,14 @@ impl Disk {
         context: &Arc<Context>,
         events: &Sender<SupervisorEvent>,
     ) -> Result<Self> {
-        let in_force = InForce::new(config);
+        let current = CurrentConfig::new(config);
         Ok(Self {
             name: config.name.clone(),
             resume_by: context.resume_by(&config.name),
             image: config.image.clone(),
             operator: Arc::default(),
-            keeper: Keeper::start(index, config, &in_force, context, events)?,
-            in_force,
+            keeper: Keeper::start(index, config, &current, context, events)?,
+            current,
             phase: DevicePhase::Opening,
             handle: None,
             was_served: false,
@@ -151,7 +151,7 @@ impl Disk {
             attaching: None,
             detaching: None,
             quiesced: None,
-            given_up: None,
+            abandoned_hung: None,
             silence_reminder: Reminder::new(),
             unkept_reminder: Reminder::new(),
             error: None,
@@ -280,8 +280,8 @@ impl Disk {
     /// Its entry for the control socket.
     pub fn entry(&self) -> OverviewEntry {
         OverviewEntry {
-            config: self.in_force.get(),
-            in_force: self.in_force.clone(),
+            config: self.current.get(),
+            current: self.current.clone(),
             page: Arc::clone(self.keeper.page()),
             progress: self.progress(),
             link: self.handle.as_ref().map(DeviceHandle::link),
@@ -312,12 +312,12 @@ impl Disk {
 
     /// Its current configuration.
     pub fn config(&self) -> Arc<DeviceConfig> {
-        self.in_force.get()
+        self.current.get()
     }
 
     /// Replaces its current configuration.
     pub fn configure(&self, config: DeviceConfig) {
-        self.in_force.set(Arc::new(config));
+        self.current.set(Arc::new(config));
     }
 
     /// Logs waits that take long.
@@ -404,18 +404,18 @@ impl Disk {
         if self.phase != DevicePhase::Ended {
             self.phase = DevicePhase::Ended;
             // For a device that was given up, `give_up_hung` has set the error, or has left it out on purpose.
-            if self.given_up.is_none() {
+            if self.abandoned_hung.is_none() {
                 self.error = result.err();
             }
         }
     }
 
     /// Stops waiting for it, unless that would lose data: the operator repeated the signal.
-    pub fn hurry(&mut self) {
+    pub fn stop_waiting(&mut self) {
         if self.has_ended() {
             return;
         }
-        if self.state().has_unkept_data {
+        if self.state().has_volatile_dirty_data {
             warn!("{}: its cache does not outlive the daemon; still waiting for the image", self.name);
         } else {
             self.abandon(false);
@@ -449,7 +449,7 @@ impl Disk {
 
     /// As [`Disk::check_while_ending`]. `advice`: how to end the wait, for the log; `None`: the wait has no deadline.
     fn check_end(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
-        if let Some((at, is_killed)) = self.given_up {
+        if let Some((at, is_killed)) = self.abandoned_hung {
             return self.finish_giving_up(at, is_killed);
         }
         let (age, step, state) = (since.elapsed(), self.keeper.step(), self.state());
@@ -480,8 +480,8 @@ impl Disk {
             self.last_completion = (Instant::now(), state.cache.completed_ops);
         }
         let stalled_for = self.last_completion.0.max(step.since).elapsed();
-        let is_kept = ending == Ending::HandOver && !state.has_unkept_data;
-        if state.has_unkept_data && stalled_for < STALL_MAX && self.unkept_reminder.is_due(age) {
+        let is_kept = ending == Ending::HandOver && !state.has_volatile_dirty_data;
+        if state.has_volatile_dirty_data && stalled_for < STALL_MAX && self.unkept_reminder.is_due(age) {
             warn!(
                 "{}: its cache is volatile and holds {}; waiting as long as the image completes operations",
                 self.name,
@@ -509,12 +509,12 @@ impl Disk {
             keeper::PREPARING => format!("{name}: ended while {step} of image {image}"),
             _ => format!("{name}: ended while {step}: image {image} does not answer"),
         };
-        let has_unkept_data = self.state().has_unkept_data;
+        let has_volatile_dirty_data = self.state().has_volatile_dirty_data;
         let loses = match &self.handle {
-            None => ending == Ending::WriteBack && recover::has_unwritten_cache(&self.in_force.get()),
+            None => ending == Ending::WriteBack && recover::has_unwritten_cache(&self.current.get()),
             Some(handle) => {
                 handle.force_close();
-                ending == Ending::WriteBack || has_unkept_data
+                ending == Ending::WriteBack || has_volatile_dirty_data
             }
         };
         if loses {
@@ -529,7 +529,7 @@ impl Disk {
         } else {
             warn!("{context}");
         }
-        self.given_up = Some((Instant::now(), false));
+        self.abandoned_hung = Some((Instant::now(), false));
     }
 
     /// Kills the process of a device that was given up, and waits briefly for its exit.
@@ -537,7 +537,7 @@ impl Disk {
         if !is_killed && at.elapsed() >= CLOSE_PATIENCE {
             let is_killed = self.handle.as_ref().is_some_and(DeviceHandle::kill);
             if is_killed {
-                self.given_up = Some((Instant::now(), true));
+                self.abandoned_hung = Some((Instant::now(), true));
             } else {
                 self.phase = DevicePhase::Ended;
             }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
+use super::current_config::CurrentConfig;
 use super::handle::DeviceLink;
-use super::in_force::InForce;
 use super::keeper::KeeperCommand;
 use super::operator_state::{FreezeLease, OperatorState};
 use crate::config::DeviceConfig;
@@ -32,7 +32,7 @@ pub(super) struct DeviceProgress {
 pub(super) struct OverviewEntry {
     pub config: Arc<DeviceConfig>,
     /// The same as it is by now, and what memory pressure leaves of it.
-    pub in_force: InForce,
+    pub current: CurrentConfig,
     pub page: Arc<StatsPage>,
     pub progress: DeviceProgress,
     /// The link to its process, while it is served.
@@ -45,7 +45,7 @@ pub(super) struct OverviewEntry {
 
 /// How long after a freeze begins the statistics page may not show it yet. The process updates the page a few times a
 /// second.
-const FREEZE_TOLD_US: u64 = 1_000_000;
+const FREEZE_REPORT_MAX_US: u64 = 1_000_000;
 
 impl OverviewEntry {
     /// Whether the device is frozen.
@@ -57,7 +57,7 @@ impl OverviewEntry {
     pub fn freeze(&self) -> Option<FreezeLease> {
         let is_lost = |freeze: &FreezeLease| {
             let told_us = self.page.written_at_ns() / 1000;
-            told_us > freeze.number.saturating_add(FREEZE_TOLD_US) && !self.page.read().is_frozen
+            told_us > freeze.number.saturating_add(FREEZE_REPORT_MAX_US) && !self.page.read().is_frozen
         };
         self.operator.freeze(self.link.as_ref()).filter(|freeze| !is_lost(freeze))
     }

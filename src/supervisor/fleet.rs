@@ -66,7 +66,7 @@ pub(super) struct Fleet {
     strictness: Strictness,
     manager: Arc<ServiceManager>,
     /// For listing unused caches after the start.
-    unlisted: Option<Config>,
+    unused_caches_check: Option<Config>,
     /// For checking the fd store once every device is served.
     unchecked: Option<Config>,
     pub(super) end: Option<End>,
@@ -104,7 +104,7 @@ impl Fleet {
             runtime,
             strictness,
             manager,
-            unlisted: Some(config.clone()),
+            unused_caches_check: Some(config.clone()),
             unchecked: Some(config.clone()),
             end: None,
             failure: None,
@@ -176,7 +176,7 @@ impl Fleet {
             end.hurried = true;
             let waiting: Vec<_> = self.disks.values().filter(|disk| !disk.has_ended()).map(Disk::name).collect();
             warn!("{} again: not waiting for {}", name_of(signal), waiting.join(", "));
-            self.disks.values_mut().for_each(Disk::hurry);
+            self.disks.values_mut().for_each(Disk::stop_waiting);
         } else if signal == libc::SIGUSR1 {
             info!("{}: stopping, leaving the caches for the next daemon", name_of(signal));
             self.begin_end(Ending::HandOver);
@@ -281,7 +281,7 @@ impl Fleet {
         if served == 0 && !is_empty || !self.is_ready && !is_settled {
             return;
         }
-        if let Some(config) = self.unlisted.take() {
+        if let Some(config) = self.unused_caches_check.take() {
             spawn_leftover_check(move || recover::warn_unused_files(&config));
         }
         let not_served: Vec<_> = self.disks.values().filter_map(Disk::why_not_served).collect();

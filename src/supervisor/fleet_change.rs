@@ -40,5 +40,5 @@ pub(super) struct FleetPlan {
     pub wanted: Vec<DeviceConfig>,
     /// Keys that were set by a command and differ from the files, by device.
     pub overridden: Vec<(String, Vec<&'static str>)>,
-    pub in_force: Vec<Arc<DeviceConfig>>,
+    pub current: Vec<Arc<DeviceConfig>>,
 }

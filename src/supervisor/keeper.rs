@@ -14,8 +14,8 @@ use log::{error, info};
 
 use super::SupervisorEvent;
 use super::context::Context;
+use super::current_config::CurrentConfig;
 use super::handle::DeviceHandle;
-use super::in_force::InForce;
 use super::process::{EventSink, Exit, Process, ProcessEvent};
 use super::restarts::Restarts;
 use super::slot::{ImageSlot, open_image};
@@ -100,7 +100,7 @@ impl Keeper {
     pub fn start(
         index: usize,
         config: &DeviceConfig,
-        in_force: &InForce,
+        current: &CurrentConfig,
         context: &Arc<Context>,
         events: &Sender<SupervisorEvent>,
     ) -> Result<Self> {
@@ -113,7 +113,7 @@ impl Keeper {
         let worker = KeeperThread {
             index,
             config: config.clone(),
-            in_force: in_force.clone(),
+            current: current.clone(),
             context: Arc::clone(context),
             own: commands.clone(),
             commands: receiver,
@@ -161,7 +161,7 @@ struct KeeperThread {
     config: DeviceConfig,
     /// The current configuration, with the operator's changes. The keys that this thread reads from `config` never
     /// change.
-    in_force: InForce,
+    current: CurrentConfig,
     context: Arc<Context>,
     /// Sends to `commands`; processes get copies.
     own: Sender<KeeperCommand>,
@@ -277,7 +277,7 @@ impl KeeperThread {
             if is_shared { context.images.get_or_open(identity, &config.group, open_cache) } else { open_cache() }?;
         // One that memory pressure had shrunk, and for which there is no more memory.
         let is_smaller = !is_shared && slot.cache_bytes < config.cache.size_bytes;
-        self.in_force.bound_cache(is_smaller.then_some(slot.cache_bytes));
+        self.current.bound_cache(is_smaller.then_some(slot.cache_bytes));
         let socket = ListenSocket::open(&self.config, &self.context.sockets)?;
         Ok(Opened { socket, slot })
     }
@@ -374,7 +374,7 @@ impl KeeperThread {
     fn serve(&self, opened: &Opened) -> Result<ServiceEnd> {
         self.begin("starting a process");
         let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
-        let process = opened.slot.process(&self.in_force.settings())?;
+        let process = opened.slot.process(&self.current.settings())?;
         let page = &self.page;
         page.begin_process();
         let broker = broker::spawn(&self.config.name).map_err(system)?;
@@ -383,8 +383,8 @@ impl KeeperThread {
         let own = self.own.clone();
         // It fails if the keeper has ended, which needs no events.
         let sink = EventSink(Box::new(move |io_lock, event| drop(own.send(KeeperCommand::Process(io_lock, event)))));
-        let served = self.in_force.get();
-        let settings = self.in_force.settings();
+        let served = self.current.get();
+        let settings = self.current.settings();
         process.serve(device, opened.slot.image_of(), settings.clone(), files, sink).map_err(system)?;
         let handle =
             DeviceHandle::new(device, opened.slot.image_of(), &process, page, &opened.socket).map_err(system)?;
@@ -465,7 +465,7 @@ impl ProcessSession<'_> {
 
     /// Sends the process the changes that the operator made while it started. Later changes are sent as they are made.
     fn send_changes(&self) {
-        let settings = self.worker.in_force.settings();
+        let settings = self.worker.current.settings();
         if settings != self.settings {
             let request = DeviceRequest::Configure { settings: Box::new(settings) };
             // No thread waits for the reply to request 0.

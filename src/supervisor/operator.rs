@@ -15,7 +15,7 @@ use super::entry::OverviewEntry;
 use super::fleet_change::{FleetChange, Recorded, Requester};
 use super::handle::DeviceLink;
 use super::keeper::KeeperCommand;
-use super::operator_state::{FreezeLease, UnderWay};
+use super::operator_state::{ChangeGuard, FreezeLease};
 use super::overview::Overview;
 use crate::config::{DeviceConfig, Problem, device_of};
 use crate::control::change::{BegunChange, Change, ChangeClient, Refusal};
@@ -103,13 +103,13 @@ impl Operator {
         match change {
             Change::Flush { device } => {
                 let entry = self.overview.entry(&device)?;
-                let _change = UnderWay::begin(&entry.operator, &entry.config.name, "flush")?;
+                let _change = ChangeGuard::begin(&entry.operator, &entry.config.name, "flush")?;
                 ask(&entry, DeviceRequest::Flush, client)?;
                 Ok(json!(Progressing { progress: None }))
             }
             Change::Drop { device, flushed } => {
                 let entry = self.overview.entry(&device)?;
-                let _change = UnderWay::begin(&entry.operator, &entry.config.name, "drop")?;
+                let _change = ChangeGuard::begin(&entry.operator, &entry.config.name, "drop")?;
                 if flushed {
                     ask(&entry, DeviceRequest::Flush, client)?;
                 }
@@ -157,7 +157,7 @@ impl Operator {
     /// Makes an image grow, and reports the new size to its guest.
     fn resize(&self, device: &str, bytes: Option<u64>, client: &ChangeClient) -> Result<u64, Refusal> {
         let entry = self.overview.entry(device)?;
-        let _change = UnderWay::begin(&entry.operator, &entry.config.name, "resize")?;
+        let _change = ChangeGuard::begin(&entry.operator, &entry.config.name, "resize")?;
         let not_served = || Refusal::refused(device, "it is not served at the moment");
         if entry.is_frozen() {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
@@ -190,7 +190,7 @@ impl Operator {
             // The client that began the detach gets the same result.
             return ended.recv().unwrap_or_else(|_| Err(daemon_ends())).map(drop);
         }
-        let _change = UnderWay::begin(&entry.operator, &entry.config.name, "detach")?;
+        let _change = ChangeGuard::begin(&entry.operator, &entry.config.name, "detach")?;
         if entry.is_frozen() && !force {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
         }
@@ -250,7 +250,7 @@ impl Operator {
         client: &ChangeClient,
     ) -> Result<(Freezing, FreezeLease), Refusal> {
         let entry = self.overview.entry(device)?;
-        let _change = UnderWay::begin(&entry.operator, &entry.config.name, "freeze")?;
+        let _change = ChangeGuard::begin(&entry.operator, &entry.config.name, "freeze")?;
         let link = link_of(&entry)?;
         // A device that is ending still completes requests and writes to its image.
         if entry.progress.state != DeviceState::Serving {
@@ -279,7 +279,7 @@ impl Operator {
     fn await_thaw(&self, device: &str, (frozen, freeze): (Freezing, FreezeLease), client: &ChangeClient) -> Freezing {
         client.send_progress(&frozen);
         loop {
-            let has_hung_up = client.has_hung_up_within(FREEZE_WATCH);
+            let has_hung_up = client.wait_disconnected(FREEZE_WATCH);
             let ended = Freezing { frozen: false, frozen_us: micros(freeze.since.elapsed()), lease: None };
             let Ok(entry) = self.overview.entry(device) else { return ended };
             if entry.freeze() != Some(freeze) {

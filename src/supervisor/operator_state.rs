@@ -58,9 +58,9 @@ impl OperatorState {
 
 /// A change in progress. Dropping it ends it.
 #[derive(Debug)]
-pub(super) struct UnderWay(Arc<OperatorState>);
+pub(super) struct ChangeGuard(Arc<OperatorState>);
 
-impl UnderWay {
+impl ChangeGuard {
     /// Begins a change, unless another one is in progress.
     pub fn begin(state: &Arc<OperatorState>, device: &str, what: &'static str) -> Result<Self, Refusal> {
         let is_step = |changes: &mut ChangeState| changes.change == Some(STEP);
@@ -87,7 +87,7 @@ impl UnderWay {
     }
 }
 
-impl Drop for UnderWay {
+impl Drop for ChangeGuard {
     fn drop(&mut self) {
         self.0.lock().change = None;
         self.0.ended.notify_all();

@@ -121,7 +121,7 @@ fn device(entry: &OverviewEntry) -> DeviceStatus {
         front_end: now.front_end.filter(|_| is_serving).map(|(pid, uid)| FrontEnd { pid, uid }),
         image_bytes: serving(now.image_bytes).filter(|bytes| *bytes > 0),
         cache_bytes: config.cache.size_bytes,
-        cache_wanted_bytes: Some(entry.in_force.cache_bytes()),
+        cache_wanted_bytes: Some(entry.current.cache_bytes()),
         cache_present_bytes: serving(now.cache.frames.saturating_mul(PAGE_BYTES)).filter(|bytes| *bytes > 0),
         resident_bytes: serving(now.cache.resident_pages.saturating_mul(PAGE_BYTES)),
         dirty_bytes: serving(now.cache.dirty_pages.saturating_mul(PAGE_BYTES)),

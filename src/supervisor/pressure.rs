@@ -6,7 +6,7 @@
 //!
 //! A size that results from memory pressure is not recorded: the next daemon starts with the configured size, or, if
 //! there is no memory for that, with the size of the cache that it finds. A disk process that dies meanwhile is
-//! replaced by one with the same size ([`super::in_force::InForce`]).
+//! replaced by one with the same size ([`super::current_config::CurrentConfig`]).
 
 mod controller;
 mod indicators;
@@ -20,10 +20,10 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use serde_json::json;
 
+use super::current_config::CurrentConfig;
 use super::entry::OverviewEntry;
 use super::handle::DeviceLink;
-use super::in_force::InForce;
-use super::operator_state::UnderWay;
+use super::operator_state::ChangeGuard;
 use super::overview::Overview;
 use crate::config::DeviceConfig;
 use crate::control::wire::DeviceState;
@@ -81,15 +81,15 @@ fn injected() -> (Option<std::path::PathBuf>, u32) {
 struct Step {
     reply: Receiver<DeviceReply>,
     /// The devices that share the cache, and their bounds before.
-    bounds: Vec<(InForce, Option<u64>)>,
-    _changes: Vec<UnderWay>,
+    bounds: Vec<(CurrentConfig, Option<u64>)>,
+    _changes: Vec<ChangeGuard>,
 }
 
 impl Step {
     /// Restores the bounds, after the process has refused.
     fn undo(&self) {
-        for (in_force, before) in &self.bounds {
-            in_force.bound_cache(*before);
+        for (current, before) in &self.bounds {
+            current.bound_cache(*before);
         }
     }
 }
@@ -109,13 +109,13 @@ struct PressureMonitor {
 
 /// How much larger the caches are at a level than at present, in bytes.
 fn growth(entries: &[OverviewEntry], level: u32) -> u64 {
-    let more = |entry: &OverviewEntry| bound_at(entry, level).saturating_sub(entry.in_force.cache_bytes());
+    let more = |entry: &OverviewEntry| bound_at(entry, level).saturating_sub(entry.current.cache_bytes());
     caches(entries).into_iter().fold(0, |sum: u64, sharers| sum.saturating_add(more(sharers[0])))
 }
 
 /// The size of a device's cache at a level.
 fn bound_at(entry: &OverviewEntry, level: u32) -> u64 {
-    let config = entry.in_force.get();
+    let config = entry.current.get();
     let (size_bytes, size_min_bytes) = (config.cache.size_bytes, config.cache.size_min_bytes);
     if may_shrink(&config) { size_at(level, size_bytes, size_min_bytes) } else { size_bytes }
 }
@@ -138,7 +138,7 @@ impl PressureMonitor {
     /// Reads the indicators, and resizes the caches accordingly.
     fn check(&mut self, now: Duration) {
         let entries = self.overview.entries();
-        let is_wanted = entries.iter().any(|entry| may_shrink(&entry.in_force.get()));
+        let is_wanted = entries.iter().any(|entry| may_shrink(&entry.current.get()));
         if is_wanted {
             let (sample, has_indicators) = self.indicators.sample(now);
             if !has_indicators && !std::mem::replace(&mut self.has_warned, true) {
@@ -188,15 +188,15 @@ impl PressureMonitor {
             return;
         }
         let Some(wanted) = self.wanted(first) else { return };
-        let changes: Vec<_> = sharers.iter().map_while(|entry| UnderWay::begin_step(&entry.operator)).collect();
+        let changes: Vec<_> = sharers.iter().map_while(|entry| ChangeGuard::begin_step(&entry.operator)).collect();
         if changes.len() < sharers.len() {
             return;
         }
-        let bound = Some(wanted).filter(|wanted| *wanted < first.in_force.get().cache.size_bytes);
-        let bounds = sharers.iter().map(|entry| (entry.in_force.clone(), entry.in_force.bound_cache(bound))).collect();
+        let bound = Some(wanted).filter(|wanted| *wanted < first.current.get().cache.size_bytes);
+        let bounds = sharers.iter().map(|entry| (entry.current.clone(), entry.current.bound_cache(bound))).collect();
         // A device that is not served starts with the new bound.
         let Some(link) = &first.link else { return };
-        let request = DeviceRequest::Configure { settings: Box::new(first.in_force.settings()) };
+        let request = DeviceRequest::Configure { settings: Box::new(first.current.settings()) };
         // A process that has ended is replaced by one with the new bound.
         if let Ok(reply) = link.process.request(link.device, request) {
             self.steps.insert(name.clone(), Step { reply, bounds, _changes: changes });
@@ -205,7 +205,7 @@ impl PressureMonitor {
 
     /// The next size of a device's cache; `None`: it stays as it is.
     fn wanted(&self, entry: &OverviewEntry) -> Option<u64> {
-        let (present, wanted) = (entry.in_force.cache_bytes(), bound_at(entry, self.controller.level()));
+        let (present, wanted) = (entry.current.cache_bytes(), bound_at(entry, self.controller.level()));
         if wanted > present {
             return Some(wanted).filter(|wanted| !entry.is_frozen() && self.indicators.has_room(wanted - present));
         }

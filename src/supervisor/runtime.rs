@@ -48,7 +48,7 @@ fn read_trusted(path: &Path) -> io::Result<String> {
 
 /// Creates a file that only its owner can access. Anything that already has the name, such as the file of a daemon that
 /// was killed while writing, or a planted link, is removed and never written to.
-fn create_anew(path: &Path) -> io::Result<File> {
+fn replace_file(path: &Path) -> io::Result<File> {
     if let Err(e) = fs::remove_file(path)
         && e.kind() != io::ErrorKind::NotFound
     {
@@ -154,7 +154,7 @@ impl RuntimeFile {
             return Err(io::Error::other("another daemon holds the control socket"));
         }
         let aside = self.path.with_extension("toml.new");
-        let written = create_anew(&aside).and_then(|mut file| {
+        let written = replace_file(&aside).and_then(|mut file| {
             file.write_all(self.changes.write(&boot_name()).as_bytes())?;
             file.sync_all()
         });

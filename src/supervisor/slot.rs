@@ -27,7 +27,7 @@ use crate::units::PAGE_BYTES;
 const FENCE_POLL: Duration = Duration::from_millis(2);
 
 /// How long a disk process that has ended cleanly may take to close the descriptor of a block device.
-const REST_PATIENCE: Duration = Duration::from_secs(1);
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long the path of a cache file must not lead to it before the file counts as lost.
 const MISSED_MIN: Duration = Duration::from_millis(500);
@@ -314,7 +314,7 @@ impl Drop for ImageSlot {
             // The counters of a block device are read through a path, which only this process may use. The image no
             // longer changes once the kernel has released the process's descriptor.
             Some((io_lock, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {
-                let until = Instant::now() + REST_PATIENCE;
+                let until = Instant::now() + CLOSE_PATIENCE;
                 while state.image.is_io_locked(io_lock) && Instant::now() < until {
                     thread::sleep(FENCE_POLL);
                 }

@@ -7,7 +7,7 @@ use log::warn;
 use super::folders::{caches_in, whose};
 use super::leftovers::{Cleared, clear};
 use super::terminal::{ProgressBar, ask, is_interactive, visible};
-use super::{Report, remembered};
+use super::{Report, describe_guest_state};
 use crate::arena::{AllowedOwner, Arena, ArenaFile, GuestData, GuestState, Survey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover::operation::{check_belongs, end_tenure};
@@ -96,7 +96,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
         return Ok(format!("wrote {written} to {image_shown} and removed {shown}\n"));
     }
     file.shrink_to_header()?;
-    let why = remembered(guest);
+    let why = describe_guest_state(guest);
     Ok(format!("wrote {written} to {image_shown}; {shown} stays without its pages, because {why}\n"))
 }
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use log::{info, warn};
 
+use super::describe_guest_state;
 use super::folders::{CacheFile, CacheNeed, ImageState, cache_files, whose};
-use super::remembered;
 use super::terminal::visible;
 use crate::arena::{Arena, ArenaFile, GuestState, Header, Seen, Survey};
 use crate::config::{Config, DeviceConfig, MemoryDir, Socket};
@@ -51,7 +51,7 @@ fn description(file: ArenaFile) -> Result<String> {
     let Some(header) = file.header()? else { return Ok("empty".to_owned()) };
     let image = visible(&header.image.path);
     if header.frames == 0 {
-        return Ok(format!("{image}: no pages; {}", remembered(header.guest)));
+        return Ok(format!("{image}: no pages; {}", describe_guest_state(header.guest)));
     }
     let arena = Arena::attach(file, &header)?;
     let pages = counted(arena.records().count() as u64, "cached page");

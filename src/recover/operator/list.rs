@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::folders::{CacheFile, CacheNeed, ImageState, caches_in};
 use super::terminal::visible;
-use super::{Report, remembered};
+use super::{Report, describe_guest_state};
 use crate::arena::{GuestData, Seen, Survey};
 use crate::error::Result;
 use crate::units::counted;
@@ -81,12 +81,12 @@ fn state(cache: &CacheFile) -> String {
         Ok(Some(survey)) => {
             let guest = survey.header.guest;
             if survey.header.frames == 0 {
-                parts.push(format!("no pages, {}", remembered(guest)));
+                parts.push(format!("no pages, {}", describe_guest_state(guest)));
             } else if !survey.is_dirty() {
                 parts.push("clean".to_owned());
             }
             if survey.header.frames > 0 && guest.data == GuestData::Lost {
-                parts.push(remembered(guest).to_owned());
+                parts.push(describe_guest_state(guest).to_owned());
             }
             if survey.zero_ranges > 0 {
                 parts.push(format!("{} to be zeroed", counted(survey.zero_ranges, "range")));

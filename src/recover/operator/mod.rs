@@ -46,7 +46,7 @@ impl Report {
 }
 
 /// The guest's state that a file records, in words.
-fn remembered(guest: GuestState) -> &'static str {
+fn describe_guest_state(guest: GuestState) -> &'static str {
     match (guest.data, guest.write_through) {
         (GuestData::Lost, _) => "completed writes were lost",
         (GuestData::Intact, true) => "the guest selected write-through",

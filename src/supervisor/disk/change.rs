@@ -90,7 +90,7 @@ impl Disk {
         };
         // Statistics published before its rings stopped do not cover the last requests.
         let is_stale = handle.silent_for() >= quiesced.elapsed();
-        self.phase == DevicePhase::Quiesced && (is_stale || self.state().has_unkept_data)
+        self.phase == DevicePhase::Quiesced && (is_stale || self.state().has_volatile_dirty_data)
     }
 
     /// Logs waits that take long.
@@ -103,7 +103,7 @@ impl Disk {
         let advice = if remaining.share_process_of(self) {
             // Abandoning it would stop workers of a shared process, and other devices wait for what these have begun.
             None
-        } else if !discards && self.state().has_unkept_data {
+        } else if !discards && self.state().has_volatile_dirty_data {
             None
         } else {
             Some("")

@@ -8,7 +8,7 @@ use crate::disk_protocol::DeviceSettings;
 
 /// See the module. Copies share the configuration.
 #[derive(Clone, Debug)]
-pub(super) struct InForce(Arc<Mutex<State>>);
+pub(super) struct CurrentConfig(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
@@ -17,7 +17,7 @@ struct State {
     cache_max: Option<u64>,
 }
 
-impl InForce {
+impl CurrentConfig {
     /// The configuration at the start of a device.
     pub fn new(config: &DeviceConfig) -> Self {
         Self(Arc::new(Mutex::new(State { config: Arc::new(config.clone()), cache_max: None })))

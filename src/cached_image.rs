@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use crate::arena::{Arena, ZERO_SLOTS};
+use crate::arena::{Arena, RANGE_SLOTS};
 use crate::cache::{FrameMemory, Notice, PageCache, Settings, Stats};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Backing, Limits};
@@ -54,11 +54,19 @@ impl FrameMemory for Arc<Arena> {
     }
 
     fn zero_slots(&self) -> usize {
-        ZERO_SLOTS
+        RANGE_SLOTS
     }
 
     fn note_zero(&self, slot: usize, span: Option<SectorSpan>) {
         Arena::note_zero(self, slot, span);
+    }
+
+    fn changed_slots(&self) -> usize {
+        RANGE_SLOTS
+    }
+
+    fn note_changed(&self, slot: usize, span: Option<SectorSpan>) {
+        Arena::note_changed(self, slot, span);
     }
 }
 
@@ -113,7 +121,7 @@ impl CachedImage {
         for run in backing.data_runs() {
             cache.learn_data(SectorSpan::new(run.start / SECTOR_BYTES, (run.end - run.start) / SECTOR_BYTES));
         }
-        let (pages, dirty) = cache.restore(arena.records(), arena.pending_zeroes());
+        let (pages, dirty) = cache.restore(arena.records(), arena.pending_zeroes(), arena.changed_ranges());
         if pages > 0 {
             let pages = counted(u64::from(pages), "cached page");
             info!("{name}: restored {pages} ({dirty} dirty) left by the previous daemon");

@@ -47,6 +47,8 @@ pub enum PlantedBug {
     SyncCountsAtOnce,
     /// A zero is published when it completes, and not before it starts.
     ZeroIsNotedLate,
+    /// A discarded range is not recorded for the next daemon.
+    DiscardIsNotNoted,
     /// A range whose zeroing no Sync covers is read from the store.
     ZeroesAreReadFromStore,
     /// The age limit does not apply to pages that are written but not synced.

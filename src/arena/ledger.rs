@@ -8,6 +8,7 @@
 //! |---|---|
 //! | 0 to 4095 | the header, see [`Header`]; its first word is written last |
 //! | next 4096, not in layout 1 | 256 slots for ranges that must read as zeros: first sector, sectors (0: unused) |
+//! | next 4096, from layout 5 on | 256 such slots for ranges whose changes the store may lose |
 //! | next, padded to 4096 | 8 bytes a frame: page number (40 bits), valid sectors (8), dirty sectors (8), 0 (8) |
 //! | next | the frames; the first ones have memory (`reserve.rs`), and so have their records |
 //!
@@ -15,7 +16,7 @@
 //!
 //! Layout 3 adds the tenure and the last known state of the image ([`LastSeen`]) to the header: the size no longer
 //! identifies the image, so that a grown image keeps its cache. Layout 4 adds hashes of pages of the image
-//! (`samples.rs`), and the formats whose headers the guest has written.
+//! (`samples.rs`), and the formats whose headers the guest has written. Layout 5 adds the second table of ranges.
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -32,17 +33,19 @@ use crate::units::{FrameRecord, PAGE_SIZE, PageNo, SectorMask};
 /// The first eight bytes of a finished header.
 const MAGIC: u64 = u64::from_le_bytes(*b"genblk\0L");
 /// Version of the layout. This genblk reads this version and older ones; it rejects newer ones.
-const LAYOUT: u64 = 4;
+const LAYOUT: u64 = 5;
 /// The first layout whose header names a tenure.
 const FIRST_WITH_TENURES: u64 = 3;
 /// Bytes of the header.
 pub(super) const HEADER_BYTES: usize = PAGE_SIZE;
 /// Bytes of a frame's record.
 pub(super) const RECORD_BYTES: usize = 8;
-/// Slots of the table of ranges that must read as zeros.
-pub const ZERO_SLOTS: usize = PAGE_SIZE / ZERO_SLOT_BYTES;
+/// The first layout with a table of ranges that the store may have changed.
+const FIRST_WITH_CHANGED_RANGES: u64 = 5;
+/// Slots of a table of ranges: of those that must read as zeros, or of those that the store may have changed.
+pub const RANGE_SLOTS: usize = PAGE_SIZE / RANGE_SLOT_BYTES;
 /// Bytes of such a slot.
-pub(super) const ZERO_SLOT_BYTES: usize = 16;
+pub(super) const RANGE_SLOT_BYTES: usize = 16;
 /// Bits of a page number in a record.
 const PAGE_BITS: u32 = 40;
 
@@ -276,9 +279,15 @@ impl Header {
         (self.layout > 1).then_some(HEADER_BYTES)
     }
 
+    /// Offset of the table of ranges that the store may have changed; `None` in a layout that has none.
+    pub(super) fn changed_slots_at(&self) -> Option<usize> {
+        (self.layout >= FIRST_WITH_CHANGED_RANGES).then_some(HEADER_BYTES + RANGE_SLOTS * RANGE_SLOT_BYTES)
+    }
+
     /// Offset of the frames' records.
     pub(super) fn records_at(&self) -> usize {
-        self.zero_slots_at().map_or(HEADER_BYTES, |at| at + ZERO_SLOTS * ZERO_SLOT_BYTES)
+        let last_table = self.changed_slots_at().or(self.zero_slots_at());
+        last_table.map_or(HEADER_BYTES, |at| at + RANGE_SLOTS * RANGE_SLOT_BYTES)
     }
 
     /// The header's words, each with its offset, in the order in which they are to be stored.
@@ -551,7 +560,7 @@ mod tests {
             assert_eq!(old.records_at(), records_at);
         }
         assert!(header().fits(1024) && header().fits(1023) && !header().fits(1025));
-        assert_eq!(header().records_at(), 8192);
+        assert_eq!(header().records_at(), 12288);
     }
 
     #[test]
@@ -561,6 +570,13 @@ mod tests {
         bytes[field::GUEST_FORMATS] = 1;
         assert_eq!(Header::decode(&bytes, &"f").unwrap(), Some(old.clone()));
         assert!(!old.fits(1024));
+    }
+
+    #[test]
+    fn a_layout_without_changed_ranges_is_read_and_does_not_fit() {
+        let old = Header { layout: 4, ..header() };
+        assert_eq!(Header::decode(&encode(&old), &"f").unwrap(), Some(old.clone()));
+        assert_eq!((old.changed_slots_at(), old.records_at(), old.fits(1024)), (None, 8192, false));
     }
 
     #[test]

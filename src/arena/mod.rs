@@ -49,13 +49,13 @@ pub use changes::HEARTBEAT_AT;
 pub use changes::IdlePoint;
 pub use file::{ArenaFile, Seen};
 pub use handed::{ArenaParts, KeptArena, ReceivedArena};
-pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, SAMPLES_MAX, TenureFacts, ZERO_SLOTS};
+pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, RANGE_SLOTS, SAMPLES_MAX, TenureFacts};
 pub use populate::Populator;
 pub use samples::hash_of;
 pub use survey::Survey;
 pub use trust::AllowedOwner;
 
-use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
+use ledger::{HEADER_BYTES, RANGE_SLOT_BYTES, RECORD_BYTES, field};
 use lost_file::LossMarker;
 use mapping::{MEMFD_NAME, Mapping};
 use reserve::{Reservation, offset_in_new, parts_of, room_for};
@@ -128,6 +128,8 @@ enum Persistence {
         file: ArenaFile,
         /// Offset of the table of ranges that must read as zeros; `None` in layout 1.
         zero_slots: Option<usize>,
+        /// Offset of the table of ranges that the store may have changed; `None` before layout 5.
+        changed_slots: Option<usize>,
         /// Offset of the frames' records.
         records: usize,
     },
@@ -245,8 +247,8 @@ impl Arena {
 
     /// A persistent arena in a file whose header and length are valid.
     fn with_file(memory: Mapping, frames: usize, file: ArenaFile, header: &Header) -> Self {
-        let (zero_slots, records) = (header.zero_slots_at(), header.records_at());
-        let persistence = Persistence::Full { file, zero_slots, records };
+        let (zero_slots, changed_slots) = (header.zero_slots_at(), header.changed_slots_at());
+        let persistence = Persistence::Full { file, zero_slots, changed_slots, records: header.records_at() };
         let reserved = usize::try_from(header.reserved).map_or(frames, |reserved| reserved.min(frames));
         Self::new(memory, [reserved, frames], frames_at(header, frames), persistence, header.guest)
     }
@@ -343,25 +345,50 @@ impl Arena {
         match &self.persistence {
             Persistence::None => {}
             Persistence::LossMarker(_) => {}
-            Persistence::Full { zero_slots, .. } => {
-                let (start, count) = zero_slot(zero_slots.expect("a cache runs only in the newest layout"), slot);
-                if let Some(span) = span {
-                    // The slot counts as empty until its count is stored.
-                    self.memory.store(start, span.start);
-                }
-                self.memory.store(count, span.map_or(0, |span| span.count));
-            }
+            Persistence::Full { zero_slots, .. } => self.note_range(*zero_slots, slot, span),
         }
         if let Some(LossMarker { marker, .. }) = self.marker() {
             note_unwritten(marker, span.is_some());
         }
     }
 
+    /// Records in a slot that the store may have changed a range, and may lose the change; `None` clears the slot.
+    ///
+    /// => As [`Arena::note_zero`].
+    pub fn note_changed(&self, slot: usize, span: Option<SectorSpan>) {
+        if let Persistence::Full { changed_slots, .. } = &self.persistence {
+            self.note_range(*changed_slots, slot, span);
+        }
+    }
+
+    /// Stores a range in a slot of the table at offset `table`, or clears the slot.
+    fn note_range(&self, table: Option<usize>, slot: usize, span: Option<SectorSpan>) {
+        let (start, count) = range_slot(table.expect("a cache runs only in the newest layout"), slot);
+        if let Some(span) = span {
+            // The slot counts as empty until its count is stored.
+            self.memory.store(start, span.start);
+        }
+        self.memory.store(count, span.map_or(0, |span| span.count));
+    }
+
     /// The recorded ranges that must read as zeros, each with its slot.
     pub fn pending_zeroes(&self) -> impl Iterator<Item = (usize, SectorSpan)> {
-        let table = if let Persistence::Full { zero_slots, .. } = &self.persistence { *zero_slots } else { None };
-        table.into_iter().flat_map(|at| (0..ZERO_SLOTS).map(move |slot| (at, slot))).filter_map(|(at, slot)| {
-            let (start, count) = zero_slot(at, slot);
+        self.noted_ranges(if let Persistence::Full { zero_slots, .. } = &self.persistence { *zero_slots } else { None })
+    }
+
+    /// The recorded ranges that the store may have changed, each with its slot.
+    ///
+    /// => They may reach past the end of the image.
+    pub fn changed_ranges(&self) -> impl Iterator<Item = (usize, SectorSpan)> {
+        let table = if let Persistence::Full { changed_slots, .. } = &self.persistence { *changed_slots } else { None };
+        // A forged range may end nowhere.
+        self.noted_ranges(table).filter(|(_, span)| span.start.checked_add(span.count).is_some())
+    }
+
+    /// The ranges in the table at offset `table`, each with its slot.
+    fn noted_ranges(&self, table: Option<usize>) -> impl Iterator<Item = (usize, SectorSpan)> {
+        table.into_iter().flat_map(|at| (0..RANGE_SLOTS).map(move |slot| (at, slot))).filter_map(|(at, slot)| {
+            let (start, count) = range_slot(at, slot);
             let span = SectorSpan::new(self.memory.load(start), self.memory.load(count));
             (span.count > 0).then_some((slot, span))
         })
@@ -628,10 +655,10 @@ fn record_at(at: usize, index: usize) -> usize {
     at + index * RECORD_BYTES
 }
 
-/// Offsets of a slot's first sector and number of sectors, in a table of zero ranges at offset `at`.
-fn zero_slot(at: usize, slot: usize) -> (usize, usize) {
-    assert!(slot < ZERO_SLOTS, "slot {slot} is outside the table");
-    let at = at + slot * ZERO_SLOT_BYTES;
+/// Offsets of a slot's first sector and number of sectors, in a table of ranges at offset `at`.
+fn range_slot(at: usize, slot: usize) -> (usize, usize) {
+    assert!(slot < RANGE_SLOTS, "slot {slot} is outside the table");
+    let at = at + slot * RANGE_SLOT_BYTES;
     (at, at + 8)
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::frames_at;
-use super::ledger::{HEADER_BYTES, Header, RECORD_BYTES, ZERO_SLOT_BYTES, ZERO_SLOTS, boot_id, decode_record};
+use super::ledger::{HEADER_BYTES, Header, RANGE_SLOT_BYTES, RANGE_SLOTS, RECORD_BYTES, boot_id, decode_record};
 use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::process::effective_uid;
@@ -96,7 +96,7 @@ impl Survey {
         let image_bytes = self.header.image_bytes();
         let (sectors, pages) = (image_bytes / SECTOR_BYTES, image_bytes.div_ceil(PAGE_BYTES));
         if let Some(at) = self.header.zero_slots_at() {
-            let mut slots = vec![0; ZERO_SLOTS * ZERO_SLOT_BYTES];
+            let mut slots = vec![0; RANGE_SLOTS * RANGE_SLOT_BYTES];
             read(file, &mut slots, at as u64).map_err(failed)?;
             for slot in words(&slots).collect::<Vec<_>>().chunks(2) {
                 let span = SectorSpan::new(slot[0], slot[1]);

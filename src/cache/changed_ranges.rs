@@ -4,10 +4,17 @@
 //! write the range again, because its contents are undefined. But a guest may have read it in between: the clean page
 //! of that read then differs from the store, and the next daemon would find an image that does not match its cache. So
 //! a failure after which the store may have lost the change drops all clean sectors of the range: also in busy pages,
-//! and the result of a read in flight. The discards of the previous daemon are unknown: until the first Sync of a
-//! restored cache, the whole image counts as changed.
+//! and the result of a read in flight.
+//!
+//! The store may lose the change together with the death of the daemon, for example if an NBD server loses what was
+//! not synced. So a range is recorded in the memory that outlives the daemon (`FrameMemory::note_changed`) from before
+//! its discard starts until a Sync covers it. The next daemon drops the clean pages of such a range, does not compare
+//! them with the image (`recover/proof.rs`), and keeps the record until its first successful Sync.
 
-use crate::units::{OpKind, PageId, PageSpan, SectorSpan, Unmap};
+use std::collections::BTreeMap;
+
+use crate::fault_injection::{PlantedBug, planted};
+use crate::units::{OpKind, PageId, PageNo, PageSpan, SectorSpan, Unmap};
 
 use super::PageCache;
 use super::page_ranges::PageRanges;
@@ -15,24 +22,34 @@ use super::page_ranges::PageRanges;
 /// Most ranges in a list. If there are more, ranges are merged: the cost is that more pages are dropped and read in
 /// again.
 const RANGES_MAX: usize = 64;
+/// One in this many slots is in use. A range is noted before the notes are cleared that it replaces, and the notes of a
+/// daemon that died in between stay until the next one has its own.
+const SLOTS_PER_RANGE: usize = 4;
 
 /// See the documentation of the module. As with pages (`flush.rs`), one list has the ranges that the Sync in flight
 /// covers, the other one later ones.
 #[derive(Debug)]
 pub(super) struct ChangedRanges {
     lists: [PageRanges; 2],
+    notes: Notes,
 }
 
-impl Default for ChangedRanges {
-    fn default() -> Self {
-        Self { lists: [(); 2].map(|()| PageRanges::new(RANGES_MAX)) }
-    }
+/// The ranges that are noted: those of both lists and those of the discards in flight, or more.
+#[derive(Debug)]
+struct Notes {
+    ranges: PageRanges,
+    /// The slot of each note, by first page and number of pages.
+    slots: BTreeMap<(PageNo, u64), usize>,
+    free: Vec<usize>,
 }
 
 impl ChangedRanges {
-    /// Adds a range to a list.
-    pub fn add(&mut self, list: usize, span: PageSpan) {
-        self.lists[list].insert(span);
+    /// No ranges, and free slots for notes.
+    pub fn new(slots: usize) -> Self {
+        assert!(slots >= SLOTS_PER_RANGE, "a range needs {SLOTS_PER_RANGE} slots");
+        let ranges = PageRanges::new(slots / SLOTS_PER_RANGE);
+        let notes = Notes { ranges, slots: BTreeMap::new(), free: (0..slots).rev().collect() };
+        Self { lists: [(); 2].map(|()| PageRanges::new(RANGES_MAX)), notes }
     }
 
     /// Moves the ranges of list `from` to the other one.
@@ -40,18 +57,88 @@ impl ChangedRanges {
         let [first, second] = &mut self.lists;
         if from == 0 { second.append(first) } else { first.append(second) }
     }
-
-    /// A successful Sync covers a list.
-    pub fn clear(&mut self, list: usize) {
-        self.lists[list].clear();
-    }
 }
 
 impl PageCache {
     /// A discard has succeeded, or a range operation has failed.
     pub(super) fn note_changed_range(&mut self, span: SectorSpan) {
         self.flushing.note_unsynced_write();
-        self.changed_ranges.add(self.flushing.fresh(), span.pages());
+        self.changed_ranges.lists[self.flushing.fresh()].insert(span.pages());
+        self.note_change(span.pages());
+    }
+
+    /// A successful Sync covers a list.
+    pub(super) fn changes_synced(&mut self, list: usize) {
+        let ChangedRanges { lists, notes } = &mut self.changed_ranges;
+        lists[list].clear();
+        if notes.slots.is_empty() {
+            return;
+        }
+        notes.ranges.clear();
+        lists.iter().flat_map(PageRanges::iter).for_each(|span| notes.ranges.insert(span));
+        self.ranges.discarding().for_each(|span| notes.ranges.insert(span));
+        self.write_notes();
+    }
+
+    /// The store may be about to change a range, or has: notes it for the next daemon.
+    pub(super) fn note_change(&mut self, span: PageSpan) {
+        let notes = &mut self.changed_ranges.notes;
+        if !notes.ranges.includes(span) && !planted(PlantedBug::DiscardIsNotNoted) {
+            notes.ranges.insert(span);
+            self.write_notes();
+        }
+    }
+
+    /// Makes the notes those of the present ranges.
+    ///
+    /// => The daemon may die at any point: each range stays within a note that it is in before and after.
+    fn write_notes(&mut self) {
+        let notes = &mut self.changed_ranges.notes;
+        let wanted: Vec<(PageNo, u64)> = notes.ranges.iter().map(|span| (span.first, span.count)).collect();
+        let is_stale = |note: &(PageNo, u64)| wanted.binary_search(note).is_err();
+        let mut stale: Vec<usize> =
+            notes.slots.iter().filter(|(note, _)| is_stale(note)).map(|(_, &slot)| slot).collect();
+        notes.slots.retain(|note, _| !is_stale(note));
+        for (first, count) in wanted {
+            if self.changed_ranges.notes.slots.contains_key(&(first, count)) {
+                continue;
+            }
+            let slot = self.changed_ranges.notes.free.pop().unwrap_or_else(|| {
+                // Only a forged ledger has so many notes.
+                let slot = stale.pop().expect("there are more slots than ranges");
+                self.pages.note_changed(slot, None);
+                slot
+            });
+            self.pages.note_changed(slot, Some(self.span_of(first, count)));
+            self.changed_ranges.notes.slots.insert((first, count), slot);
+        }
+        for slot in stale {
+            self.pages.note_changed(slot, None);
+            self.changed_ranges.notes.free.push(slot);
+        }
+    }
+
+    /// The previous daemon noted these ranges. Its clean pages there may differ from the image.
+    pub(super) fn restore_changed_ranges(&mut self, noted: impl IntoIterator<Item = (usize, SectorSpan)>) {
+        let image = PageNo(self.image_pages());
+        for (slot, span) in noted {
+            let (first, end) = (span.pages().first, span.pages().end().min(image));
+            let notes = &mut self.changed_ranges.notes;
+            notes.free.retain(|&free| free != slot);
+            let replaced = if first < end { notes.slots.insert((first, end.0 - first.0), slot) } else { Some(slot) };
+            if let Some(slot) = replaced {
+                notes.free.push(slot);
+                self.pages.note_changed(slot, None);
+            }
+            if first < end {
+                let span = PageSpan::new(first, end.0 - first.0);
+                self.changed_ranges.notes.ranges.insert(span);
+                self.changed_ranges.lists[self.flushing.fresh()].insert(span);
+                self.forget_clean(self.span_of(span.first, span.count));
+                self.flushing.want_sync();
+            }
+        }
+        self.write_notes();
     }
 
     /// The store may have lost the changes of a list that no Sync covers: its clean pages, the reads in flight, and the

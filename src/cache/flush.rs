@@ -293,7 +293,7 @@ impl PageCache {
         // Before the pages: a page that was written after its range had been zeroed must not be clean while the range
         // is still recorded, or the next daemon would zero it.
         self.zeroes_synced(old);
-        self.changed_ranges.clear(old);
+        self.changes_synced(old);
         for id in std::mem::take(&mut self.flushing.unsynced[old]) {
             // The slot may be free meanwhile, or have another page.
             if self.pages[id].is(UNSYNCED[old]) {

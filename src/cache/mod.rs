@@ -113,6 +113,13 @@ pub trait FrameMemory: Send + std::fmt::Debug {
     /// still have other contents; `None` clears the slot. [`PageCache::restore`] gets the slots together with the
     /// frames.
     fn note_zero(&self, slot: usize, span: Option<SectorSpan>);
+    /// Number of slots for changed ranges; at least 4.
+    fn changed_slots(&self) -> usize {
+        4
+    }
+    /// Notes in a slot, one of [`FrameMemory::changed_slots`], a range that the store may have changed, and whose
+    /// change it may lose; `None` clears the slot. [`PageCache::restore`] gets the slots as it gets the frames.
+    fn note_changed(&self, _slot: usize, _span: Option<SectorSpan>) {}
 }
 
 /// The page cache of one image.
@@ -189,7 +196,7 @@ impl PageCache {
         Self {
             now: Tick::ZERO,
             pending_zeroes: PendingZeroes::new(memory.zero_slots()),
-            changed_ranges: ChangedRanges::default(),
+            changed_ranges: ChangedRanges::new(memory.changed_slots()),
             pages: Pages::new(&settings, memory),
             waiters: Waiters::default(),
             store_ops: StoreOps::default(),

@@ -31,6 +31,12 @@ impl PageRanges {
         self.ranges.range(..=no.0).next_back().is_some_and(|(_, &end)| no.0 < end)
     }
 
+    /// Whether the set has all pages of the span.
+    pub fn includes(&self, span: PageSpan) -> bool {
+        let below = self.ranges.range(..=span.first.0).next_back();
+        below.is_some_and(|(_, &end)| span.end().0 <= end)
+    }
+
     /// Moves all ranges of `other` to this set.
     pub fn append(&mut self, other: &mut Self) {
         other.iter().for_each(|span| self.insert(span));
@@ -144,6 +150,8 @@ mod tests {
                 let known = ends.iter().any(|(start, stop)| (*start..*stop).contains(&no));
                 assert!(known && set.contains(PageNo(no)), "step {step}: page {no} was forgotten");
             }
+            let pages = span(first, count);
+            assert_eq!(set.includes(pages), pages.iter().all(|no| set.contains(no)), "step {step}: {pages:?}");
             let extended = set.extend(span(first, count), span(first.saturating_sub(50), 200));
             let outside = extended.iter().filter(|no| !span(first, count).contains(*no));
             assert!(outside.into_iter().all(|no| no.0 >= PAGES || !model[no.0 as usize]), "step {step}: {extended:?}");

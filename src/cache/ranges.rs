@@ -10,7 +10,7 @@
 //! after another.
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
+use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
 
 use super::pages::FAILED;
 use super::pending_zeroes::{Zero, ZeroSlot};
@@ -85,6 +85,12 @@ impl Ranges {
     pub fn changing(&self, no: PageNo) -> SectorMask {
         let started = self.list.iter().filter(|range| range.started && range.ticket.is_some());
         started.fold(SectorMask::NONE, |mask, range| mask.or(range.span.sectors_in(no)))
+    }
+
+    /// What the store may be discarding.
+    pub fn discarding(&self) -> impl Iterator<Item = PageSpan> {
+        let started = self.list.iter().filter(|range| range.started && range.kind == OpKind::Discard);
+        started.map(|range| range.span.pages())
     }
 
     /// Whether none is in flight or waits.
@@ -228,6 +234,9 @@ impl PageCache {
             }
             if ticket.is_some() && !planted(PlantedBug::ZeroIsNotedLate) {
                 self.forget_clean(span);
+            }
+            if kind == OpKind::Discard {
+                self.note_change(span.pages());
             }
             self.ranges.list[index].started = true;
             self.stats.range_operations += 1;

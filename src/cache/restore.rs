@@ -6,21 +6,23 @@
 //! - Pages that were dirty or under write-back are dirty.
 //! - So are pages that no Sync had covered. The result of a Sync in flight is unknown, so everything that it would have
 //!   covered is written or zeroed again.
+//! - Clean pages of a discarded range that no Sync had covered are dropped: the store may have lost the discard.
 //! - A page that was moving to another frame is recorded for both, with the same bytes; either one is used.
 
-use crate::units::{FrameId, FrameRecord, PageNo, PageSpan, SectorSpan};
+use crate::units::{FrameId, FrameRecord, SectorSpan};
 
 use super::PageCache;
 
 impl PageCache {
-    /// Fills an empty cache from the records of the frames, and from the recorded zeroes by their slots. Returns the
-    /// number of pages in the cache, and how many of them are dirty.
+    /// Fills an empty cache from the records of the frames, and from the recorded zeroes and changed ranges by their
+    /// slots. Returns the number of pages in the cache, and how many of them are dirty.
     ///
     /// => If the cache is configured with fewer frames than the restored one, it starts with all of them, and shrinks.
     pub fn restore(
         &mut self,
         records: impl IntoIterator<Item = (FrameId, FrameRecord)>,
         zeroes: impl IntoIterator<Item = (usize, SectorSpan)>,
+        changed: impl IntoIterator<Item = (usize, SectorSpan)>,
     ) -> (u32, u32) {
         let records: Vec<_> = records.into_iter().collect();
         let frames = records.iter().map(|(frame, _)| frame.0 + 1).max().unwrap_or(0);
@@ -30,8 +32,7 @@ impl PageCache {
         self.publish_frames_in_use(self.pages.frames().total());
         self.pages.restore(records);
         self.set_frames(self.settings.frames);
-        // The previous daemon may have discarded any range.
-        self.changed_ranges.add(self.flushing.fresh(), PageSpan::new(PageNo(0), self.image_pages()));
+        self.restore_changed_ranges(changed);
         self.restore_zeroes(zeroes);
         self.throttle.restored(self.pages.dirty().dirty_pages());
         (self.pages.len(), self.pages.dirty().dirty_pages())

@@ -6,6 +6,7 @@ use crate::prng::Prng;
 use crate::units::{ExtentKind, ImageHoles, OpKind, Unmap};
 
 mod allocate;
+mod changed_ranges;
 mod durability;
 mod eager;
 mod failures;
@@ -482,7 +483,7 @@ fn a_cache_of_1_gib_is_restored_in_less_than_a_second() {
         (FrameId(n), FrameRecord { page: PageNo(u64::from(n) * 7), valid: all, dirty })
     });
     let started = std::time::Instant::now();
-    let (pages, dirty) = cache.restore(records, []);
+    let (pages, dirty) = cache.restore(records, [], []);
     let took = started.elapsed();
     assert_eq!((pages, dirty), (FRAMES - 4096, (FRAMES - 4096) / 8));
     assert!(took.as_millis() < 1000, "{took:?}");

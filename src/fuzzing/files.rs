@@ -27,10 +27,10 @@ const BOOT: usize = 64;
 /// file; then the words of tables and records.
 pub(super) fn ledger_decode(input: &[u8]) {
     let mut input = Input::new(input);
-    let layout = input.pick(&[3u64, 2, 1, 4, u64::MAX]);
+    let layout = input.pick(&[3u64, 2, 1, 4, 5, u64::MAX]);
     let frames = input.below(9);
     let image_bytes = u64::from(input.u16()) * SECTOR_BYTES;
-    let tables = if layout == 1 { PAGE_SIZE } else { 2 * PAGE_SIZE };
+    let tables = PAGE_SIZE * if layout == 1 { 1 } else { 2 + usize::from(layout == 5) };
     let mut bytes = vec![0; HEADER_BYTES + tables + frames * PAGE_SIZE];
     let put = |bytes: &mut [u8], at: usize, word: u64| bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
     put(&mut bytes, MAGIC.0, MAGIC.1);
@@ -75,6 +75,9 @@ pub(super) fn ledger_decode(input: &[u8]) {
     }
     for (_, span) in arena.pending_zeroes() {
         assert!(span.end() <= header.image.size_bytes / SECTOR_BYTES, "{span:?} of an image of {pages} pages");
+    }
+    for (_, span) in arena.changed_ranges() {
+        assert!(span.start.checked_add(span.count).is_some(), "{span:?} has no end");
     }
     if let Ok(Some(survey)) = survey {
         assert_eq!(survey.pages, arena.records().count() as u64);

@@ -175,7 +175,9 @@ pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, 
     let records = arena.records().filter(|(_, record)| !record.dirty.is_empty());
     let dirty: HashSet<u64> = records.map(|(_, record)| record.page.0).collect();
     let is_zeroed = |page: u64| arena.pending_zeroes().any(|(_, span)| !span.sectors_in(PageNo(page)).is_empty());
-    let is_known = |page: &u64| *page < image_pages && !dirty.contains(page) && !is_zeroed(*page);
+    let is_changed = |page: u64| arena.changed_ranges().any(|(_, span)| span.pages().contains(PageNo(page)));
+    let is_settled = |page: u64| !dirty.contains(&page) && !is_zeroed(page) && !is_changed(page);
+    let is_known = |page: &u64| *page < image_pages && is_settled(*page);
     let pages = pages.into_iter().filter(is_known).take(SAMPLES_MAX);
     pages.filter_map(|page| Some((PageNo(page), hash_of(&image.read_page(PageNo(page)).ok()?.0)))).collect()
 }
@@ -183,13 +185,15 @@ pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, 
 /// Compares clean pages of a cache with the image: all of them if they are few, otherwise a sample spread over the
 /// image.
 fn compare_sample(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> Comparison {
-    // Pending zeroes may not be on the image yet either.
+    // Pending zeroes may not be on the image yet either, and the store may have lost unsynced discards.
     let zeroes: Vec<SectorSpan> = arena.pending_zeroes().map(|(_, span)| span).collect();
+    let changed: Vec<SectorSpan> = arena.changed_ranges().map(|(_, span)| span).collect();
     let clean = |(frame, record): (FrameId, FrameRecord)| {
         // In a page that the end of the image cuts, the ledger marks sectors as valid that were never read.
         let known = record.valid.without(record.dirty).and(sectors_within(known_sectors, record.page));
         let mask = zeroes.iter().fold(known, |mask, span| mask.without(span.sectors_in(record.page)));
-        (!mask.is_empty()).then_some((record.page, frame, mask))
+        let is_changed = changed.iter().any(|span| span.pages().contains(record.page));
+        (!mask.is_empty() && !is_changed).then_some((record.page, frame, mask))
     };
     // A page that was being moved is recorded twice. If one of the records is dirty, the other proves nothing.
     let dirty: HashSet<PageNo> =

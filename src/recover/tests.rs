@@ -377,3 +377,32 @@ fn recovery_writes_the_dirty_sectors_of_a_page_and_no_others() {
     let sectors: Vec<u8> = page.chunks(512).map(|sector| sector[0]).collect();
     assert_eq!(sectors, [7, 7, 0, 0, 0, 7, 7, 7]);
 }
+
+/// The store has lost a discard: a page that was read since differs from the image.
+#[test]
+fn pages_of_a_range_that_was_discarded_are_not_compared() {
+    for is_noted in [false, true] {
+        let world = World::new();
+        let image = world.open();
+        let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
+        for (page, dirty) in [(0, SectorMask::NONE), (1, SectorMask::ALL)] {
+            arena.publish(FrameId(page), FrameRecord { page: PageNo(page.into()), valid: SectorMask::ALL, dirty });
+        }
+        let discarded = SectorSpan::new(0, 8);
+        arena.begin_change(discarded);
+        if is_noted {
+            arena.note_changed(3, Some(discarded));
+        }
+        arena.keep_on_drop(true);
+        drop((arena, image));
+        world.image().write_all_at(&[7; PAGE_SIZE], 0).unwrap();
+        let started = world.start();
+        assert_eq!(started.is_ok(), is_noted, "{started:?}");
+        if is_noted {
+            let image = world.open();
+            let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
+            assert!(samples_of(&*image, &arena).iter().all(|(page, _)| *page != PageNo(0)), "it may change again");
+            arena.keep_on_drop(true);
+        }
+    }
+}

@@ -12,12 +12,16 @@ use crate::units::{FrameId, FrameRecord, SectorMask, SectorSpan};
 /// The version of memory that was never written. A guest that reads it has received foreign data.
 pub(crate) const GARBAGE: u32 = u32::MAX;
 
+/// Slots for changed ranges: 3 ranges are recorded at a time.
+const CHANGED_SLOTS: usize = 12;
+
 /// The part that survives a crash of the daemon.
 #[derive(Clone, Debug)]
 struct MemoryContents {
     versions: Vec<[u32; 8]>,
     records: Vec<Option<FrameRecord>>,
     zero_slots: Vec<Option<SectorSpan>>,
+    changed_slots: Vec<Option<SectorSpan>>,
     /// Number of frames that have memory.
     in_use: usize,
 }
@@ -53,6 +57,7 @@ impl SimulatedMemory {
             versions: vec![[GARBAGE; 8]; frames],
             records: vec![None; frames],
             zero_slots: vec![None; zero_slots],
+            changed_slots: vec![None; CHANGED_SLOTS],
             in_use: frames,
         };
         Self(Arc::new(Mutex::new(MemoryState { current, steps_to_crash: None, crash_image: None })))
@@ -119,10 +124,17 @@ impl SimulatedMemory {
 
     /// The zeroed ranges with their slots, for [`PageCache::restore`](crate::cache::PageCache::restore).
     pub fn pending_zeroes(&self) -> Vec<(usize, SectorSpan)> {
-        let state = self.state();
-        let slots = state.current.zero_slots.iter().enumerate();
-        slots.filter_map(|(slot, span)| span.map(|span| (slot, span))).collect()
+        noted(&self.state().current.zero_slots)
     }
+
+    /// The changed ranges, as [`SimulatedMemory::pending_zeroes`].
+    pub fn changed_ranges(&self) -> Vec<(usize, SectorSpan)> {
+        noted(&self.state().current.changed_slots)
+    }
+}
+
+fn noted(slots: &[Option<SectorSpan>]) -> Vec<(usize, SectorSpan)> {
+    slots.iter().enumerate().filter_map(|(slot, span)| span.map(|span| (slot, span))).collect()
 }
 
 fn sectors_of(mask: SectorMask) -> impl Iterator<Item = usize> {
@@ -174,5 +186,16 @@ impl FrameMemory for SimulatedMemory {
         let mut state = self.state();
         state.step();
         state.current.zero_slots[slot] = span;
+    }
+
+    fn changed_slots(&self) -> usize {
+        CHANGED_SLOTS
+    }
+
+    fn note_changed(&self, slot: usize, span: Option<SectorSpan>) {
+        let mut state = self.state();
+        state.step();
+        assert!(span.is_none() || state.current.changed_slots[slot].is_none(), "a note is overwritten");
+        state.current.changed_slots[slot] = span;
     }
 }

@@ -37,7 +37,7 @@ fn deaths_of_server_disk_process_and_daemon_in_any_order_lose_no_data() {
     let Some(mut server) = NbdServer::forgetful(&socket_of(&directory), &image) else { return };
     let mut daemon = Daemon::start_configured(directory, &[&device(&server, KEYS)]);
     let mut guest = Guest::attach(FrontEnd::Qemu, &daemon, SECTORS, seed);
-    // A server that forgets a discard together with the death of the daemon makes the next one refuse the cache
+    // The server still reads what a TRIM has freed, and zeros after its death, also after a FLUSH
     // (docs/guarantees.md, "What is not guaranteed").
     guest.discards = false;
     for event in 0..events {

@@ -460,6 +460,11 @@ impl Pages {
         self.memory.note_zero(slot, span);
     }
 
+    /// See [`FrameMemory::note_changed`].
+    pub fn note_changed(&mut self, slot: usize, span: Option<SectorSpan>) {
+        self.memory.note_changed(slot, span);
+    }
+
     // Epochs.
 
     /// Closes the current epoch, unless it is empty; returns the last closed epoch.

@@ -435,21 +435,30 @@ fn a_failed_sync_drops_only_what_was_discarded_however_far_apart_that_is() {
     assert_eq!(found, [false, true, false]);
 }
 
-/// The discards of the previous daemon are unknown, and the first Sync is to cover them.
+/// The store may lose the discards of the previous daemon, until the first Sync covers them.
 #[test]
-fn clean_pages_that_were_restored_are_dropped_if_the_first_sync_fails() {
+fn clean_pages_of_a_range_that_the_last_daemon_discarded_are_dropped_and_again_if_the_first_sync_fails() {
     for is_lost in [false, true] {
         let mut cache = cache_with(Settings { holes: ImageHoles::Unmappable, ..Settings::of(1024, 1 << 20) });
         let now = Tick::from_us(SECOND_US);
         let record = |page, dirty| FrameRecord { page: PageNo(page), valid: SectorMask::ALL, dirty };
-        let records = [(FrameId(3), record(5, SectorMask::NONE)), (FrameId(4), record(6, SectorMask::ALL))];
-        cache.restore(records, []);
-        cache.flush(FLUSH);
-        assert_eq!(pump_once(&mut cache, now, None).len(), 1, "the dirty page is written");
-        let broken = is_lost.then_some(OpKind::Sync);
-        assert_eq!(pump_once(&mut cache, now, broken), [(OpKind::Sync, SectorSpan::new(0, 0))]);
+        let dirty = SectorMask::run(0, 2);
+        let records = [(3, 5, SectorMask::NONE), (4, 6, dirty), (5, 900, SectorMask::NONE)];
+        let records = records.map(|(frame, page, dirty)| (FrameId(frame), record(page, dirty)));
+        cache.restore(records, [], [(2, SectorSpan::new(0, 64))]);
+        assert!(cache.pages.find(PageNo(5)).is_none());
+        assert_eq!(cache.pages[cache.pages.find(PageNo(6)).unwrap()].valid, dirty, "the rest of the page is dropped");
+        assert!(cache.pages.find(PageNo(900)).is_some(), "a page elsewhere stays");
+        read(&mut cache, 40, 8);
+        let ops = started(&mut cache, now);
+        let (syncs, others): (Vec<_>, Vec<_>) = ops.into_iter().partition(|(_, kind, _)| *kind == OpKind::Sync);
+        assert_eq!(syncs.len(), 1, "a Sync is sent without a FLUSH");
+        others.iter().for_each(|&(tag, ..)| cache.complete(tag, &Outcome::Done, now));
+        return_pieces(&mut cache);
+        assert!(cache.pages.find(PageNo(5)).is_some());
+        cache.complete(syncs[0].0, &if is_lost { Outcome::Failed(Fault::Lost) } else { Outcome::Done }, now);
         assert_eq!(cache.pages.find(PageNo(5)).is_none(), is_lost);
-        assert!(cache.pages.find(PageNo(6)).is_some());
+        assert!(cache.pages.find(PageNo(6)).is_some() && cache.pages.find(PageNo(900)).is_some());
         complete_all(&mut cache, now.plus_us(100 * SECOND_US));
         assert!(cache.is_durable());
     }
@@ -574,7 +583,7 @@ fn a_zero_that_the_next_daemon_repeats_leaves_out_what_is_dirty() {
     };
     let records = [(FrameId(3), record(2, 2, 3)), (FrameId(4), record(7, 6, 2))];
     // The second page was also written behind the end of the zero.
-    cache.restore(records, [(0, SectorSpan::new(0, 60))]);
+    cache.restore(records, [(0, SectorSpan::new(0, 60))], []);
     let ops = complete_all(&mut cache, Tick::from_us(SECOND_US));
     assert_eq!(zeroed(&ops), [SectorSpan::new(0, 18), SectorSpan::new(21, 39)], "{ops:?}");
 }
@@ -584,7 +593,7 @@ fn a_clean_page_of_a_range_that_the_previous_daemon_was_zeroing_is_not_restored(
     let mut cache = cache_of(1024, 1 << 20);
     let record = |page, dirty| FrameRecord { page: PageNo(page), valid: SectorMask::ALL, dirty };
     let records = [(FrameId(3), record(2, SectorMask::NONE)), (FrameId(4), record(3, SectorMask::ALL))];
-    cache.restore(records, [(0, SectorSpan::new(0, 64))]);
+    cache.restore(records, [(0, SectorSpan::new(0, 64))], []);
     let found = [2, 3].map(|no| cache.pages.find(PageNo(no)).is_some());
     assert_eq!(found, [false, true], "the dirty page was written after the zero");
 }

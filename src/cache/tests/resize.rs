@@ -72,7 +72,7 @@ fn settings(frames: u32) -> Settings {
 fn cache_of(frames: u32) -> (PageCache, Ledger) {
     let ledger = Ledger::default();
     let mut cache = PageCache::new(settings(frames), Box::new(ledger.clone()));
-    cache.restore([], []);
+    cache.restore([], [], []);
     cache.throttle.restored(u32::MAX);
     cache.pump(Tick::ZERO);
     (cache, ledger)
@@ -230,7 +230,7 @@ fn a_larger_cache_that_was_left_is_restored_and_shrinks() {
     let records: Vec<_> =
         ledger.0.lock().unwrap().records.iter().map(|(&frame, &record)| (FrameId(frame), record)).collect();
     let mut next = PageCache::new(settings(1024), Box::new(ledger.clone()));
-    assert_eq!(next.restore(records, []), (2600, 600));
+    assert_eq!(next.restore(records, [], []), (2600, 600));
     let mut written = 0;
     while !next.is_resized() {
         let now = next.now.plus_us(2000);

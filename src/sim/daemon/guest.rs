@@ -221,6 +221,7 @@ impl Ring {
 
     /// Makes a request available, and kicks if the device requests that.
     pub fn submit(&mut self, request: Submitted, prng: &mut Prng) {
+        assert!(request.span.count <= SECTORS_MAX, "{request:?} exceeds its slot");
         let head = *self.free.last().expect("the caller has asked has_space()");
         let buffers = self.write_buffers(head, &request, prng);
         let direct = buffers.len() <= self.free.len() && prng.percent(50);

@@ -62,9 +62,8 @@ impl Directory {
 
     /// Makes the image's file larger, as another process would.
     pub fn grow_image(&self, image_bytes: u64) {
-        let image = self.open_image();
-        let modified = image.metadata().and_then(|metadata| metadata.modified()).expect("a file has times");
-        image.set_len(image_bytes).expect("the file can grow");
+        let modified = self.modified();
+        self.open_image().set_len(image_bytes).expect("the file can grow");
         self.modified.set(self.modified.get().or(Some(modified)));
     }
 
@@ -80,6 +79,11 @@ impl Directory {
     /// A daemon serves the image: its growth is final.
     pub fn keep_growth(&self) {
         self.modified.set(None);
+    }
+
+    /// The modification time of the image's file.
+    fn modified(&self) -> SystemTime {
+        self.open_image().metadata().and_then(|metadata| metadata.modified()).expect("a file has times")
     }
 
     fn open_image(&self) -> File {
@@ -205,6 +209,8 @@ pub(super) struct Configuration<'a> {
     pub is_restored: bool,
     /// The image has grown since the last daemon.
     pub has_grown: bool,
+    /// The disk has lost unsynced changes, and the image has the times that it had.
+    pub has_forgotten: bool,
 }
 
 impl Life {
@@ -222,6 +228,7 @@ impl Life {
             budget,
             is_restored,
             has_grown,
+            has_forgotten,
         } = configuration;
         let mut config = DeviceConfig::new("sim", Socket::Path(PathBuf::new()), directory.image());
         config.cache.size_bytes = u64::from(settings.frames) * PAGE_BYTES;
@@ -238,7 +245,14 @@ impl Life {
         let values = if through_file { image.reopened() } else { image.values() };
         let bytes: Vec<u8> = values.into_iter().flat_map(sector_of).collect();
         if fs::read(&config.image).expect("the image's file") != bytes {
+            let modified = directory.modified();
             directory.write_image(&bytes);
+            if *has_forgotten {
+                // An image on a server has no times to compare: its pages are compared.
+                directory.open_image().set_modified(modified).expect("a file has times");
+                drop(file);
+                file = open();
+            }
         }
         if *is_restored {
             // Not at a time that could be that of one of the last daemon's writes, nor near the last restore.

@@ -71,7 +71,7 @@ fn seeds_from_the_environment() {
 }
 
 /// Planted bugs outside the cache.
-const PLANTED: [PlantedBug; 10] = [
+const PLANTED: [PlantedBug; 11] = [
     PlantedBug::InflightClearedBeforePublishing,
     PlantedBug::ZeroesNotFlushed,
     PlantedBug::SwitchNotFlushed,
@@ -82,6 +82,7 @@ const PLANTED: [PlantedBug; 10] = [
     PlantedBug::LongRequestForgotten,
     PlantedBug::ProofSkipped,
     PlantedBug::AbandonLosesUntracked,
+    PlantedBug::DiscardIsNotNoted,
 ];
 
 #[test]

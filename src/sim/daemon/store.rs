@@ -281,6 +281,11 @@ impl SimulatedImage {
         durable.iter().zip(unsynced.iter()).map(left).collect()
     }
 
+    /// The server of the disk dies with the daemon, and loses what no Sync covers.
+    pub fn lose_unsynced(&self) {
+        self.disk().lose_unsynced();
+    }
+
     /// Cuts the power; `left` remains.
     pub fn cut_power(&self, left: &[SectorValue]) {
         let mut disk = self.disk();

@@ -5,6 +5,7 @@ mod control;
 mod drain;
 mod growth;
 mod limits;
+mod server_deaths;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use crate::units::{SectorSpan, Tick};
 use control::{FrontEndConnection, LAST_FLUSHES_MAX};
 use growth::Growth;
 use limits::LimitedRate;
+use server_deaths::ServerDeaths;
 
 /// Rounds of the last phase after which a request in flight counts as stuck.
 const ROUNDS_MAX: u32 = 100_000;
@@ -78,6 +80,8 @@ pub(super) struct World {
     /// The image grows. Not in worlds in which backups are restored, because only a sample distinguishes an image of
     /// another size from a restored one.
     growth: Option<Growth>,
+    /// The image is on a server that dies with the daemon.
+    server_deaths: Option<ServerDeaths>,
     /// The contents of the image at some time.
     pub backup: Option<Vec<u64>>,
     /// The backup was restored, and no daemon has started since.
@@ -130,6 +134,7 @@ impl World {
             deaths: 0,
             restores: Some(Prng::new(seed ^ 0xbac4)).filter(|_| (seed / 4).is_multiple_of(2)),
             growth: Some(Growth::new(seed, image_sectors)).filter(|_| seed / 4 % 4 == 1),
+            server_deaths: ServerDeaths::new(seed),
             backup: None,
             is_restored: false,
             limited: LimitedRate::new(seed),
@@ -181,6 +186,7 @@ impl World {
         }
         self.grow_or_follow();
         self.change_limits();
+        self.kill_server_and_daemon();
         self.frozen_steps = self.frozen_steps.saturating_sub(1);
         match self.prng.below(100) {
             0..40 if self.frozen_steps > 0 => {}
@@ -267,6 +273,7 @@ impl World {
             budget: self.budget,
             is_restored: self.is_restored,
             has_grown: self.has_grown(),
+            has_forgotten: self.server_deaths.as_ref().is_some_and(|deaths| deaths.has_forgotten),
         };
         match Life::start(&configuration, &self.image) {
             Ok(None) => {
@@ -281,6 +288,7 @@ impl World {
             }
             Ok(Some(life)) => {
                 self.is_restored = false;
+                self.server_deaths.iter_mut().for_each(|deaths| deaths.has_forgotten = false);
                 self.note_served();
                 if self.restores.as_mut().is_some_and(|prng| prng.percent(50)) {
                     self.backup = Some(self.image.values());
@@ -312,6 +320,7 @@ impl World {
         if let Some(life) = self.life.take() {
             life.bury(&self.image);
         }
+        self.server_may_die();
         let keeps_requests = self.session.has_inflight_region();
         self.session.disconnect();
         if !self.scenario.survives {
@@ -427,6 +436,9 @@ impl World {
         let start = self.start_near_old_end().unwrap_or_else(|| self.prng.below(self.scenario.hot_sectors));
         let longest = self.prng.pick(&[1, 8, SECTORS_MAX]).min(self.settings.image_sectors - start);
         let span = SectorSpan::new(start, self.prng.between(1, longest));
+        if self.submit_discard_or_read(span) {
+            return;
+        }
         let contention_max = if self.scenario.overlap { CONTENTION_MAX } else { 1 };
         if self.oracle.contention(span) >= contention_max {
             return;
@@ -444,7 +456,7 @@ impl World {
     }
 
     /// Submits a request if its ring has space.
-    pub fn submit(&mut self, ring: usize, action: GuestAction, span: SectorSpan) -> bool {
+    fn submit(&mut self, ring: usize, action: GuestAction, span: SectorSpan) -> bool {
         if !self.rings[ring].has_space() {
             return false;
         }
@@ -477,6 +489,7 @@ impl World {
         let Completed { request, succeeded, values } = completed;
         let Submitted { id, action, span, write_through } = request;
         self.completed += 1;
+        self.note_completed(id, &action, span);
         if !matches!(action, GuestAction::Flush(_)) {
             self.check_limits();
         }

@@ -81,7 +81,7 @@ impl World {
     /// Starts a daemon that restores the memory.
     pub(super) fn start_writer(&mut self) {
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
-        self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
+        self.cache.restore(self.memory.records(), self.memory.pending_zeroes(), self.memory.changed_ranges());
     }
 
     /// Checks that no record marks a sector beyond the end of the image as dirty.

@@ -119,7 +119,7 @@ impl CachedImage {
         let frames = settings.frames as usize;
         let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
         for run in backing.data_runs() {
-            cache.learn_data(SectorSpan::new(run.start / SECTOR_BYTES, (run.end - run.start) / SECTOR_BYTES));
+            cache.record_data(SectorSpan::new(run.start / SECTOR_BYTES, (run.end - run.start) / SECTOR_BYTES));
         }
         let (pages, dirty) = cache.restore(arena.records(), arena.pending_zeroes(), arena.changed_ranges());
         if pages > 0 {

@@ -135,7 +135,7 @@ impl PageCache {
                 self.changed_ranges.notes.ranges.insert(span);
                 self.changed_ranges.lists[self.flushing.fresh()].insert(span);
                 self.forget_clean(self.span_of(span.first, span.count));
-                self.flushing.want_sync();
+                self.flushing.request_sync();
             }
         }
         self.write_notes();

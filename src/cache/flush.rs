@@ -66,7 +66,7 @@ pub(super) struct FlushState {
     unsynced: [Vec<PageId>; 2],
     fresh: usize,
     /// A Sync should be submitted although no flush waits for it.
-    wanted: bool,
+    sync_requested: bool,
     /// A write has failed since the last successful Sync.
     must_sync_before_retry: bool,
     /// How often all unsynced pages were put in doubt. An operation that was submitted before the last time is in doubt
@@ -87,7 +87,7 @@ impl Default for FlushState {
             successes: 0,
             unsynced: Default::default(),
             fresh: 0,
-            wanted: false,
+            sync_requested: false,
             must_sync_before_retry: false,
             doubts: 0,
         }
@@ -106,13 +106,13 @@ impl FlushState {
     }
 
     /// Requests a Sync: pages can't be evicted before it, or have been unsynced for long.
-    pub fn want_sync(&mut self) {
-        self.wanted = true;
+    pub fn request_sync(&mut self) {
+        self.sync_requested = true;
     }
 
     /// Whether a Sync is to be submitted although no flush waits.
     pub fn sync_is_due(&self) -> bool {
-        self.wanted && self.written > self.synced
+        self.sync_requested && self.written > self.synced
     }
 
     /// Whether a Sync is to be submitted, for a flush or without one.
@@ -225,7 +225,7 @@ impl PageCache {
         let flushing = &mut self.flushing;
         flushing.syncing = Some(flushing.written);
         flushing.fresh ^= 1;
-        flushing.wanted = false;
+        flushing.sync_requested = false;
         debug_assert!(flushing.unsynced[flushing.fresh].is_empty(), "the end of the last Sync takes its list");
         self.stats.syncs += 1;
         self.submit_op(StoreOp::without_pages(OpKind::Sync, SectorSpan::new(0, 0)));
@@ -370,7 +370,7 @@ impl PageCache {
         if fault != Fault::Lost {
             self.store_failed(fault, Cause::Sync);
         }
-        self.flushing.wanted = true;
+        self.flushing.sync_requested = true;
     }
 
     /// Makes all of a page dirty again, because the store may lack it. It gets an epoch that every waiting flush
@@ -448,7 +448,7 @@ impl PageCache {
             let list = &mut self.flushing.unsynced[fresh];
             list.push(id);
             if list.len() >= (self.pages.frames().total() / UNSYNCED_DIVISOR) as usize {
-                self.flushing.want_sync();
+                self.flushing.request_sync();
             }
         }
     }

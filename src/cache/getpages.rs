@@ -181,7 +181,7 @@ impl PageCache {
         match self.holes.status(no) {
             BlockStatus::Hole => return Err(CannotRead::Hole),
             BlockStatus::Unknown => {
-                self.ask_for_map(no);
+                self.request_map(no);
                 return Err(CannotRead::Wait);
             }
             BlockStatus::Data => {}
@@ -218,7 +218,7 @@ impl PageCache {
         let status = if self.zeroed_sectors(no).contains(missing) { BlockStatus::Hole } else { self.holes.status(no) };
         match status {
             BlockStatus::Unknown => {
-                self.ask_for_map(no);
+                self.request_map(no);
                 false
             }
             BlockStatus::Hole => match self.pages.ensure_frame(id) {

@@ -169,7 +169,7 @@ impl HoleMap {
     pub fn forget(&mut self, span: PageSpan) {
         if self.image == ImageHoles::NoneYet {
             self.image = ImageHoles::Possible;
-            self.runs.learn(SectorSpan::new(0, self.image_sectors).pages(), ExtentKind::Data);
+            self.runs.record(SectorSpan::new(0, self.image_sectors).pages(), ExtentKind::Data);
         }
         self.clock = self.clock.wrapping_add(1);
         self.freed = self.clock;
@@ -236,7 +236,7 @@ impl HoleMap {
         let is_since = |changed: u32| changed != since && changed.wrapping_sub(since) < u32::MAX / 2;
         let changed = is_since(freed) || kind == ExtentKind::Hole && is_since(written);
         if span.end().0 > (number + 1) * REGION_PAGES && !changed {
-            self.runs.learn(span, kind);
+            self.runs.record(span, kind);
         }
     }
 
@@ -248,7 +248,7 @@ impl HoleMap {
 
 impl PageCache {
     /// Requests a map of the region of `no` from the store, unless one is in flight.
-    pub(super) fn ask_for_map(&mut self, no: PageNo) {
+    pub(super) fn request_map(&mut self, no: PageNo) {
         if !self.holes.begin_map(no) {
             return;
         }
@@ -260,10 +260,10 @@ impl PageCache {
     /// Records that the whole span is data on the store.
     ///
     /// => Call it only before the first request: later, a zero or discard might have made holes.
-    pub fn learn_data(&mut self, span: SectorSpan) {
+    pub fn record_data(&mut self, span: SectorSpan) {
         let pages = whole_pages(span, self.settings.image_sectors);
         if self.holes.image == ImageHoles::Possible && pages.count > 0 {
-            self.holes.runs.learn(pages, ExtentKind::Data);
+            self.holes.runs.record(pages, ExtentKind::Data);
         }
     }
 

@@ -158,7 +158,7 @@ impl PageCache {
             self.pending_zeroes.set(slot, Zero { span, unmap: Unmap::Forbidden });
             self.forget_clean(span);
             self.redo_zero(span, Unmap::Forbidden, slot);
-            self.flushing.want_sync();
+            self.flushing.request_sync();
         }
     }
 }

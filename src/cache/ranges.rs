@@ -243,7 +243,7 @@ impl PageCache {
             self.submit_op(StoreOp::without_pages(kind, piece));
         }
         if self.pending_zeroes.is_crowded() {
-            self.flushing.want_sync();
+            self.flushing.request_sync();
         }
     }
 

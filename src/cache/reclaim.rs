@@ -45,7 +45,7 @@ impl PageCache {
                 if self.pages.frames().free() < wanted {
                     self.writeback.pressure |= dirty;
                     if unsynced {
-                        self.flushing.want_sync();
+                        self.flushing.request_sync();
                     }
                 }
                 return;

@@ -49,7 +49,7 @@ impl Runs {
     }
 
     /// Records that all pages of the span are of this kind.
-    pub fn learn(&mut self, span: PageSpan, kind: ExtentKind) {
+    pub fn record(&mut self, span: PageSpan, kind: ExtentKind) {
         self.cut(span);
         self.insert(span.first.0, ExtentRun { end: span.end().0, kind });
     }
@@ -141,7 +141,7 @@ mod tests {
                         let hole = holes[first as usize];
                         let end = (first..PAGES).find(|&no| holes[no as usize] != hole).unwrap_or(PAGES);
                         let kind = if hole { ExtentKind::Hole } else { ExtentKind::Data };
-                        runs.learn(span(first, end - first), kind);
+                        runs.record(span(first, end - first), kind);
                     }
                 }
                 for _ in 0..20 {
@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn a_sequential_writer_into_a_hole_leaves_one_run() {
         let mut runs = Runs::new(0);
-        runs.learn(span(0, 10_000), ExtentKind::Hole);
+        runs.record(span(0, 10_000), ExtentKind::Hole);
         (0..1000).for_each(|no| runs.mark_data(span(no, 1)));
         assert_eq!((runs.kind(PageNo(999)), runs.kind(PageNo(1000))), (None, Some(ExtentKind::Hole)));
         assert_eq!(runs.runs.len(), 1);

@@ -150,16 +150,16 @@ impl Throttle {
         self.sample.us += now.since_us(since);
         self.busy_since = (left > 0).then_some(now);
         if self.sample.us >= SAMPLE_US {
-            self.learn(self.sample.speed(SAMPLE_US));
+            self.apply_sample(self.sample.speed(SAMPLE_US));
             self.sample = WriteSample::default();
         } else {
-            self.learn_part(self.sample.speed(PART_US_MIN));
+            self.apply_partial_sample(self.sample.speed(PART_US_MIN));
         }
     }
 
     /// Includes a complete sample in the speed. Its rates are lower bounds of the store's capacity. If it is slower
     /// than the known speed, the rate that it used most was the bottleneck, and is lowered.
-    fn learn(&mut self, seen: Speed) {
+    fn apply_sample(&mut self, seen: Speed) {
         let Speed { pages, operations } = self.speed;
         // After three samples, seven eighths of a change are included.
         let mean = |known: u64, seen: u64| u64::midpoint(known, seen).max(1);
@@ -180,7 +180,7 @@ impl Throttle {
 
     /// Includes an incomplete sample, if it shows that the store is much faster than known. The limit would otherwise
     /// keep a fast store slow for the length of a sample.
-    fn learn_part(&mut self, seen: Speed) {
+    fn apply_partial_sample(&mut self, seen: Speed) {
         let Speed { pages, operations } = self.speed;
         if seen.pages > pages * PART_FACTOR || seen.operations > operations * PART_FACTOR {
             self.speed = Speed { pages: pages.max(seen.pages), operations: operations.max(seen.operations) };

@@ -124,7 +124,7 @@ impl PageCache {
         }
         self.age();
         if self.health.may_retry(self.now) && !self.flushing.may_retry() {
-            self.flushing.want_sync();
+            self.flushing.request_sync();
         }
         if self.pages.dirty().dirty_pages() == 0 {
             self.writeback.running = false;
@@ -206,7 +206,7 @@ impl PageCache {
             && oldest.is_none_or(|oldest| !oldest.at_or_before(aged))
         {
             self.writeback.aged = None;
-            self.flushing.want_sync();
+            self.flushing.request_sync();
         }
         if self.now >= self.writeback.next_aging {
             let was_slow = self.writeback.aged.is_some();
@@ -216,7 +216,7 @@ impl PageCache {
             // Pages written back for another reason age too, until a Sync covers them. That Sync follows anyway once
             // the aged epoch is written, unless that takes long.
             if self.unsynced_ages() && (self.writeback.aged.is_none() || was_slow) {
-                self.flushing.want_sync();
+                self.flushing.request_sync();
             }
             self.writeback.next_aging = self.now.plus_us(self.settings.dirty_age_us / EPOCHS_PER_AGE);
         }

@@ -134,7 +134,7 @@ impl<'a> World<'a> {
 
     /// Brings each page into its state.
     fn set_scene(&mut self) {
-        self.cache.ask_for_map(PageNo(0));
+        self.cache.request_map(PageNo(0));
         self.turn();
         self.complete(0);
         // Pages are put under write-back first, while no other pages are dirty that a cluster could include.

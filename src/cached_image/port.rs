@@ -48,7 +48,7 @@ impl CachedImage {
         // After the mailbox is in the list, which ensures that every later change reaches this worker.
         store.hint_memory(self.arena.addresses());
         store.limit_memory(self.arena.addresses_in_use().end);
-        let reader = self.join(device);
+        let reader = self.attach(device);
         Ok(WorkerPort {
             image: Arc::clone(self),
             worker,
@@ -66,7 +66,7 @@ impl CachedImage {
     }
 
     /// The number of a device among those that use the image. From the second device on, the cache is shared fairly.
-    fn join(&self, device: &str) -> usize {
+    fn attach(&self, device: &str) -> usize {
         let mut readers = self.readers.lock().expect("no thread panics with the list locked");
         let known = readers.iter().position(|reader| reader.device == device);
         // The number of a device that has detached is free.
@@ -89,7 +89,7 @@ impl CachedImage {
     }
 
     /// A worker of a reader ends its use of the image.
-    fn leave(&self, reader: usize) {
+    fn detach(&self, reader: usize) {
         let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
         readers[reader].ports -= 1;
         if readers[reader].ports == 0
@@ -297,7 +297,7 @@ impl Drop for WorkerPort {
             self.close(DRAIN_MAX);
         }
         self.mailbox.memory_seen.store(u64::MAX, Ordering::Release);
-        self.image.leave(self.reader);
+        self.image.detach(self.reader);
     }
 }
 

@@ -141,7 +141,7 @@ impl WorkerControl {
     }
 
     /// Sends a command and waits for its reply. `None`: the worker has ended.
-    pub fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> WorkerCommand) -> Option<T> {
+    pub fn call<T>(&self, command: impl FnOnce(Sender<T>) -> WorkerCommand) -> Option<T> {
         self.request(command).recv().inspect_err(|_| self.ended.store(true, Ordering::Release)).ok()
     }
 }
@@ -174,7 +174,7 @@ impl Workers {
     pub fn set_memory(&self, memory: &Arc<GuestRam>) {
         let _serial = self.serial.lock();
         for control in &self.controls {
-            control.ask(|reply| WorkerCommand::Memory(Arc::clone(memory), reply));
+            control.call(|reply| WorkerCommand::Memory(Arc::clone(memory), reply));
         }
     }
 
@@ -188,7 +188,7 @@ impl Workers {
     /// # Errors
     /// The store's fault.
     pub fn flush(&self) -> Result<(), Fault> {
-        self.controls[0].ask(WorkerCommand::Flush).unwrap_or(Err(Fault::Gone))
+        self.controls[0].call(WorkerCommand::Flush).unwrap_or(Err(Fault::Gone))
     }
 
     /// Like [`Workers::flush`], without waiting for the result. If it fails, the log reports the image's health. Does
@@ -214,19 +214,19 @@ impl Workers {
 
     /// Retries failed operations immediately: the operator resumes the image.
     pub fn resume(&self) {
-        self.controls[0].ask(WorkerCommand::Resume);
+        self.controls[0].call(WorkerCommand::Resume);
     }
 
     /// Applies those of these settings that may change while the cache is used.
     pub fn reconfigure(&self, settings: Settings) {
-        self.controls[0].ask(|reply| WorkerCommand::Reconfigure(Box::new(settings), reply));
+        self.controls[0].call(|reply| WorkerCommand::Reconfigure(Box::new(settings), reply));
     }
 
     /// Evicts every clean page, a part of the page table in each turn. Returns the number of evicted pages.
     pub fn drop_clean(&self) -> u64 {
         let (mut dropped, mut from) = (0, Some(0));
         while let Some(slot) = from {
-            let Some((pages, next)) = self.controls[0].ask(|reply| WorkerCommand::DropClean(slot, reply)) else {
+            let Some((pages, next)) = self.controls[0].call(|reply| WorkerCommand::DropClean(slot, reply)) else {
                 break;
             };
             dropped += u64::from(pages);
@@ -247,13 +247,13 @@ impl Workers {
     /// Reads in as many pages as fit now, with a lower priority than the guest's requests. Returns the page from which
     /// to continue; `None`: the worker has ended.
     pub fn warm(&self, pages: PageSpan) -> Option<(PageNo, WarmStep)> {
-        self.controls[0].ask(|reply| WorkerCommand::Warm(pages, reply))
+        self.controls[0].call(|reply| WorkerCommand::Warm(pages, reply))
     }
 
     /// The pages in memory of a part of the page table, starting at a slot, and the next slot; `None`: the worker has
     /// ended.
     pub fn resident(&self, from: u32) -> Option<(Vec<PageNo>, Option<u32>)> {
-        self.controls[0].ask(|reply| WorkerCommand::Resident(from, reply))
+        self.controls[0].call(|reply| WorkerCommand::Resident(from, reply))
     }
 
     /// Makes all completed writes durable, and does not change the image from then on until [`Workers::thaw`], at most
@@ -286,7 +286,7 @@ impl Workers {
 
     /// Ends a freeze. Returns whether the cache was still frozen.
     pub fn thaw(&self) -> bool {
-        self.controls[0].ask(WorkerCommand::Thaw).unwrap_or(false)
+        self.controls[0].call(WorkerCommand::Thaw).unwrap_or(false)
     }
 
     /// Ends the threads. Store operations in flight get `patience` to complete; then they are left to the kernel.

@@ -419,7 +419,7 @@ fn a_request_that_is_given_back_to_the_driver_is_not_marked_as_in_flight() {
     ring.push_used(0, 0);
     ring.publish();
     ring.suspend(1);
-    ring.give_back();
+    ring.return_suspended();
     assert_eq!(ring.position().next_avail, START.wrapping_add(1));
     let mut next = InflightTracker::new(Arc::clone(&memory.inflight), 0, SIZE);
     assert_eq!(next.recover(memory.le16(USED + 2)), Some(Vec::new()));

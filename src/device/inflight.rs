@@ -92,7 +92,7 @@ impl InflightTracker {
     }
 
     /// Records that the chain at `head` was returned to the driver.
-    pub fn untake(&mut self, head: u16) {
+    pub fn return_head(&mut self, head: u16) {
         if head < self.size {
             store(self.inflight(head), 0, Ordering::Release);
         }

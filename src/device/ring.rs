@@ -204,15 +204,15 @@ impl Ring {
     /// keep their mark in the inflight region, where the next ring finds them.
     ///
     /// => The ring has drained, and stops.
-    pub(super) fn give_back(&mut self) {
+    pub(super) fn return_suspended(&mut self) {
         let is_due = self.suspended && !planted(PlantedBug::LongRequestForgotten);
         let Some(queue) = self.queue.as_mut().filter(|_| is_due) else { return };
         while let Some(&last) = self.resubmissions.first()
-            && queue.untake(last)
+            && queue.return_head(last)
         {
             self.resubmissions.remove(0);
             if let Some(tracker) = &mut self.tracker {
-                tracker.untake(last);
+                tracker.return_head(last);
             }
         }
     }

@@ -507,7 +507,7 @@ impl Worker {
             if !ring.is_drained() {
                 return true;
             }
-            ring.give_back();
+            ring.return_suspended();
             if let Some(held) = ring.held.take() {
                 limiter.refund(held.price);
             }

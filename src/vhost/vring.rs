@@ -220,7 +220,7 @@ impl VringControl {
         };
         self.shared.session.on_ring_start(index, &setup);
         let worker = self.shared.session.workers.of_ring(index);
-        worker.ask(|answer| WorkerCommand::Start(index, Box::new(setup), answer)).is_some()
+        worker.call(|reply| WorkerCommand::Start(index, Box::new(setup), reply)).is_some()
     }
 
     /// Duplicates a descriptor of the front-end. On failure the vring does not run, or sends no interrupts; the error
@@ -233,7 +233,7 @@ impl VringControl {
     /// Stops the vring, and stores its position in vhost-user-backend's state, which GET_VRING_BASE reads.
     fn stop(&self) {
         let index = self.shared.index;
-        let stopped = self.shared.session.workers.of_ring(index).ask(|answer| WorkerCommand::Stop(index, answer));
+        let stopped = self.shared.session.workers.of_ring(index).call(|reply| WorkerCommand::Stop(index, reply));
         if let Some(Some(position)) = stopped {
             self.state.set_queue_next_avail(position.next_avail);
             self.state.set_queue_next_used(position.next_used);
@@ -317,7 +317,7 @@ impl VringT<BackendMemory> for VringControl {
         if config.running {
             let index = self.shared.index;
             let copy = self.duplicate(file.as_ref());
-            self.shared.session.workers.of_ring(index).ask(|answer| WorkerCommand::SetCallFd(index, copy, answer));
+            self.shared.session.workers.of_ring(index).call(|reply| WorkerCommand::SetCallFd(index, copy, reply));
         }
         config.call_fd = file;
     }
@@ -370,7 +370,7 @@ impl VringT<BackendMemory> for VringControl {
         if config.running {
             let index = self.shared.index;
             let copy = self.duplicate(file.as_ref());
-            self.shared.session.workers.of_ring(index).ask(|answer| WorkerCommand::SetErrFd(index, copy, answer));
+            self.shared.session.workers.of_ring(index).call(|reply| WorkerCommand::SetErrFd(index, copy, reply));
         }
         config.err_fd = file;
     }

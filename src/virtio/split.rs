@@ -146,7 +146,7 @@ impl SplitQueue {
     }
 
     /// Returns the last head that was taken to the driver: it is available again. False: it was not `head`.
-    pub fn untake(&mut self, head: u16) -> bool {
+    pub fn return_head(&mut self, head: u16) -> bool {
         let last = self.next.next_avail.wrapping_sub(1);
         let is_last = self.next.next_avail != self.next.next_used && self.head_at(last) == head;
         if is_last {

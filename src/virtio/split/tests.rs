@@ -150,10 +150,10 @@ fn only_a_head_that_was_taken_can_be_given_back() {
     let mem = Arc::new(ram());
     let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
     mem.store(1u16, GuestAddress(AVAIL + 2), Ordering::Relaxed).unwrap();
-    assert!(!queue.untake(0), "nothing was taken");
+    assert!(!queue.return_head(0), "nothing was taken");
     take(&mut queue, 1, &mut Vec::new()).unwrap();
-    assert!(!queue.untake(1), "another head was taken");
-    assert!(queue.untake(0) && queue.has_available());
+    assert!(!queue.return_head(1), "another head was taken");
+    assert!(queue.return_head(0) && queue.has_available());
 }
 
 #[test]

@@ -137,7 +137,7 @@ fn format_raw_serves_the_bytes_of_any_image() {
     let daemon = Daemon::start_configured(directory, &["format = \"raw\""]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_eq!(&session.read(0, 512)[..4], b"QFI\xfb");
-    daemon.await_log("looks like qcow2; served as raw, because the configuration says so");
+    daemon.await_log("looks like qcow2; served as raw, because format = \"raw\" is set");
 }
 
 #[test]

@@ -131,7 +131,7 @@ impl FileImage {
         let Some(found) = format.found() else { return Ok(()) };
         let (label, name) = (self.image.label(), found.format);
         let why = match known_raw {
-            Some(KnownRaw::Configured) => "the configuration says so",
+            Some(KnownRaw::Configured) => "format = \"raw\" is set",
             _ if format.is_guest_written() => "its guest has written the header",
             Some(KnownRaw::KeptCache) => "it was served before, and its cache was kept",
             // A device cannot carry a record, and guests' disks that are encrypted as a whole are common. A LUKS
@@ -328,7 +328,7 @@ impl NamedImage for FileImage {
     }
 
     fn present_size(&self) -> Option<u64> {
-        if self.image.is_device() || self.image.tells_times_at_once() { self.image.size_now().ok() } else { None }
+        if self.image.is_device() || self.image.is_on_local_fs() { self.image.size_now().ok() } else { None }
     }
 
     fn grow(&self, size_bytes: Option<u64>) -> std::result::Result<u64, String> {
@@ -392,7 +392,7 @@ impl Backing for FileImage {
     }
 
     fn idle_token_may_wait(&self) -> bool {
-        !self.image.tells_times_at_once()
+        !self.image.is_on_local_fs()
     }
 
     fn idle_token(&self) -> Option<ChangeToken> {

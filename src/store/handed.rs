@@ -40,7 +40,8 @@ pub struct FileParts {
     /// The number of a block device; `None` for a regular file.
     pub(super) device_number: Option<u64>,
     /// Whether fstat(2) on its file system never waits.
-    pub(super) tells_times_at_once: bool,
+    #[serde(rename = "tells_times_at_once")]
+    pub(super) is_on_local_fs: bool,
     /// Its first and last bytes, and the formats that the guest is known to have written.
     pub(super) known: Known,
     pub(super) engine: IoEngine,

@@ -75,7 +75,7 @@ pub(super) fn change_token(
 }
 
 /// The sequence number and the change token of a block device, read from sysfs without opening the device.
-pub(super) fn look_at_device(device: u64) -> (u64, ChangeToken) {
+pub(super) fn read_device_token(device: u64) -> (u64, ChangeToken) {
     let number = |names: [&str; 2]| names.iter().find_map(|name| attribute(device, name)?.parse::<u64>().ok());
     let disk_sequence = number(["diskseq", "../diskseq"]).unwrap_or(0);
     let size_bytes = number(["size", "size"]).unwrap_or(0).saturating_mul(SECTOR_BYTES);

@@ -70,8 +70,8 @@ pub(super) struct OpenImage {
     /// The number of a block device; `None` for a regular file.
     device_number: Option<u64>,
     found_token: ChangeToken,
-    /// See [`OpenImage::tells_times_at_once`].
-    tells_times_at_once: bool,
+    /// See [`OpenImage::is_on_local_fs`].
+    is_on_local_fs: bool,
     /// Whether this process opened the image by its path, and may read its attributes from the host.
     is_own: bool,
     reported: Reported,
@@ -149,7 +149,7 @@ impl OpenImage {
             },
         };
         let identity = identity_of(&file, &metadata);
-        let tells_times_at_once = FileSystem::of(&file).is_ok_and(|found| found.is_local());
+        let is_on_local_fs = FileSystem::of(&file).is_ok_and(|found| found.is_local());
         Ok(Self {
             file,
             limits,
@@ -162,7 +162,7 @@ impl OpenImage {
             format,
             device_number,
             found_token: found_token.unwrap_or_default(),
-            tells_times_at_once,
+            is_on_local_fs,
             is_own: true,
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
@@ -185,7 +185,7 @@ impl OpenImage {
             format: FormatRecord::as_raw(parts.known),
             device_number: parts.device_number,
             found_token: ChangeToken::default(),
-            tells_times_at_once: parts.tells_times_at_once,
+            is_on_local_fs: parts.is_on_local_fs,
             is_own: false,
             reported: Reported { size_bytes: AtomicU64::new(size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
@@ -204,7 +204,7 @@ impl OpenImage {
             is_direct: self.direct,
             device_block: self.device_block,
             device_number: self.device_number,
-            tells_times_at_once: self.tells_times_at_once,
+            is_on_local_fs: self.is_on_local_fs,
             known,
             engine,
             tenure,
@@ -325,8 +325,8 @@ impl OpenImage {
     }
 
     /// Whether fstat(2) never waits, because the file system is local.
-    pub(super) fn tells_times_at_once(&self) -> bool {
-        self.tells_times_at_once
+    pub(super) fn is_on_local_fs(&self) -> bool {
+        self.is_on_local_fs
     }
 
     /// A name that a block device keeps when it is attached again; empty for a regular file.
@@ -583,7 +583,7 @@ pub(super) fn look_at(path: &Path) -> std::io::Result<(ImageId, ChangeToken)> {
     let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
     let metadata = file.metadata()?;
     if metadata.file_type().is_block_device() {
-        let (disk_sequence, token) = history::look_at_device(metadata.rdev());
+        let (disk_sequence, token) = history::read_device_token(metadata.rdev());
         return Ok((ImageId { device: metadata.rdev(), inode: disk_sequence, born_ns: 0 }, token));
     }
     let identity = ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::file::birth_ns(&file) };

@@ -77,7 +77,7 @@ impl Pool {
     }
 
     /// Makes dropping the pool leave the operations that threads run, instead of waiting for them.
-    pub(super) fn leave_on_drop(&mut self) {
+    pub(super) fn abandon_on_drop(&mut self) {
         self.drain_max = Duration::ZERO;
     }
 

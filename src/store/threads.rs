@@ -76,7 +76,7 @@ impl StoreQueue for ThreadQueue {
     }
 
     fn drain(&mut self, patience: Duration) -> bool {
-        self.pool.leave_on_drop();
+        self.pool.abandon_on_drop();
         wait_until_drained(self, patience)
     }
 }

@@ -353,7 +353,7 @@ impl StoreQueue for UringQueue {
     }
 
     fn drain(&mut self, patience: Duration) -> bool {
-        self.helper.leave_on_drop();
+        self.helper.abandon_on_drop();
         self.drained = true;
         wait_until_drained(self, patience)
     }

@@ -39,7 +39,7 @@ enum Link {
     Down,
     Up,
     /// The connection has ended, and no other follows.
-    Gone,
+    Closed,
 }
 
 /// A request that is being sent.
@@ -136,7 +136,7 @@ impl Client {
                 Some(Event::Mapped { tag, extents: vec![Extent { len: request.len, kind: ExtentKind::Data }] })
             }
             _ if !self.supports(request.op) => Some(failed(tag, Fault::Unsupported, libc::EOPNOTSUPP)),
-            _ if self.link == Link::Gone => Some(failed(tag, Fault::Gone, libc::ENOTCONN)),
+            _ if self.link == Link::Closed => Some(failed(tag, Fault::Gone, libc::ENOTCONN)),
             OpKind::Sync if self.loss_unreported => Some(failed(tag, Fault::Lost, libc::ESTALE)),
             OpKind::Sync if !self.flushes => Some(Event::Done { tag }),
             // Less than a block of the server.
@@ -385,7 +385,7 @@ impl Client {
 
     /// The connection has broken. Until `until` the server may still execute the requests that were sent.
     pub fn disconnected(&mut self, cause: BreakId, until: Duration, now: Duration) {
-        self.link = if self.link == Link::Gone { Link::Gone } else { Link::Down };
+        self.link = if self.link == Link::Closed { Link::Closed } else { Link::Down };
         self.sending.clear();
         self.receiving = Receiving::Header;
         for slot in self.slots.iter_mut().flatten().filter(|slot| slot.phase == Phase::Sent) {
@@ -418,8 +418,8 @@ impl Client {
     }
 
     /// No further connection follows: every operation fails from now on.
-    pub fn gone(&mut self) {
-        self.link = Link::Gone;
+    pub fn close(&mut self) {
+        self.link = Link::Closed;
         self.sending.clear();
         for index in self.in_order(|_| true) {
             let tag = self.slots[index].as_ref().expect("it was just found").request.tag;

@@ -98,10 +98,10 @@ fn connect_to_host(host: &str, port: u16) -> io::Result<TcpStream> {
 fn negotiate(stream: &mut dyn Patient, export: &str, patience: Duration) -> io::Result<Export> {
     let until = Instant::now() + patience;
     let mut handshake = Handshake::new(export);
-    while let Some(wants) = handshake.wants() {
-        let mut bytes = vec![0; wants];
+    while let Some(needed) = handshake.bytes_needed() {
+        let mut bytes = vec![0; needed];
         let mut filled = 0;
-        while filled < wants {
+        while filled < needed {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(silent(patience));

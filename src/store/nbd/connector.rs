@@ -101,7 +101,7 @@ pub(super) fn spawn(server: &Arc<ExportServer>) -> io::Result<UnixStream> {
 }
 
 /// Starts the thread of another queue, and sends the queue its resources.
-fn attach(server: &Arc<ExportServer>, asker: &UnixStream) -> io::Result<()> {
+fn attach(server: &Arc<ExportServer>, requester: &UnixStream) -> io::Result<()> {
     let (ours, theirs) = message_pair()?;
     theirs.set_nonblocking(true)?;
     let mut idle = server.take_idle();
@@ -110,7 +110,7 @@ fn attach(server: &Arc<ExportServer>, asker: &UnixStream) -> io::Result<()> {
     thread::Builder::new()
         .name("nbd connect".to_owned())
         .spawn(move || connect_queue(&of_queue, &ours, last, since))?;
-    let answer = ConnectorReply::Attached {
+    let reply = ConnectorReply::Attached {
         has_lock: server.lock.is_some(),
         export: idle.as_ref().map(|idle| idle.export),
         may_have_lost: idle.as_ref().is_some_and(|idle| idle.may_have_lost),
@@ -118,22 +118,22 @@ fn attach(server: &Arc<ExportServer>, asker: &UnixStream) -> io::Result<()> {
     let lock = server.lock.as_ref().map(AsFd::as_fd);
     let connection = idle.as_ref().map(|idle| idle.socket.as_fd());
     let files: Vec<BorrowedFd<'_>> = [Some(theirs.as_fd()), lock, connection].into_iter().flatten().collect();
-    send(asker, &answer, &files)
+    send(requester, &reply, &files)
 }
 
 /// Body of a queue's thread.
-fn connect_queue(server: &ExportServer, asker: &UnixStream, mut last: LastServer, mut since: Instant) {
+fn connect_queue(server: &ExportServer, requester: &UnixStream, mut last: LastServer, mut since: Instant) {
     let mut pause = Duration::ZERO;
-    while let Ok(Some((ConnectorRequest::Connect { quarantined_ms }, _))) = receive(asker) {
+    while let Ok(Some((ConnectorRequest::Connect { quarantined_ms }, _))) = receive(requester) {
         server.quarantine_for(Duration::from_millis(quarantined_ms));
         pause = ExportServer::pause_after(since.elapsed(), pause);
-        let sent = match server.connect_again(&last, pause, asker) {
+        let sent = match server.connect_again(&last, pause, requester) {
             None => return,
-            Some(ServerAttempt::Gone(why)) => send(asker, &ConnectorReply::Gone { why: text_of(&why) }, &[]),
+            Some(ServerAttempt::Gone(why)) => send(requester, &ConnectorReply::Gone { why: text_of(&why) }, &[]),
             Some(ServerAttempt::Connected { mut connection, is_server_new }) => {
                 last = LastServer::of(Some(&mut connection));
-                let answer = ConnectorReply::Connected { export: connection.export, is_server_new };
-                send(asker, &answer, &[connection.socket.as_fd()])
+                let reply = ConnectorReply::Connected { export: connection.export, is_server_new };
+                send(requester, &reply, &[connection.socket.as_fd()])
             }
         };
         since = Instant::now();
@@ -161,10 +161,10 @@ impl Connector {
     pub fn attach(&self) -> io::Result<(Reconnector, Option<Connection>)> {
         let socket = self.0.lock().expect("no thread panics with the socket locked");
         send(&socket, &ConnectorRequest::Attach, &[])?;
-        let (answer, files) = receive(&socket)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let (reply, files) = receive(&socket)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         let mut files = files.into_iter().map(OwnedFd::from);
         let mut next = || files.next().ok_or(io::ErrorKind::InvalidData);
-        match answer {
+        match reply {
             ConnectorReply::Attached { has_lock, export, may_have_lost } => {
                 let queue = next()?.into();
                 let lock = has_lock.then(&mut next).transpose()?;
@@ -193,7 +193,7 @@ impl Reconnector {
     ///
     /// # Errors
     /// EPIPE if the process that connects has ended.
-    pub fn ask(&self, quarantine: Duration) -> io::Result<()> {
+    pub fn request_connection(&self, quarantine: Duration) -> io::Result<()> {
         let quarantined_ms = u64::try_from(quarantine.as_millis()).unwrap_or(u64::MAX);
         send(&self.socket, &ConnectorRequest::Connect { quarantined_ms }, &[])
     }
@@ -202,19 +202,19 @@ impl Reconnector {
     ///
     /// # Errors
     /// [`io::ErrorKind::UnexpectedEof`] if the process that connects has ended; another one if the reply is lost.
-    pub fn answer(&self) -> io::Result<Option<ServerAttempt>> {
-        let (answer, files) = match receive(&self.socket) {
+    pub fn take_reply(&self) -> io::Result<Option<ServerAttempt>> {
+        let (reply, files) = match receive(&self.socket) {
             Ok(message) => message.ok_or(io::ErrorKind::UnexpectedEof)?,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(e) => return Err(e),
         };
-        match (answer, files.into_iter().next()) {
+        match (reply, files.into_iter().next()) {
             (ConnectorReply::Connected { export, is_server_new }, Some(socket)) => {
                 let connection = Connection { socket: socket.into(), export, may_have_lost: false, process: None };
                 Ok(Some(ServerAttempt::Connected { connection, is_server_new }))
             }
             (ConnectorReply::Gone { why }, _) => Ok(Some(ServerAttempt::Gone(why))),
-            (answer, _) => Err(io::Error::other(format!("the connector sent {answer:?}"))),
+            (reply, _) => Err(io::Error::other(format!("the connector sent {reply:?}"))),
         }
     }
 }

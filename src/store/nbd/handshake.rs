@@ -104,7 +104,7 @@ impl Handshake {
     }
 
     /// The number of bytes that [`Handshake::receive`] takes next, at most 64 KiB; `None` once the handshake is over.
-    pub fn wants(&self) -> Option<usize> {
+    pub fn bytes_needed(&self) -> Option<usize> {
         match self.state {
             HandshakeState::Greeting => Some(GREETING_BYTES),
             HandshakeState::Reply(_) => Some(REPLY_BYTES),
@@ -118,12 +118,12 @@ impl Handshake {
         (self.state == HandshakeState::Done).then_some(self.found)
     }
 
-    /// Takes exactly the number of bytes that [`Handshake::wants`] returns.
+    /// Takes exactly the number of bytes that [`Handshake::bytes_needed`] returns.
     ///
     /// # Errors
     /// [`HandshakeError`]; the connection is then unusable.
     pub fn receive(&mut self, bytes: &[u8]) -> Result<(), HandshakeError> {
-        debug_assert_eq!(Some(bytes.len()), self.wants());
+        debug_assert_eq!(Some(bytes.len()), self.bytes_needed());
         match self.state {
             HandshakeState::Greeting => self.greeted(bytes),
             HandshakeState::Reply(option) => {
@@ -155,11 +155,11 @@ impl Handshake {
             return Err(protocol("it speaks only the old form of the protocol (no fixed newstyle negotiation)"));
         }
         self.output.extend(u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES)).to_be_bytes());
-        self.ask(OPTION_STRUCTURED_REPLY, &[]);
+        self.send_option(OPTION_STRUCTURED_REPLY, &[]);
         Ok(())
     }
 
-    fn ask(&mut self, option: u32, data: &[u8]) {
+    fn send_option(&mut self, option: u32, data: &[u8]) {
         self.output.extend(OPTION_MAGIC);
         self.output.extend(option.to_be_bytes());
         self.output.extend(len_bytes(data));
@@ -167,21 +167,21 @@ impl Handshake {
         self.state = HandshakeState::Reply(option);
     }
 
-    fn ask_for_allocation(&mut self) {
+    fn request_allocation(&mut self) {
         let mut data = len_bytes(self.name.as_bytes()).to_vec();
         data.extend(self.name.as_bytes());
         data.extend(1u32.to_be_bytes());
         data.extend(len_bytes(ALLOCATION));
         data.extend(ALLOCATION);
-        self.ask(OPTION_SET_META_CONTEXT, &data);
+        self.send_option(OPTION_SET_META_CONTEXT, &data);
     }
 
-    fn ask_for_export(&mut self) {
+    fn request_export(&mut self) {
         let mut data = len_bytes(self.name.as_bytes()).to_vec();
         data.extend(self.name.as_bytes());
         data.extend(1u16.to_be_bytes());
         data.extend(INFO_BLOCK_SIZE.to_be_bytes());
-        self.ask(OPTION_GO, &data);
+        self.send_option(OPTION_GO, &data);
     }
 
     fn replied(&mut self, option: u32, kind: u32, data: &[u8]) -> Result<(), HandshakeError> {
@@ -190,18 +190,18 @@ impl Handshake {
         match (option, kind) {
             (OPTION_STRUCTURED_REPLY, REPLY_ACK) => {
                 self.found.is_structured = true;
-                self.ask_for_allocation();
+                self.request_allocation();
             }
-            (OPTION_STRUCTURED_REPLY, _) if is_error => self.ask_for_export(),
+            (OPTION_STRUCTURED_REPLY, _) if is_error => self.request_export(),
             (OPTION_SET_META_CONTEXT, REPLY_META_CONTEXT) => {
                 if data.len() >= 4 && &data[4..] == ALLOCATION {
                     self.found.allocation = Some(be32(data, 0));
                 }
             }
-            (OPTION_SET_META_CONTEXT, REPLY_ACK) => self.ask_for_export(),
+            (OPTION_SET_META_CONTEXT, REPLY_ACK) => self.request_export(),
             (OPTION_SET_META_CONTEXT, _) if is_error => {
                 self.found.allocation = None;
-                self.ask_for_export();
+                self.request_export();
             }
             (OPTION_GO, REPLY_INFO) => self.informed(data)?,
             (OPTION_GO, REPLY_ACK) if self.has_size => self.state = HandshakeState::Done,
@@ -280,8 +280,8 @@ mod tests {
 
     /// Feeds a server's bytes, each time as many as the handshake expects.
     fn feed(handshake: &mut Handshake, mut bytes: &[u8]) -> Result<(), HandshakeError> {
-        while let Some(wants) = handshake.wants().filter(|wants| *wants <= bytes.len()) {
-            let (now, later) = bytes.split_at(wants);
+        while let Some(needed) = handshake.bytes_needed().filter(|needed| *needed <= bytes.len()) {
+            let (now, later) = bytes.split_at(needed);
             handshake.receive(now)?;
             bytes = later;
         }
@@ -388,7 +388,7 @@ mod tests {
                 damaged[at] = value;
                 let mut handshake = Handshake::new("disk");
                 let _ = feed(&mut handshake, &damaged);
-                assert!(handshake.wants().unwrap_or(0) <= REPLY_DATA_MAX as usize);
+                assert!(handshake.bytes_needed().unwrap_or(0) <= REPLY_DATA_MAX as usize);
             }
         }
     }

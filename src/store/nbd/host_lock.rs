@@ -117,7 +117,7 @@ impl HostLock {
                 continue;
             }
             match holder(name)? {
-                Holder::Daemon(holder) => wait.go_on(|| holder.living())?,
+                Holder::Daemon(holder) => wait.keep_waiting(|| holder.living())?,
                 // The holder has just ended.
                 Holder::None if wait.elapsed() < patience + ENDED_MAX => thread::sleep(POLL),
                 Holder::None | Holder::Other => {
@@ -135,7 +135,7 @@ impl HostLock {
     pub fn check_free(name: &str, patience: Duration) -> io::Result<()> {
         let wait = Wait::new(patience);
         while let Holder::Daemon(holder) = holder(name)? {
-            wait.go_on(|| holder.living())?;
+            wait.keep_waiting(|| holder.living())?;
         }
         Ok(())
     }
@@ -161,7 +161,7 @@ impl Wait {
     ///
     /// # Errors
     /// [`io::ErrorKind::AddrInUse`] when the wait has lasted long enough.
-    fn go_on(&self, holder: impl FnOnce() -> Option<u32>) -> io::Result<()> {
+    fn keep_waiting(&self, holder: impl FnOnce() -> Option<u32>) -> io::Result<()> {
         if self.elapsed() < self.patience {
             thread::sleep(POLL);
             return Ok(());
@@ -231,7 +231,7 @@ mod tests {
         let error = HostLock::check_free(&name, Duration::ZERO).unwrap_err();
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
         let wait = Wait { began: Instant::now() - Duration::from_secs(3), patience: Duration::from_secs(2) };
-        assert!(wait.go_on(|| None).is_ok(), "a killed daemon's");
-        assert!(wait.go_on(|| Some(1)).is_err(), "a living daemon's");
+        assert!(wait.keep_waiting(|| None).is_ok(), "a killed daemon's");
+        assert!(wait.keep_waiting(|| Some(1)).is_err(), "a living daemon's");
     }
 }

@@ -100,7 +100,7 @@ impl NbdImage {
         let backing = NbdBacking::new(Arc::new(remote), limits, path);
         let mut image = Self { server: Arc::new(server), backing, found: None };
         image.found = image
-            .look_at_format()
+            .detect_format()
             .map_err(|e| Error::io(ErrorKind::Image, format!("cannot read image {}", name.display()), e))?;
         Ok(Arc::new(image))
     }
@@ -109,7 +109,7 @@ impl NbdImage {
         self.backing.limits.size_bytes.get()
     }
 
-    fn look_at_format(&self) -> io::Result<Option<Found>> {
+    fn detect_format(&self) -> io::Result<Option<Found>> {
         let size = self.size_bytes();
         let head = self.read(0, (HEAD_BYTES as u64).min(size))?;
         let tail = match size.checked_sub(TAIL_BYTES as u64) {
@@ -300,7 +300,7 @@ impl NamedImage for NbdImage {
         let name = found.format;
         match known_raw {
             Some(KnownRaw::Configured) => {
-                info!("{label} looks like {name}; served as raw, because the configuration says so");
+                info!("{label} looks like {name}; served as raw, because format = \"raw\" is set");
             }
             Some(KnownRaw::KeptCache) => {
                 info!("{label} looks like {name}; served as raw, because it was served before, and its cache was kept");

@@ -53,7 +53,7 @@ pub(super) struct NbdQueue {
     /// When the last connection broke, and the ID of the break; `None` before the first one.
     last_break: Option<(Instant, BreakId)>,
     /// The socket's epoll entry includes writability.
-    wants_writable: bool,
+    watches_writable: bool,
     staging: Box<[u8]>,
     /// The part of the staging buffer that was not taken yet.
     staged: std::ops::Range<usize>,
@@ -86,7 +86,7 @@ impl NbdQueue {
             reconnector,
             is_connecting: false,
             last_break: None,
-            wants_writable: false,
+            watches_writable: false,
             staging: vec![0; STAGING_BYTES].into_boxed_slice(),
             staged: 0..0,
             pieces: Vec::new(),
@@ -99,7 +99,7 @@ impl NbdQueue {
         }
         match connection {
             Some(connection) => queue.adopt(connection)?,
-            None => queue.ask_for_connection(Duration::ZERO),
+            None => queue.request_connection(Duration::ZERO),
         }
         Ok(queue)
     }
@@ -122,7 +122,7 @@ impl NbdQueue {
     fn adopt(&mut self, connection: Connection) -> io::Result<()> {
         let event = EpollEvent::new(EventSet::IN, 0);
         self.epoll.ctl(ControlOperation::Add, connection.socket.as_raw_fd(), event)?;
-        (self.wants_writable, self.staged) = (false, 0..0);
+        (self.watches_writable, self.staged) = (false, 0..0);
         self.client.connected(&connection.export, connection.may_have_lost, self.remote.now());
         self.connection = Some(connection);
         Ok(())
@@ -138,18 +138,18 @@ impl NbdQueue {
             // change before the call returns.
             match unsafe { stream::send(socket, &self.pieces) } {
                 Ok(count) => self.client.sent(count),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.ask_for_writable(true),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.watch_writable(true),
                 Err(e) => return Err(e),
             }
         }
-        self.ask_for_writable(false)
+        self.watch_writable(false)
     }
 
-    fn ask_for_writable(&mut self, wants: bool) -> io::Result<()> {
+    fn watch_writable(&mut self, watch: bool) -> io::Result<()> {
         if let Some(connection) = &self.connection
-            && wants != mem::replace(&mut self.wants_writable, wants)
+            && watch != mem::replace(&mut self.watches_writable, watch)
         {
-            let events = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+            let events = if watch { EventSet::IN | EventSet::OUT } else { EventSet::IN };
             let event = EpollEvent::new(events, 0);
             self.epoll.ctl(ControlOperation::Modify, connection.socket.as_raw_fd(), event)?;
         }
@@ -227,18 +227,18 @@ impl NbdQueue {
         // Closed before another one is requested: some servers accept one connection at a time.
         drop(connection);
         self.client.disconnected(cause, until, self.remote.now());
-        self.ask_for_connection(if timed_out { self.remote.quarantine * TIMEOUT_FACTOR } else { Duration::ZERO });
+        self.request_connection(if timed_out { self.remote.quarantine * TIMEOUT_FACTOR } else { Duration::ZERO });
     }
 
-    /// Requests another connection; see [`Reconnector::ask`].
-    fn ask_for_connection(&mut self, quarantine: Duration) {
+    /// Requests another connection; see [`Reconnector::request_connection`].
+    fn request_connection(&mut self, quarantine: Duration) {
         let Some(reconnector) = &self.reconnector else {
-            self.client.gone();
+            self.client.close();
             return self.wake.notify();
         };
         let event = EpollEvent::new(EventSet::IN, 0);
         let watch = || self.epoll.ctl(ControlOperation::Add, reconnector.as_raw_fd(), event);
-        match reconnector.ask(quarantine).and_then(|()| watch()) {
+        match reconnector.request_connection(quarantine).and_then(|()| watch()) {
             Ok(()) => self.is_connecting = true,
             // The next daemon repeats the operations in flight.
             Err(e) => {
@@ -248,9 +248,9 @@ impl NbdQueue {
     }
 
     /// Checks whether there is a connection again.
-    fn look_at_connecting(&mut self) {
+    fn poll_connection(&mut self) {
         let Some(reconnector) = &self.reconnector else { return };
-        let answer = match reconnector.answer() {
+        let reply = match reconnector.take_reply() {
             Ok(None) => return,
             Ok(Some(attempt)) => Ok(attempt),
             Err(e) => Err(e),
@@ -258,20 +258,20 @@ impl NbdQueue {
         self.is_connecting = false;
         let _ = self.epoll.ctl(ControlOperation::Delete, reconnector.as_raw_fd(), EpollEvent::default());
         let label = self.remote.label.clone();
-        match answer {
+        match reply {
             Ok(ServerAttempt::Connected { connection, is_server_new }) => {
                 self.connected_again(connection, is_server_new);
             }
             Ok(ServerAttempt::Gone(why)) => {
                 error!("{label}: {why}; all I/O fails until the daemon is restarted");
-                self.client.gone();
+                self.client.close();
             }
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
                 error!("{label}: the supervisor has ended; requests wait for the next daemon");
             }
             Err(e) => {
                 warn!("{label}: the new connection failed before use ({e}); reconnecting");
-                self.ask_for_connection(Duration::ZERO);
+                self.request_connection(Duration::ZERO);
             }
         }
     }
@@ -289,7 +289,7 @@ impl NbdQueue {
         let may_have_lost = self.last_break.is_some() || self.remote.has_changed();
         if let Err(e) = self.adopt(Connection { may_have_lost, ..connection }) {
             error!("{label}: cannot watch the connection: {e}");
-            self.client.gone();
+            self.client.close();
         }
     }
 
@@ -357,7 +357,7 @@ impl StoreQueue for NbdQueue {
         }
         self.exchange();
         if self.is_connecting {
-            self.look_at_connecting();
+            self.poll_connection();
             self.exchange();
         }
         self.set_timer();

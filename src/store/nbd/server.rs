@@ -154,12 +154,17 @@ impl ExportServer {
         Err(format!("the export has lost {what}, on which its guest relies"))
     }
 
-    /// Reconnects after `pause`, with as many attempts as needed; `None` once the other end of `asker` is closed.
-    pub fn connect_again(&self, last: &LastServer, mut pause: Duration, asker: &UnixStream) -> Option<ServerAttempt> {
+    /// Reconnects after `pause`, with as many attempts as needed; `None` once the other end of `requester` is closed.
+    pub fn connect_again(
+        &self,
+        last: &LastServer,
+        mut pause: Duration,
+        requester: &UnixStream,
+    ) -> Option<ServerAttempt> {
         let (down_since, mut reminded) = (Instant::now(), None::<Instant>);
         loop {
             // The other end sends nothing before it has a reply, so this means that it was closed.
-            if wait_readable(asker.as_raw_fd(), pause) {
+            if wait_readable(requester.as_raw_fd(), pause) {
                 return None;
             }
             let error = match connect(&self.uri, HANDSHAKE_PATIENCE) {

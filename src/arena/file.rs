@@ -101,7 +101,7 @@ impl ArenaFile {
     }
 
     /// A file that replaces this one, which was received from another process: it is removed in the same way.
-    pub(super) fn received_like(&self, file: File) -> Option<Self> {
+    pub(super) fn replace_received(&self, file: File) -> Option<Self> {
         let Location::Received(elsewhere) = &self.location else { return None };
         Some(Self::received(file, (**elsewhere).clone()))
     }

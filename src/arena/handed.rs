@@ -140,7 +140,7 @@ impl Arena {
             Persistence::None => return None,
             Persistence::LossMarker(LossMarker { file, .. }) | Persistence::Full { file, .. } => file,
         };
-        lost.received_like(file)
+        lost.replace_received(file)
     }
 
     /// The arena as kept by the process that does not use it. It is no longer mapped.

@@ -170,13 +170,13 @@ fn run_with_growth(seed: u64, planted: Option<PlantedBug>) -> std::thread::Resul
 /// Runs seeds with growth. Returns how often a daemon has grown its image, and how often one found a larger image.
 fn grow_all(seeds: std::ops::Range<u64>) -> [u64; 2] {
     let run = |seed| run_with_growth(seed, None).unwrap_or_else(|_| panic!("seed {seed} with growth failed"));
-    seeds.map(run).fold([0; 2], |[followed, found], [more, others]| [followed + more, found + others])
+    seeds.map(run).fold([0; 2], |[applied, found], [more, others]| [applied + more, found + others])
 }
 
 #[test]
 fn an_image_that_grows_keeps_every_guarantee() {
-    let [followed, found] = grow_all(0..GROWTH_SEEDS);
-    assert!(followed > 200 && found > 200, "too little happened: {followed} {found}");
+    let [applied, found] = grow_all(0..GROWTH_SEEDS);
+    assert!(applied > 200 && found > 200, "too little happened: {applied} {found}");
 }
 
 /// Runs one seed with an operator that changes the size of the cache between any two steps. Returns the number of
@@ -220,8 +220,8 @@ fn seeds_from_the_environment() {
         let first = number("GENBLK_SIM_FIRST").unwrap_or(1000);
         println!("cache: {count} seeds: {}", run_all(first..first + count));
         println!("cache: {count} seeds with an operator: {} freezes", freeze_all(first..first + count));
-        let [followed, found] = grow_all(first..first + count);
-        println!("cache: {count} seeds with growth: followed {followed} times, found by {found} daemons");
+        let [applied, found] = grow_all(first..first + count);
+        println!("cache: {count} seeds with growth: applied {applied} times, found by {found} daemons");
         println!("cache: {count} seeds with sizes: {:?} changes and moved pages", resize_all(first..first + count));
     }
 }

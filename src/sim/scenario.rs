@@ -33,7 +33,7 @@ pub(super) struct Scenario {
     /// A write or zero that fails with an I/O error is the sign of a reset: the disk has lost its write cache.
     pub failed_write_resets: bool,
     /// Some completions reach the guest later than the cache reports them.
-    pub late_answers: bool,
+    pub late_completions: bool,
     /// The next daemon has other settings than the one that crashed.
     pub settings_change: bool,
     /// The next daemon has a cache of another size.
@@ -70,7 +70,7 @@ impl Scenario {
             broken: &[],
             sync_failure: prng.pick(&[SyncFailure::DropsEarlier, SyncFailure::DropsAll, SyncFailure::Resets]),
             failed_write_resets: prng.percent(30),
-            late_answers: prng.percent(50),
+            late_completions: prng.percent(50),
             settings_change: prng.percent(50),
             resizes: prng.percent(30),
             readers: prng.percent(30),

@@ -51,9 +51,9 @@ enum Guest {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reset {
     /// The write is in flight.
-    Unheard,
+    Unreported,
     /// The write was reaped, or its daemon died, in this step.
-    Heard(u64),
+    Reported(u64),
 }
 
 /// See the documentation of the module.
@@ -88,7 +88,7 @@ pub(super) struct World {
     /// Requests that the cache has resumed.
     resumable: Vec<u64>,
     /// Requests that the cache has completed, but that have not completed for the guest, and whether they succeeded.
-    answers: Vec<(u64, bool)>,
+    pending_completions: Vec<(u64, bool)>,
     /// Prints the events on this sector: `GENBLK_SIM_TRACE`.
     traced: Option<u64>,
     pub counts: Counts,
@@ -96,7 +96,7 @@ pub(super) struct World {
     frozen_disk: Option<Vec<u32>>,
     /// A Sync has failed, and its daemon died before the failure was reported to it: no daemon can know which data the
     /// disk has lost.
-    failed_unheard: bool,
+    failed_unreported: bool,
     /// How often the cache was frozen.
     pub freezes: u64,
     /// The image grows.
@@ -144,11 +144,11 @@ impl World {
             operations: BTreeMap::new(),
             copies: Vec::new(),
             resumable: Vec::new(),
-            answers: Vec::new(),
+            pending_completions: Vec::new(),
             traced: std::env::var("GENBLK_SIM_TRACE").ok().and_then(|sector| sector.parse().ok()),
             counts: Counts::default(),
             frozen_disk: None,
-            failed_unheard: false,
+            failed_unreported: false,
             freezes: 0,
             growth: None,
             sizes: SizeChanges::default(),
@@ -198,7 +198,7 @@ impl World {
         if self.scenario.freezes {
             self.freeze_or_thaw(guest);
         }
-        self.grow_or_follow();
+        self.grow_or_apply();
         self.change_size();
         let mut worker_runs = true;
         match self.prng.below(10) {
@@ -216,10 +216,10 @@ impl World {
                 worker_runs = false;
             }
             7 if self.prng.percent(2) => self.cache.resume(),
-            8 if !self.answers.is_empty() => {
-                let at = self.prng.below(self.answers.len() as u64) as usize;
-                let (ticket, succeeded) = self.answers.swap_remove(at);
-                self.answer(ticket, succeeded);
+            8 if !self.pending_completions.is_empty() => {
+                let at = self.prng.below(self.pending_completions.len() as u64) as usize;
+                let (ticket, succeeded) = self.pending_completions.swap_remove(at);
+                self.complete_for_guest(ticket, succeeded);
             }
             _ => worker_runs = self.advance_time(),
         }
@@ -408,18 +408,18 @@ impl World {
 
     fn complete_request(&mut self, ticket: u64, succeeded: bool) {
         self.progress += 1;
-        if self.scenario.late_answers && self.prng.percent(50) {
-            self.answers.push((ticket, succeeded));
+        if self.scenario.late_completions && self.prng.percent(50) {
+            self.pending_completions.push((ticket, succeeded));
         } else {
-            self.answer(ticket, succeeded);
+            self.complete_for_guest(ticket, succeeded);
         }
     }
 
     /// A request completes for the guest.
-    fn answer(&mut self, ticket: u64, succeeded: bool) {
+    fn complete_for_guest(&mut self, ticket: u64, succeeded: bool) {
         let request = self.requests.remove(&ticket).expect("I10: a request completes once");
         self.counts.requests += 1;
-        self.trace(request.span, || format!("answer to {ticket}: {:?}, succeeded: {succeeded}", request.op));
+        self.trace(request.span, || format!("completion of {ticket}: {:?}, succeeded: {succeeded}", request.op));
         let (class, now) = (request.op.class(), Tick::from_us(self.now_us));
         let may_end = matches!(request.op, GuestOp::Freeze { .. });
         let may_fail =
@@ -429,7 +429,7 @@ impl World {
             GuestOp::Write { version } => self.end_write(&request, version, succeeded),
             GuestOp::Zero { .. } => self.end_write(&request, 0, succeeded),
             GuestOp::Flush | GuestOp::Freeze { .. } if succeeded => {
-                if matches!(self.reset, Some(Reset::Heard(step)) if step < request.sent_step) {
+                if matches!(self.reset, Some(Reset::Reported(step)) if step < request.sent_step) {
                     self.reset = None;
                 }
                 self.oracle.complete_flush(&request.known);
@@ -489,7 +489,7 @@ impl World {
         self.progress += 1;
         let failed = op.failed.expect("it has taken effect");
         if self.has_reset(&op) && !self.operations.values().any(|op| self.has_reset(op)) {
-            self.reset = Some(Reset::Heard(self.step));
+            self.reset = Some(Reset::Reported(self.step));
         }
         self.trace(op.span, || format!("operation {tag} completes: {:?}", op.kind));
         let (first, count) = (op.span.start as usize, op.span.count as usize);

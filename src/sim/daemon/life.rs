@@ -363,13 +363,13 @@ impl Life {
     }
 
     /// Shuts down with operations of the disk in flight.
-    pub fn leave(self, image: &SimulatedImage) -> Result<(), DaemonDied> {
+    pub fn end_with_io_in_flight(self, image: &SimulatedImage) -> Result<(), DaemonDied> {
         image.end_operations(false);
         in_daemon(|| drop(self))
     }
 
     /// Disposes of a daemon that has died: its memory and descriptors are freed, without any other effect.
-    pub fn bury(self, image: &SimulatedImage) {
+    pub fn dispose(self, image: &SimulatedImage) {
         crash_after(None);
         image.end_operations(false);
         self.held.is_dead.store(true, Ordering::Relaxed);

@@ -56,7 +56,7 @@ struct Unsynced {
     operation: u64,
     is_discard: bool,
     /// When its event was reaped.
-    heard: Option<u64>,
+    reaped_at: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -191,7 +191,7 @@ impl SimulatedImage {
         disk.queues.clear();
         // The kernel has completed the operations before the next daemon can open the image.
         let clock = disk.clock;
-        disk.unsynced.iter_mut().flatten().for_each(|write| write.heard = write.heard.or(Some(clock)));
+        disk.unsynced.iter_mut().flatten().for_each(|write| write.reaped_at = write.reaped_at.or(Some(clock)));
     }
 
     /// Makes the disk larger, by sectors of these values; pages of zeros for which `hole` returns true are holes. The
@@ -260,7 +260,7 @@ impl SimulatedImage {
                 disk.write(sector, value, id);
             }
         }
-        disk.unsynced.iter_mut().flatten().for_each(|write| write.heard = write.heard.or(Some(clock)));
+        disk.unsynced.iter_mut().flatten().for_each(|write| write.reaped_at = write.reaped_at.or(Some(clock)));
         if synced {
             disk.clock += 1;
             let began = disk.clock;
@@ -374,7 +374,7 @@ impl MediumState {
 
     fn write(&mut self, sector: usize, value: SectorValue, operation: u64) {
         self.current[sector] = value;
-        self.unsynced[sector].push(Unsynced { value, operation, is_discard: false, heard: None });
+        self.unsynced[sector].push(Unsynced { value, operation, is_discard: false, reaped_at: None });
         self.hole[sector / SECTORS_PER_PAGE] = false;
     }
 
@@ -392,7 +392,7 @@ impl MediumState {
 
     fn complete_sync(&mut self, began: u64) {
         for (durable, unsynced) in self.durable.iter_mut().zip(&mut self.unsynced) {
-            if let Some(last) = unsynced.iter().rposition(|write| write.heard.is_some_and(|at| at < began)) {
+            if let Some(last) = unsynced.iter().rposition(|write| write.reaped_at.is_some_and(|at| at < began)) {
                 *durable = unsynced[last].value;
                 unsynced.drain(..=last);
             }
@@ -406,7 +406,7 @@ impl MediumState {
         // Like kernels with pages whose write-back fails: reads still return them, and no later Sync covers them. A
         // discard leaves no such pages.
         for (durable, unsynced) in self.durable.iter_mut().zip(&mut self.unsynced) {
-            let is_covered = |write: &Unsynced| write.heard.is_some_and(|at| at < began);
+            let is_covered = |write: &Unsynced| write.reaped_at.is_some_and(|at| at < began);
             if unsynced.iter().rfind(|write| is_covered(write)).is_some_and(|write| write.is_discard) {
                 *durable = 0;
             }
@@ -536,7 +536,7 @@ impl StoreQueue for SimulatedQueue {
         *reaped += queue.events.len() as u64;
         for (id, event) in queue.events.drain(..) {
             let own = unsynced.iter_mut().flatten().filter(|write| write.operation == id);
-            own.for_each(|write| write.heard = Some(*clock));
+            own.for_each(|write| write.reaped_at = Some(*clock));
             events.push(event);
         }
     }

@@ -184,7 +184,7 @@ impl World {
             self.start_control_action();
             self.control_steps += 1;
         }
-        self.grow_or_follow();
+        self.grow_or_apply();
         self.change_limits();
         self.kill_server_and_daemon();
         self.frozen_steps = self.frozen_steps.saturating_sub(1);
@@ -318,7 +318,7 @@ impl World {
     pub fn daemon_died(&mut self) {
         self.deaths += 1;
         if let Some(life) = self.life.take() {
-            life.bury(&self.image);
+            life.dispose(&self.image);
         }
         self.server_may_die();
         let keeps_requests = self.session.has_inflight_region();
@@ -402,7 +402,7 @@ impl World {
     pub fn cut_power(&mut self) {
         let left = self.check_power_cut();
         if let Some(life) = self.life.take() {
-            life.bury(&self.image);
+            life.dispose(&self.image);
         }
         self.session.disconnect();
         self.session.forget_inflight_region();

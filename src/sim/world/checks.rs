@@ -82,7 +82,7 @@ impl World {
     /// it is due, or if the disk is failing and the deadline ends the pause before the next attempt.
     /// [`World::take_immediate_turns`] checks that a due deadline makes progress.
     pub(super) fn assert_progress_possible(&self) {
-        let by_guest = !self.copies.is_empty() || !self.resumable.is_empty() || !self.answers.is_empty();
+        let by_guest = !self.copies.is_empty() || !self.resumable.is_empty() || !self.pending_completions.is_empty();
         let is_active = !self.operations.is_empty() || by_guest;
         let (deadline, due) = (self.cache.next_deadline(), self.is_turn_due());
         let latest_retry = self.now_us + RETRY_PAUSE_US_MAX;

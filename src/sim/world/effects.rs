@@ -72,7 +72,7 @@ impl World {
 
     fn reset_disk(&mut self) {
         self.disk.reset();
-        self.reset = Some(Reset::Unheard);
+        self.reset = Some(Reset::Unreported);
     }
 
     /// Whether the operation in flight has reset the disk.

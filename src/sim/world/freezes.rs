@@ -51,7 +51,7 @@ impl World {
                 let left = self.check_power_cut();
                 // Data of an earlier daemon's writes that a failed Sync has lost cannot be written again.
                 let lost = left.iter().zip(&current).position(|(left, current)| left != current);
-                let is_durable = lost.is_none() || self.failures.has_failed() || self.failed_unheard;
+                let is_durable = lost.is_none() || self.failures.has_failed() || self.failed_unreported;
                 assert!(is_durable, "a frozen disk is not durable in sector {lost:?} at step {}", self.step);
                 self.freezes += 1;
                 self.frozen_disk = Some(current);

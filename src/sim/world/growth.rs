@@ -8,7 +8,7 @@ use super::World;
 
 /// Of 1000 steps, the number that make the disk larger, and the number that let a daemon apply a growth.
 const GROW_PER_MILLE: u64 = 8;
-const FOLLOW_PER_MILLE: u64 = 100;
+const APPLY_PER_MILLE: u64 = 100;
 /// Of 100 daemons, the number that find a larger disk than their predecessors.
 const BETWEEN_LIVES_PERCENT: u64 = 10;
 /// How often an image grows at most.
@@ -28,7 +28,7 @@ pub(super) struct Growth {
     /// First sector of the part that was added last.
     added_at: u64,
     /// How often a daemon has applied a growth, and how often one started with another size.
-    followed: u64,
+    applied: u64,
     found: u64,
 }
 
@@ -36,7 +36,7 @@ impl Growth {
     pub fn new(seed: u64) -> Self {
         let mut prng = Prng::new(seed ^ 0x6772_6f77);
         let hole_percent = prng.pick(&[0, 50, 100]);
-        Self { prng, hole_percent, times_left: TIMES_MAX, added_at: 0, followed: 0, found: 0 }
+        Self { prng, hole_percent, times_left: TIMES_MAX, added_at: 0, applied: 0, found: 0 }
     }
 }
 
@@ -54,7 +54,7 @@ impl World {
 
     /// How often a daemon has applied a growth of the image, and how often one found a larger image.
     pub fn growths(&self) -> [u64; 2] {
-        self.growth.as_ref().map_or([0; 2], |growth| [growth.followed, growth.found])
+        self.growth.as_ref().map_or([0; 2], |growth| [growth.applied, growth.found])
     }
 
     /// In some cases, the start of a request of this many sectors near the former end of the image.
@@ -70,12 +70,12 @@ impl World {
     }
 
     /// In some steps, the disk grows, or the daemon applies the growth.
-    pub(super) fn grow_or_follow(&mut self) {
+    pub(super) fn grow_or_apply(&mut self) {
         let Some(growth) = &mut self.growth else { return };
         if growth.prng.below(1000) < GROW_PER_MILLE {
             self.grow_disk();
-        } else if growth.prng.below(1000) < FOLLOW_PER_MILLE {
-            self.follow_growth();
+        } else if growth.prng.below(1000) < APPLY_PER_MILLE {
+            self.apply_growth();
         }
     }
 
@@ -102,12 +102,12 @@ impl World {
     }
 
     /// The daemon serves the disk with its present size, if it can grow to it.
-    fn follow_growth(&mut self) {
+    fn apply_growth(&mut self) {
         let (served, present) = (self.served_sectors(), self.disk.sectors() as u64);
         if present > served && is_whole_pages(served) && is_whole_pages(present) {
             self.settings.image_sectors = self.base + present;
             self.cache.grow(self.settings.image_sectors);
-            self.growth.as_mut().expect("the disk has grown").followed += 1;
+            self.growth.as_mut().expect("the disk has grown").applied += 1;
         }
     }
 

@@ -34,12 +34,12 @@ impl World {
                 self.apply_to_disk(&op, failed);
                 failed
             });
-            self.failed_unheard |= failed && op.kind == OpKind::Sync;
+            self.failed_unreported |= failed && op.kind == OpKind::Sync;
         }
-        self.reset = self.reset.map(|_| Reset::Heard(self.step));
+        self.reset = self.reset.map(|_| Reset::Reported(self.step));
         self.copies.clear();
         self.resumable.clear();
-        self.answers.clear();
+        self.pending_completions.clear();
         if let Some(memory) = self.memory_of_writer.take() {
             // The crashed daemon was read-only: its memory is not restored.
             self.memory = memory;

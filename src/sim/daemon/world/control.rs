@@ -390,7 +390,7 @@ impl World {
         }
         self.session.disconnect();
         let life = self.life.take().expect("seen above");
-        if life.leave(&self.image).is_err() {
+        if life.end_with_io_in_flight(&self.image).is_err() {
             self.deaths += 1;
         }
         crash_after(None);

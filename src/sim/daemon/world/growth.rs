@@ -8,7 +8,7 @@ use crate::units::{ImageHoles, SECTOR_BYTES, SECTORS_PER_PAGE};
 
 /// Of 1000 steps, the number that make the disk larger, and the number that notify a daemon of a growth.
 const GROW_PER_MILLE: u64 = 4;
-const FOLLOW_PER_MILLE: u64 = 50;
+const APPLY_PER_MILLE: u64 = 50;
 /// Of 100 daemons, the number that find a larger disk than their predecessors.
 const BETWEEN_LIVES_PERCENT: u64 = 10;
 /// How often an image grows at most, and by how many sectors.
@@ -46,12 +46,12 @@ fn is_whole_pages(sectors: u64) -> bool {
 
 impl World {
     /// In some steps, the disk grows, or the daemon is notified.
-    pub fn grow_or_follow(&mut self) {
+    pub fn grow_or_apply(&mut self) {
         let Some(growth) = &mut self.growth else { return };
         if growth.prng.below(1000) < GROW_PER_MILLE {
             self.grow_disk();
-        } else if growth.prng.below(1000) < FOLLOW_PER_MILLE {
-            self.follow_growth();
+        } else if growth.prng.below(1000) < APPLY_PER_MILLE {
+            self.apply_growth();
         }
     }
 
@@ -82,7 +82,7 @@ impl World {
     }
 
     /// The daemon serves the disk with its present size, if it can grow to it.
-    fn follow_growth(&mut self) {
+    fn apply_growth(&mut self) {
         let (served, present) = (self.settings.image_sectors, self.image.values().len() as u64);
         let Some(life) = self.life.as_ref().filter(|_| present > served) else { return };
         if is_whole_pages(served) && is_whole_pages(present) {

@@ -88,7 +88,7 @@ impl Broker {
 
     /// The name of a process; `None` if there is no such process, or if the name cannot be determined.
     pub fn name_of(&self, pid: u32) -> Option<String> {
-        let answer = self.ask(&question(NAME_OF, pid, 0), None).ok()?;
+        let answer = self.query(&question(NAME_OF, pid, 0), None).ok()?;
         let name = answer.bytes.get(NAME_AT..NAME_AT + usize::from(answer.bytes[1]))?;
         answer.is_yes().then(|| String::from_utf8_lossy(name).into_owned())
     }
@@ -99,12 +99,12 @@ impl Broker {
     /// => False if that cannot be determined: the process is in another PID namespace or belongs to another user, or
     ///    the front-end has no mapping at the address that it sent.
     pub fn is_private(&self, pid: u32, address: u64, file: &File) -> bool {
-        self.ask(&question(IS_PRIVATE, pid, address), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
+        self.query(&question(IS_PRIVATE, pid, address), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
     }
 
     /// Whether a descriptor is that of an eventfd.
     pub fn is_eventfd(&self, file: &impl AsRawFd) -> bool {
-        self.ask(&question(IS_EVENTFD, 0, 0), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
+        self.query(&question(IS_EVENTFD, 0, 0), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
     }
 
     /// A listener with one connection in its backlog, and the other end of that connection.
@@ -112,16 +112,16 @@ impl Broker {
     /// # Errors
     /// The error of the system call that failed here; [`io::ErrorKind::Other`] if one failed in the broker.
     pub fn connection(&self) -> io::Result<(UnixListener, UnixStream)> {
-        let answer = self.ask(&question(CONNECTION, 0, 0), None)?;
+        let answer = self.query(&question(CONNECTION, 0, 0), None)?;
         match <[File; 2]>::try_from(answer.files) {
             Ok([listener, stream]) => Ok((OwnedFd::from(listener).into(), OwnedFd::from(stream).into())),
             Err(_) => Err(io::Error::other("the broker could not establish the connection")),
         }
     }
 
-    fn ask(&self, question: &[u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
+    fn query(&self, question: &[u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
         let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
-        let answer = link.as_mut().ok_or(io::ErrorKind::NotConnected)?.ask(*question, file);
+        let answer = link.as_mut().ok_or(io::ErrorKind::NotConnected)?.query(*question, file);
         match &answer {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                 warn!("{}: the broker does not answer: the daemon is stopped or has no processor time", self.name);
@@ -138,7 +138,7 @@ impl Broker {
 
 impl BrokerLink {
     /// Asks, and waits for the answer. Skips answers that come too late.
-    fn ask(&mut self, mut question: [u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
+    fn query(&mut self, mut question: [u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
         self.number = self.number.wrapping_add(1);
         question[NUMBER_AT].copy_from_slice(&self.number.to_ne_bytes());
         send(&self.socket, &question, file.as_slice())?;
@@ -277,7 +277,7 @@ mod tests {
     fn questions_of_no_known_kind_or_without_their_file_are_denied() {
         let broker = Broker::start("test").unwrap();
         for (kind, file) in [(IS_PRIVATE, None), (77, Some(io::stdin().as_raw_fd()))] {
-            let answer = broker.ask(&question(kind, 1, 2), file).unwrap();
+            let answer = broker.query(&question(kind, 1, 2), file).unwrap();
             assert!(!answer.is_yes() && answer.files.is_empty());
         }
     }

@@ -405,7 +405,7 @@ pub(crate) struct DocumentedKey {
 pub(crate) fn documented_keys() -> impl Iterator<Item = DocumentedKey> {
     KEYS.iter().map(|key| DocumentedKey {
         name: key.name,
-        values: key.kind.wanted(),
+        values: key.kind.valid_values(),
         default: match key.default {
             Required => None,
             Is(value) => Some(value.shown()),
@@ -456,7 +456,7 @@ impl ValueKind {
     pub(super) fn set(&self, device: &mut DeviceConfig, value: Value<'_>) -> Result<(), String> {
         match self.accept(device, value) {
             Some(()) => Ok(()),
-            None => Err(format!("takes {}, not {}{}", self.wanted(), value.shown(), self.hint(value))),
+            None => Err(format!("takes {}, not {}{}", self.valid_values(), value.shown(), self.hint(value))),
         }
     }
 
@@ -506,7 +506,7 @@ impl ValueKind {
     }
 
     /// The valid values, for a message.
-    fn wanted(&self) -> String {
+    fn valid_values(&self) -> String {
         match self {
             Self::Text { wanted, .. } => (*wanted).to_string(),
             Self::Image { .. } => "a path or the URI of an NBD export".to_string(),

@@ -118,7 +118,7 @@ pub fn prepare(user: Option<&User>) -> Result<()> {
         privileges::become_user(user).map_err(|e| Error::io(ErrorKind::System, context(), e))?;
     }
     memory::prepare_allocator();
-    if is_wanted(Fence::Dumping)
+    if is_applied(Fence::Dumping)
         && let Err(e) = privileges::forbid_dumping()
     {
         warn_once(Fence::Dumping, &e);
@@ -135,18 +135,18 @@ pub fn confine(kind: ThreadKind) {
         return;
     }
     violation::name_thread(thread::current().name().unwrap_or("without a name"));
-    if is_wanted(Fence::Capabilities)
+    if is_applied(Fence::Capabilities)
         && let Err(e) = privileges::forbid_new_privileges().and_then(|()| privileges::drop_capabilities())
     {
         warn_once(Fence::Capabilities, &e);
     }
-    if is_wanted(Fence::Landlock) {
+    if is_applied(Fence::Landlock) {
         match forbid_paths() {
             Ok(lacks) => lacks.into_iter().for_each(|lacks| warn_once(Fence::Landlock, &lacks)),
             Err(e) => warn_once(Fence::Landlock, &e),
         }
     }
-    if is_wanted(Fence::Seccomp)
+    if is_applied(Fence::Seccomp)
         && let Err(e) = filter_calls(kind)
     {
         warn_once(Fence::Seccomp, &e);
@@ -157,7 +157,7 @@ pub fn confine(kind: ThreadKind) {
 }
 
 /// Whether to apply a fence: always, except in a test that removes one to test the others.
-fn is_wanted(fence: Fence) -> bool {
+fn is_applied(fence: Fence) -> bool {
     #[cfg(debug_assertions)]
     if probe::takes_away(fence) {
         return false;

@@ -151,7 +151,7 @@ impl<'a> Relay<'a> {
     ///
     /// # Errors
     /// Errors of the socket.
-    pub fn begin_anew(&mut self, owner: NewOwner) -> io::Result<()> {
+    pub fn start_session(&mut self, owner: NewOwner) -> io::Result<()> {
         // vhost-user-backend acknowledges messages only to a front-end that has requested the features.
         self.reply_in_order(Reply::Swallow)?;
         if let Some(message) = owner.set_protocol_features {

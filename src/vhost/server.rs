@@ -206,7 +206,7 @@ impl Server {
         let mut daemon = daemon.map_err(|e| daemon_error(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| daemon_error(&e))?;
         let mut relay = Relay::new(front_end, backend_end, &self.stop, session, &rings, &self.config_change);
-        let relayed = owner.map_or(Ok(()), |owner| relay.begin_anew(owner)).and_then(|()| relay.run());
+        let relayed = owner.map_or(Ok(()), |owner| relay.start_session(owner)).and_then(|()| relay.run());
         let served = daemon.wait();
         for ring in &rings {
             ring.close();

@@ -140,7 +140,7 @@ impl Scene<'_> {
     }
 
     /// The sectors of a page that are requested.
-    fn wanted(&self, page: usize) -> SectorMask {
+    fn requested(&self, page: usize) -> SectorMask {
         let sectors = (0..8).filter(|sector| {
             let sector = (page * 8 + sector) as u64;
             (self.span.start..self.span.end()).contains(&sector)

@@ -242,7 +242,7 @@ impl Ring {
         let old = self.avail_idx;
         self.avail_idx = old.wrapping_add(1);
         self.write(AVAIL + 2, self.avail_idx);
-        if self.wants_kick(old) {
+        if self.needs_kick(old) {
             self.kick();
         }
     }
@@ -252,7 +252,7 @@ impl Ring {
         self.kick.write(1).expect("an eventfd takes a count");
     }
 
-    fn wants_kick(&self, old: u16) -> bool {
+    fn needs_kick(&self, old: u16) -> bool {
         if self.event_idx {
             let event: u16 = self.read(USED + 4 + u64::from(self.size) * 8);
             self.avail_idx.wrapping_sub(event).wrapping_sub(1) < self.avail_idx.wrapping_sub(old)

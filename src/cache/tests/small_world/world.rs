@@ -254,7 +254,9 @@ impl<'a> World<'a> {
     /// Whether the request has to wait for sectors of a page.
     fn waits_for(&self, page: usize) -> bool {
         let state = self.scene.state(page);
-        self.scene.direction == Direction::Read && !state.is_hole() && !state.valid().contains(self.scene.wanted(page))
+        self.scene.direction == Direction::Read
+            && !state.is_hole()
+            && !state.valid().contains(self.scene.requested(page))
     }
 
     /// The runs of adjacent pages that the request has to read in, without pages whose read-in is already in flight.
@@ -276,7 +278,7 @@ impl<'a> World<'a> {
 
     /// Number of the request's sectors that need not wait.
     fn sectors_at_once(&self) -> u32 {
-        (0..PAGES).filter(|&page| !self.waits_for(page)).map(|page| self.scene.wanted(page).count()).sum()
+        (0..PAGES).filter(|&page| !self.waits_for(page)).map(|page| self.scene.requested(page).count()).sum()
     }
 
     /// Checks that each page was read once since the request if necessary, and otherwise not at all.
@@ -290,7 +292,8 @@ impl<'a> World<'a> {
     /// all of its sectors to write it.
     fn has_to_be_read(&self, page: usize) -> bool {
         let state = self.scene.state(page);
-        let written = if self.scene.direction == Direction::Write { self.scene.wanted(page) } else { SectorMask::NONE };
+        let written =
+            if self.scene.direction == Direction::Write { self.scene.requested(page) } else { SectorMask::NONE };
         let is_dirty = !state.dirty().or(written).is_empty();
         let for_flush = self.scene.shape.block_sectors == 8 && is_dirty && state.valid().or(written) != SectorMask::ALL;
         !state.is_hole() && !state.is_reading() && (self.waits_for(page) || for_flush)

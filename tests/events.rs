@@ -100,7 +100,7 @@ fn watchers_that_do_not_read_delay_nobody() {
 }
 
 #[test]
-fn streams_of_users_who_may_only_look_leave_places_for_calls() {
+fn streams_of_users_with_read_access_leave_places_for_calls() {
     // SAFETY: a plain system call.
     if unsafe { libc::geteuid() } != 0 {
         eprintln!("skipped: only root can become another user");

@@ -207,7 +207,7 @@ fn bad_requests_are_refused_and_neither_they_nor_silent_clients_keep_a_scraper_f
 }
 
 #[test]
-fn a_daemon_that_hangs_or_is_gone_is_not_up_within_the_time_of_a_scrape() {
+fn a_daemon_that_hangs_or_has_ended_is_not_up_within_the_time_of_a_scrape() {
     let (mut daemon, control) = start("exporter-hangs", false);
     let address = free_address();
     let _exporter = export(&control, &address);

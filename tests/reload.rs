@@ -131,7 +131,7 @@ fn the_advice_for_a_key_that_takes_effect_after_detach_and_attach_can_be_followe
 }
 
 #[test]
-fn a_reload_tells_of_keys_that_wait_and_of_those_that_a_command_has_set() {
+fn a_reload_reports_keys_that_wait_and_those_that_a_command_has_set() {
     let (daemon, control) = start("reload-told");
     stdout_of(&genblk(&control, &["set", "d0", "poll_us=7"]));
     configure(&daemon, &control, &table(daemon.directory(), "d0", "image", "poll_us = 9\nworkers = 2\n"));

@@ -49,9 +49,9 @@ pub struct ArenaFile {
     entry: Option<DirEntry>,
 }
 
-/// The result of [`ArenaFile::look_at`].
+/// The result of [`ArenaFile::examine`].
 #[derive(Debug)]
-pub struct Seen {
+pub struct FileSummary {
     /// The user that owns the file.
     pub owner: u32,
     /// Whether a process uses the file.
@@ -295,7 +295,7 @@ impl ArenaFile {
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`].
-    pub fn look_at(path: &Path, whose: AllowedOwner) -> Result<Seen> {
+    pub fn examine(path: &Path, whose: AllowedOwner) -> Result<FileSummary> {
         let (directory, name) = split(path)?;
         let dir = TrustedDir::open(directory, whose)?;
         let file = dir.open_file(name, OpenMode::Read, path)?;
@@ -303,7 +303,7 @@ impl ArenaFile {
         let is_locked = file.try_lock_shared().is_err();
         let _ = file.unlock();
         let holder = if is_locked { lock_holder(&file) } else { None };
-        Ok(Seen { owner: dir.owner(), is_locked, holder, survey: Survey::of(&file, path) })
+        Ok(FileSummary { owner: dir.owner(), is_locked, holder, survey: Survey::of(&file, path) })
     }
 
     /// Opens and locks a file.

@@ -35,7 +35,7 @@ pub struct ArenaParts {
     kind: ArenaKind,
     frames: usize,
     /// How many frames are known to have memory, if no file records it.
-    #[serde(default, skip_serializing_if = "is_none_known")]
+    #[serde(default, skip_serializing_if = "is_zero")]
     reserved: usize,
     /// The file, for messages; empty if there is none.
     shown: String,
@@ -54,7 +54,7 @@ pub struct ArenaParts {
 
 /// A message without the number means that it is unknown.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
-fn is_none_known(reserved: &usize) -> bool {
+fn is_zero(reserved: &usize) -> bool {
     *reserved == 0
 }
 

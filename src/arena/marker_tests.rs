@@ -8,7 +8,7 @@ use crate::image_id::ImageId;
 use crate::tenure::TenureId;
 
 /// Lets `act` use an arena with a loss marker; returns whether the marker reports a loss to the next daemon.
-fn tells_of_loss(test: &str, act: impl Fn(&Arena)) -> bool {
+fn reports_loss(test: &str, act: impl Fn(&Arena)) -> bool {
     let directory: PathBuf = std::env::temp_dir().join(format!("genblk-{test}-{}", std::process::id()));
     let identity = ImageId { device: 1, inode: 2, born_ns: 3 };
     let image = ImageFacts { identity, size_bytes: 1 << 20, path: "/image".into(), alias: String::new() };
@@ -29,23 +29,23 @@ fn tells_of_loss(test: &str, act: impl Fn(&Arena)) -> bool {
 #[test]
 fn the_first_dirty_page_or_noted_zero_sets_a_marker_and_a_clean_page_does_not() {
     let page = |dirty| FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty };
-    assert!(!tells_of_loss("marker-clean", |arena| arena.publish(FrameId(0), page(SectorMask::NONE))));
-    assert!(tells_of_loss("marker-dirty", |arena| arena.publish(FrameId(0), page(SectorMask::run(2, 1)))));
-    assert!(tells_of_loss("marker-zero", |arena| arena.note_zero(0, Some(SectorSpan::new(8, 8)))));
+    assert!(!reports_loss("marker-clean", |arena| arena.publish(FrameId(0), page(SectorMask::NONE))));
+    assert!(reports_loss("marker-dirty", |arena| arena.publish(FrameId(0), page(SectorMask::run(2, 1)))));
+    assert!(reports_loss("marker-zero", |arena| arena.note_zero(0, Some(SectorSpan::new(8, 8)))));
 }
 
 #[test]
-fn a_marker_is_cleared_once_all_is_written_unless_the_guest_does_not_know_of_a_loss_yet() {
+fn a_marker_is_cleared_once_all_is_written_unless_a_loss_is_not_yet_reported_to_the_guest() {
     let dirty = FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty: SectorMask::ALL };
-    assert!(!tells_of_loss("marker-written", |arena| {
+    assert!(!reports_loss("marker-written", |arena| {
         arena.publish(FrameId(0), dirty);
         arena.all_written();
     }));
-    assert!(tells_of_loss("marker-lost", |arena| {
+    assert!(reports_loss("marker-lost", |arena| {
         arena.set_data_loss();
         arena.all_written();
     }));
-    assert!(!tells_of_loss("marker-known", |arena| {
+    assert!(!reports_loss("marker-known", |arena| {
         arena.set_data_loss();
         arena.clear_data_loss();
     }));

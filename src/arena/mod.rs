@@ -47,7 +47,7 @@ use crate::units::{
 #[cfg(test)]
 pub use changes::HEARTBEAT_AT;
 pub use changes::IdlePoint;
-pub use file::{ArenaFile, Seen};
+pub use file::{ArenaFile, FileSummary};
 pub use handed::{ArenaParts, KeptArena, ReceivedArena};
 pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, RANGE_SLOTS, SAMPLES_MAX, TenureFacts};
 pub use populate::Populator;

@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn scattered_writes_do_not_lower_what_is_known_of_writes_in_a_row() {
+    fn scattered_writes_do_not_lower_the_measured_speed_of_sequential_writes() {
         let disk = after_second(Throttle::new(250_000, PAGES_MAX), 200 * 256, 200);
         let disk = after_second(disk, 200, 200);
         assert_eq!((disk.limit_pages(), disk.cost(50, 50)), (50 * 256, 50 * 256));
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fast_store_is_known_before_a_sample_is_complete() {
+    fn a_fast_store_is_measured_before_a_sample_is_complete() {
         let mut throttle = Throttle::new(250_000, PAGES_MAX);
         assert_eq!(throttle.limit_pages(), 512);
         let mut now = Tick::ZERO;

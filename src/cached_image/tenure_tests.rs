@@ -96,7 +96,7 @@ fn ended_tenures(test: &str, prepare: impl Fn(&Arena)) -> u32 {
 }
 
 #[test]
-fn a_tenure_is_over_only_when_the_image_has_everything_and_no_loss_is_unknown_to_the_guest() {
+fn a_tenure_is_over_only_when_the_image_has_everything_and_each_loss_was_reported_to_the_guest() {
     let page = |dirty| FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty };
     let is_over = |test: &str, prepare: &dyn Fn(&Arena)| ended_tenures(test, prepare) == 1;
     assert!(is_over("tenure-clean", &|arena| arena.publish(FrameId(0), page(SectorMask::NONE))));
@@ -106,7 +106,7 @@ fn a_tenure_is_over_only_when_the_image_has_everything_and_no_loss_is_unknown_to
 }
 
 #[test]
-fn the_ledger_knows_of_each_change_of_the_image_from_before_its_start_until_after_its_end() {
+fn the_ledger_records_each_change_of_the_image_from_before_its_start_until_after_its_end() {
     let (directory, arena) = arena_of("changes");
     let path = directory.join("image");
     File::create(&path).and_then(|file| file.set_len(IMAGE_SECTORS * 512)).unwrap();

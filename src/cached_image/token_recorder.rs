@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn no_caller_waits_for_an_image_that_does_not_tell_its_times() {
+    fn no_caller_waits_for_the_attributes_of_a_remote_image() {
         let (asked, is_asked) = channel();
         let (answer, answers) = channel();
         let backing: Arc<dyn Backing> = Arc::new(Remote { asked, answers: Mutex::new(answers) });

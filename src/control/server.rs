@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_of_a_change_are_not_looked_at_for_a_client_that_may_make_none() {
+    fn parameters_of_a_change_are_not_parsed_for_a_client_without_permission() {
         let refused = |method: &str, parameters: Value, may_change: bool| {
             let refused = method_error(&call(method, parameters), may_change);
             refused.rsplit('.').next().unwrap_or_default().to_owned()

@@ -29,8 +29,8 @@ pub fn has_kept_cache(
         return true;
     }
     let MemoryDir::Path(directory) = &config.cache.memory_dir else { return false };
-    let seen = caches_below(directory, |header| header.image.identity == *identity);
-    seen.into_iter().filter_map(|seen| seen.survey.ok().flatten()).any(|survey| {
+    let summaries = caches_below(directory, |header| header.image.identity == *identity);
+    summaries.into_iter().filter_map(|summary| summary.survey.ok().flatten()).any(|survey| {
         is_noted(&survey.header) || survey.first_sector.is_some_and(|sector| at_start(&sector) == Some(format))
     })
 }

@@ -14,7 +14,7 @@ use crate::arena::{AllowedOwner, ArenaFile, Header, ImageFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::file::look_at;
+use crate::store::file::identity_and_token;
 use crate::store::named::{ImageKind, NamedImage};
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
@@ -289,7 +289,7 @@ fn files_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
 ///
 /// => Device numbers change when file systems are mounted again, so the recorded one shows nothing.
 fn is_copy(of: &ImageFacts, file: &ImageId) -> bool {
-    look_at(&of.path).is_ok_and(|(twin, _)| {
+    identity_and_token(&of.path).is_ok_and(|(twin, _)| {
         let is_same_file = twin.inode == file.inode && twin.born_ns == file.born_ns && file.inode != 0;
         is_same_file && of.identity.inode == file.inode && twin.device != file.device
     })

@@ -342,7 +342,7 @@ fn an_image_does_not_shrink_below_a_range_that_is_to_be_zeroed() {
 }
 
 #[test]
-fn a_cache_knows_nothing_past_the_old_end_of_an_image_that_has_grown() {
+fn a_cache_has_no_data_past_the_old_end_of_an_image_that_has_grown() {
     let world = World::new();
     let cut_at = (IMAGE_PAGES - 1) * PAGE_BYTES + 3 * SECTOR_BYTES;
     world.image().set_len(cut_at).unwrap();

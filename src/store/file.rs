@@ -33,8 +33,8 @@ use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorSpan, Unma
 ///
 /// # Errors
 /// Errors of open(2) and stat(2).
-pub fn look_at(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
-    image::look_at(path)
+pub fn identity_and_token(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
+    image::identity_and_token(path)
 }
 
 /// Examines the image at `path` like a daemon that opens it, without locking it. Blocks.

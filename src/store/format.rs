@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn each_format_is_recognised_with_the_size_that_its_header_tells() {
+    fn each_format_is_recognised_with_the_size_in_its_header() {
         let (big, little) = ((10u64 << 30).to_be_bytes(), (10u64 << 30).to_le_bytes());
         let sectors = (20u64 << 20).to_le_bytes();
         let cases: [(&str, Vec<u8>); 12] = [

@@ -577,8 +577,8 @@ pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     })
 }
 
-/// The identity and the change token of the image at `path`; see [`super::file::look_at`].
-pub(super) fn look_at(path: &Path) -> std::io::Result<(ImageId, ChangeToken)> {
+/// The identity and the change token of the image at `path`; see [`super::file::identity_and_token`].
+pub(super) fn identity_and_token(path: &Path) -> std::io::Result<(ImageId, ChangeToken)> {
     // O_PATH does not really open it: the file may be a FIFO, or a device whose driver reacts to each open.
     let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
     let metadata = file.metadata()?;

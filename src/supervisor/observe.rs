@@ -64,7 +64,7 @@ pub(super) struct Observer {
 
 impl Observer {
     /// Adds an event for each difference from the last check.
-    pub fn look(&mut self, entries: &[OverviewEntry], log: &EventLog) {
+    pub fn record_changes(&mut self, entries: &[OverviewEntry], log: &EventLog) {
         let now = entries.iter().map(|entry| (entry.config.name.clone(), Observed::of(entry))).collect();
         self.compare(now, log);
     }
@@ -155,28 +155,28 @@ mod tests {
     #[test]
     fn each_difference_is_an_event() {
         let (mut observer, log, mut since) = (Observer::default(), EventLog::default(), 0);
-        let mut look = |devices: &[(&str, &Observed)]| {
+        let mut record_changes = |devices: &[(&str, &Observed)]| {
             observer
                 .compare(devices.iter().map(|(name, device)| ((*name).to_owned(), (*device).clone())).collect(), &log);
             kinds(&log, &mut since)
         };
         let serving = Observed { state: DeviceState::Serving, pid: Some(7), ..device() };
-        assert_eq!(look(&[("a", &device())]), [""; 0], "what the daemon begins with was not attached");
-        assert_eq!(look(&[("a", &serving)]), ["state"]);
-        assert_eq!(look(&[("a", &serving), ("b", &device())]), ["attached"]);
-        assert_eq!(look(&[("a", &serving)]), ["detached"]);
+        assert_eq!(record_changes(&[("a", &device())]), [""; 0], "what the daemon begins with was not attached");
+        assert_eq!(record_changes(&[("a", &serving)]), ["state"]);
+        assert_eq!(record_changes(&[("a", &serving), ("b", &device())]), ["attached"]);
+        assert_eq!(record_changes(&[("a", &serving)]), ["detached"]);
         let connected = Observed { front_end: Some((9, 0)), ..serving.clone() };
-        assert_eq!(look(&[("a", &connected)]), ["front_end_attached"]);
+        assert_eq!(record_changes(&[("a", &connected)]), ["front_end_attached"]);
         let stalled = Observed { stalled: Some("a write".to_owned()), ..connected.clone() };
-        assert_eq!(look(&[("a", &stalled)]), ["image_stalled"]);
-        assert_eq!(look(&[("a", &connected)]), ["image_answers"]);
+        assert_eq!(record_changes(&[("a", &stalled)]), ["image_stalled"]);
+        assert_eq!(record_changes(&[("a", &connected)]), ["image_answers"]);
         let another = Observed { front_end: Some((10, 0)), ..connected.clone() };
-        assert_eq!(look(&[("a", &another)]), ["front_end_left", "front_end_attached"]);
+        assert_eq!(record_changes(&[("a", &another)]), ["front_end_left", "front_end_attached"]);
         // Its process dies, and another one is started.
-        assert_eq!(look(&[("a", &device())]), ["state", "front_end_left"]);
-        assert_eq!(look(&[("a", &Observed { pid: Some(8), ..serving.clone() })]), ["restarted", "state"]);
+        assert_eq!(record_changes(&[("a", &device())]), ["state", "front_end_left"]);
+        assert_eq!(record_changes(&[("a", &Observed { pid: Some(8), ..serving.clone() })]), ["restarted", "state"]);
         let failed = Observed { state: DeviceState::Failed, why: Some("x".repeat(9999)), ..device() };
-        assert_eq!(look(&[("a", &failed)]), ["state"]);
+        assert_eq!(record_changes(&[("a", &failed)]), ["state"]);
         let (last, _) = log.since(0, Some("a"));
         let why = last.events.last().unwrap().detail["why"].as_str().unwrap().len();
         assert_eq!(why, TEXT_MAX, "texts are bounded");

@@ -53,7 +53,7 @@ impl Overview {
     pub fn update(&self, entries: impl Iterator<Item = OverviewEntry>) {
         let entries: Vec<_> = entries.collect();
         self.lock().clone_from(&entries);
-        self.observer.lock().expect("no thread panics with it locked").look(&entries, &self.events);
+        self.observer.lock().expect("no thread panics with it locked").record_changes(&entries, &self.events);
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<OverviewEntry>> {

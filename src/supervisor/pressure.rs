@@ -187,7 +187,7 @@ impl PressureMonitor {
         if first.progress.state == DeviceState::Ending || self.steps.contains_key(name) || is_refused {
             return;
         }
-        let Some(wanted) = self.wanted(first) else { return };
+        let Some(wanted) = self.next_size(first) else { return };
         let changes: Vec<_> = sharers.iter().map_while(|entry| ChangeGuard::begin_step(&entry.operator)).collect();
         if changes.len() < sharers.len() {
             return;
@@ -204,7 +204,7 @@ impl PressureMonitor {
     }
 
     /// The next size of a device's cache; `None`: it stays as it is.
-    fn wanted(&self, entry: &OverviewEntry) -> Option<u64> {
+    fn next_size(&self, entry: &OverviewEntry) -> Option<u64> {
         let (present, wanted) = (entry.current.cache_bytes(), bound_at(entry, self.controller.level()));
         if wanted > present {
             return Some(wanted).filter(|wanted| !entry.is_frozen() && self.indicators.has_room(wanted - present));

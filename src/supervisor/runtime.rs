@@ -69,7 +69,7 @@ pub(super) struct RuntimeFile {
 
 impl RuntimeFile {
     /// The file of the daemon with this control socket, in the socket's directory.
-    fn beside(control: &Path) -> PathBuf {
+    fn path_for(control: &Path) -> PathBuf {
         match control.file_name().and_then(|name| name.to_str()) {
             Some("control.sock") | None => control.with_file_name("runtime.toml"),
             Some(name) => control.with_file_name(format!("{name}.runtime.toml")),
@@ -79,7 +79,7 @@ impl RuntimeFile {
     /// Reads the file that an earlier daemon with the same control socket left. `is_owned`: this daemon holds that
     /// socket.
     pub fn open(control: &Path, is_owned: bool) -> Self {
-        let mut runtime = Self { path: Self::beside(control), changes: RuntimeConfig::default(), is_owned };
+        let mut runtime = Self { path: Self::path_for(control), changes: RuntimeConfig::default(), is_owned };
         runtime.changes = runtime.read().unwrap_or_default();
         runtime
     }

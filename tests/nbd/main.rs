@@ -417,7 +417,7 @@ fn recover_writes_the_cache_of_an_export_to_its_server() {
 }
 
 #[test]
-fn check_looks_at_an_export() {
+fn check_examines_an_export() {
     let directory = directory_with_image("nbd-check");
     let image = image_of(&directory);
     let Some(server) = NbdServer::nbdkit(&socket_of(&directory), &["file", image.to_str().unwrap()]) else { return };

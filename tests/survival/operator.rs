@@ -65,7 +65,7 @@ fn only_row(listed: &Ended) -> Vec<String> {
 }
 
 #[test]
-fn the_list_tells_image_memory_dirty_pages_and_state() {
+fn the_list_shows_image_memory_dirty_pages_and_state() {
     let (mut daemon, cache, _) = dirty_cache();
     let (memory, image) = (daemon.directory().memory(), daemon.image().display().to_string());
     let folder = memory.join("genblk");
@@ -148,7 +148,7 @@ fn the_next_daemon_does_not_miss_a_cache_that_was_pruned_or_discarded() {
 }
 
 #[test]
-fn the_list_tells_that_an_image_was_changed_since() {
+fn the_list_shows_that_an_image_was_changed_since() {
     let (daemon, cache, _) = dirty_cache();
     let image = File::options().write(true).open(daemon.image()).expect("the image can be opened");
     // Later than what may have been in flight when the daemon died.
@@ -331,7 +331,7 @@ fn a_ledger_that_refers_to_what_cannot_be_is_refused_as_damaged() {
 
 /// A ledger can name any path. A FIFO that is opened lets its other end go on, a device may do more.
 #[test]
-fn what_a_ledger_names_is_not_opened_to_be_looked_at() {
+fn the_image_that_a_ledger_names_is_not_opened_for_inspection() {
     let (daemon, cache, _) = dirty_cache();
     let fifo = daemon.directory().path().join("fifo");
     let made = Command::new("mkfifo").arg(&fifo).status();
@@ -372,7 +372,7 @@ fn force_alone_does_not_follow_a_path_that_leads_elsewhere() {
 }
 
 #[test]
-fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
+fn a_daemon_logs_unused_caches_and_removes_the_useless_ones() {
     let (daemon, dirty, _) = dirty_cache();
     let memory = daemon.directory().memory();
     // Another image with the same memory directory.

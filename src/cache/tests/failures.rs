@@ -154,7 +154,7 @@ fn space_at_the_end_of_a_huge_image_is_allocated_once_until_it_is_freed() {
 }
 
 #[test]
-fn a_store_that_cannot_map_holes_is_never_asked_for_a_map() {
+fn a_store_that_cannot_map_holes_gets_no_map_request() {
     for (holes, can_map) in [(ImageHoles::Unmappable, false), (ImageHoles::NoneYet, true)] {
         let mut cache = cache_with(Settings { holes, ..Settings::of(1024, 1 << 20) });
         assert!(cache.discard(Ticket(9), SectorSpan::new(0, 800)));

@@ -6,7 +6,7 @@ use log::warn;
 
 use super::folders::{caches_in, whose};
 use super::leftovers::{Cleared, clear};
-use super::terminal::{ProgressBar, ask, is_interactive, visible};
+use super::terminal::{ProgressBar, confirm, is_interactive, visible};
 use super::{Report, describe_guest_state};
 use crate::arena::{AllowedOwner, Arena, ArenaFile, GuestData, GuestState, Survey};
 use crate::error::{Error, ErrorKind, Result};
@@ -106,11 +106,11 @@ fn refuse_other_users(path: &Path) -> Result<()> {
     if user != 0 {
         return Ok(());
     }
-    let seen = ArenaFile::look_at(path, AllowedOwner::Anyone)?;
-    if seen.owner == user {
+    let summary = ArenaFile::examine(path, AllowedOwner::Anyone)?;
+    if summary.owner == user {
         return Ok(());
     }
-    let (shown, owner) = (visible(path), seen.owner);
+    let (shown, owner) = (visible(path), summary.owner);
     let why = "root would write its contents to any image that it names";
     let hint = format!("recover it as that user: sudo -u '#{owner}' genblk recover {shown}");
     Err(Error::new(ErrorKind::Ledger, format!("{shown} belongs to user {owner}, and {why}; {hint}")))
@@ -136,7 +136,7 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
             let context = format!("{shown} holds {held}; to delete it, add --force");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
-        if !ask(&format!("{shown} holds {held}. Delete it?")) {
+        if !confirm(&format!("{shown} holds {held}. Delete it?")) {
             return Err(Error::new(ErrorKind::Ledger, format!("{shown} was kept")));
         }
     }

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use super::Report;
 use super::terminal::visible;
-use crate::arena::{AllowedOwner, ArenaFile, GuestState, Header, Seen};
+use crate::arena::{AllowedOwner, ArenaFile, FileSummary, GuestState, Header};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::file::look_at;
+use crate::store::file::identity_and_token;
 use crate::store::is_remote;
 use crate::sys::process::effective_uid;
 use crate::tenure::token::ChangeVerdict;
@@ -22,7 +22,7 @@ const FOLDER: &str = "genblk";
 #[derive(Debug)]
 pub(super) struct CacheFile {
     pub(super) path: PathBuf,
-    pub(super) seen: Seen,
+    pub(super) summary: FileSummary,
 }
 
 /// The present state of a cache's image.
@@ -57,15 +57,15 @@ impl CacheFile {
     /// Inspects the file at `path`.
     ///
     /// # Errors
-    /// As [`ArenaFile::look_at`].
-    pub(super) fn look_at(path: PathBuf, whose: AllowedOwner) -> Result<Self> {
-        let seen = ArenaFile::look_at(&path, whose)?;
-        Ok(Self { path, seen })
+    /// As [`ArenaFile::examine`].
+    pub(super) fn examine(path: PathBuf, whose: AllowedOwner) -> Result<Self> {
+        let summary = ArenaFile::examine(&path, whose)?;
+        Ok(Self { path, summary })
     }
 
     /// The state of its image. May wait for the image's file system.
     pub(super) fn image(&self) -> ImageState {
-        match &self.seen.survey {
+        match &self.summary.survey {
             // A forged file could contain a path relative to the operator's working directory.
             Ok(Some(survey)) if survey.header.image.path.is_absolute() => image_state(&survey.header),
             _ => ImageState::Unknown,
@@ -74,8 +74,8 @@ impl CacheFile {
 
     /// Which part of it is still needed.
     pub(super) fn needed(&self) -> CacheNeed {
-        match &self.seen.survey {
-            _ if self.seen.is_locked => CacheNeed::Needed,
+        match &self.summary.survey {
+            _ if self.summary.is_locked => CacheNeed::Needed,
             Ok(None) => CacheNeed::Needless,
             Ok(Some(survey)) if survey.is_of_this_boot && !survey.is_dirty() => {
                 let header = &survey.header;
@@ -99,7 +99,7 @@ fn image_state(header: &Header) -> ImageState {
     if is_remote(path) {
         return ImageState::Unknown;
     }
-    match look_at(path) {
+    match identity_and_token(path) {
         Ok((found, token)) if is_same(&found, identity) => match header.last_seen.judge(&token) {
             ChangeVerdict::Changed(_) => ImageState::Changed,
             _ => ImageState::There,
@@ -170,7 +170,7 @@ fn is_cache_name(name: &OsStr) -> bool {
 /// there.
 fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<CacheFile>)>> {
     let (paths, whose) = cache_files(folder)?;
-    Ok(paths.into_iter().map(|path| (path.clone(), CacheFile::look_at(path, whose))).collect())
+    Ok(paths.into_iter().map(|path| (path.clone(), CacheFile::examine(path, whose))).collect())
 }
 
 /// The caches in `directory`, a memory directory or a folder of caches itself. The report gets the folders that cannot

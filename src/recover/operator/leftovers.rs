@@ -13,7 +13,7 @@ use log::{info, warn};
 use super::describe_guest_state;
 use super::folders::{CacheFile, CacheNeed, ImageState, cache_files, whose};
 use super::terminal::visible;
-use crate::arena::{Arena, ArenaFile, GuestState, Header, Seen, Survey};
+use crate::arena::{Arena, ArenaFile, FileSummary, GuestState, Header, Survey};
 use crate::config::{Config, DeviceConfig, MemoryDir, Socket};
 use crate::error::{ErrorKind, Result};
 use crate::recover::operation::end_tenure;
@@ -75,7 +75,7 @@ impl Unheld {
     /// Counts a cache. One without pages is not counted: it takes almost no memory, and the next daemon of its image
     /// uses it.
     fn add(&mut self, cache: &CacheFile) {
-        let survey = cache.seen.survey.as_ref().ok().and_then(Option::as_ref);
+        let survey = cache.summary.survey.as_ref().ok().and_then(Option::as_ref);
         if survey.is_some_and(|survey| survey.header.frames == 0) {
             return;
         }
@@ -90,17 +90,20 @@ impl Unheld {
 fn unheld_below(memory_dir: &Path) -> Vec<CacheFile> {
     let Ok((paths, whose)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
     let unheld = paths.into_iter().filter(|path| !ArenaFile::is_held(path, whose));
-    unheld.filter_map(|path| CacheFile::look_at(path, whose).ok()).filter(|cache| !cache.seen.is_locked).collect()
+    unheld.filter_map(|path| CacheFile::examine(path, whose).ok()).filter(|cache| !cache.summary.is_locked).collect()
 }
 
 /// The cache files in this user's folder below a memory directory whose headers satisfy `is_wanted`.
-pub(in crate::recover) fn caches_below(memory_dir: &Path, mut is_wanted: impl FnMut(&Header) -> bool) -> Vec<Seen> {
+pub(in crate::recover) fn caches_below(
+    memory_dir: &Path,
+    mut is_wanted: impl FnMut(&Header) -> bool,
+) -> Vec<FileSummary> {
     let Ok((paths, whose)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
     let wanted = paths.into_iter().filter(|path| {
         let header = ArenaFile::peek(path, whose).ok().flatten();
         header.is_some_and(|header| is_wanted(&header))
     });
-    wanted.filter_map(|path| ArenaFile::look_at(&path, whose).ok()).collect()
+    wanted.filter_map(|path| ArenaFile::examine(&path, whose).ok()).collect()
 }
 
 /// The memory directories of devices, and the default one.
@@ -120,7 +123,7 @@ pub fn has_unwritten_cache(config: &DeviceConfig) -> bool {
     let is_of_image = |path: &Path| *path == config.image || *path == image;
     let mut caches =
         memory_dirs.iter().flat_map(|directory| caches_below(directory, |header| is_of_image(&header.image.path)));
-    caches.any(|seen| matches!(&seen.survey, Ok(Some(survey)) if survey.is_dirty()))
+    caches.any(|summary| matches!(&summary.survey, Ok(Some(survey)) if survey.is_dirty()))
 }
 
 /// The path without symbolic links, or the path itself if its file system does not answer in time.
@@ -234,7 +237,7 @@ pub fn hint_for(memory_dir: &MemoryDir) -> Option<String> {
 /// directory.
 pub fn bytes_kept_for(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
     let kept = caches_below(memory_dir, |header| images.contains(&header.image.path));
-    kept.into_iter().filter_map(|seen| seen.survey.ok().flatten()).map(|survey| survey.memory_bytes).sum()
+    kept.into_iter().filter_map(|summary| summary.survey.ok().flatten()).map(|survey| survey.memory_bytes).sum()
 }
 
 /// Checks that no other user could have created or can change this user's folder below a memory directory.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::folders::{CacheFile, CacheNeed, ImageState, caches_in};
 use super::terminal::visible;
 use super::{Report, describe_guest_state};
-use crate::arena::{GuestData, Seen, Survey};
+use crate::arena::{FileSummary, GuestData, Survey};
 use crate::error::Result;
 use crate::units::counted;
 
@@ -25,7 +25,7 @@ pub fn list(directory: &Path) -> Result<Report> {
     for (path, cache) in caches_in(directory, &mut report)? {
         match cache {
             Ok(cache) => {
-                is_any_dirty |= !cache.seen.is_locked && surveyed(&cache).is_some_and(Survey::is_dirty);
+                is_any_dirty |= !cache.summary.is_locked && surveyed(&cache).is_some_and(Survey::is_dirty);
                 is_any_prunable |= cache.needed() == CacheNeed::Needless;
                 rows.push(row(&cache));
             }
@@ -49,7 +49,7 @@ pub fn list(directory: &Path) -> Result<Report> {
 }
 
 fn surveyed(cache: &CacheFile) -> Option<&Survey> {
-    cache.seen.survey.as_ref().ok()?.as_ref()
+    cache.summary.survey.as_ref().ok()?.as_ref()
 }
 
 /// The columns of a cache.
@@ -68,7 +68,7 @@ fn row(cache: &CacheFile) -> [String; 6] {
 
 /// The state of a cache in words.
 fn state(cache: &CacheFile) -> String {
-    let Seen { is_locked, holder, survey, .. } = &cache.seen;
+    let FileSummary { is_locked, holder, survey, .. } = &cache.summary;
     let mut parts = Vec::new();
     if *is_locked {
         let pid = holder.map_or_else(String::new, |pid| format!(" (pid {pid})"));

@@ -25,7 +25,7 @@ pub(super) fn is_interactive() -> bool {
 }
 
 /// Asks a question on the terminal; anything but "y" or "yes" is no.
-pub(super) fn ask(question: &str) -> bool {
+pub(super) fn confirm(question: &str) -> bool {
     let mut answer = String::new();
     eprint!("{question} [y/N] ");
     let _ = io::stderr().flush();

@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_or_a_total_that_jumps_tells_nothing() {
+    fn a_clock_or_a_total_that_jumps_is_ignored() {
         let mut host = Host::new();
         (0..3).for_each(|_| drop(host.second(500)));
         let level = host.controller.level();

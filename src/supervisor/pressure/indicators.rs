@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_gone_is_no_sign() {
+    fn a_missing_file_indicates_no_pressure() {
         let indicators = Indicators::new(Some("/nonexistent".into()));
         assert!(!indicators.sample(Duration::ZERO).1 && indicators.has_room(4096) && !indicators.has_room(u64::MAX));
     }

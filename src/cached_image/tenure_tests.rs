@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::CachedImage;
-use crate::arena::{Arena, ArenaFile, ArenaSpec, GuestState, ImageFacts, TenureFacts};
+use crate::arena::{AllowedOwner, Arena, ArenaFile, ArenaSpec, GuestState, ImageFacts, TenureFacts};
 use crate::cache::{ErrorPolicy, PageCache, PolicyKind, Settings};
 use crate::counters::worker::Counters;
 use crate::error::Result;
@@ -103,6 +103,33 @@ fn a_tenure_is_over_only_when_the_image_has_everything_and_each_loss_was_reporte
     assert!(!is_over("tenure-dirty", &|arena| arena.publish(FrameId(0), page(SectorMask::run(2, 1)))));
     assert!(!is_over("tenure-zeroes", &|arena| arena.note_zero(0, Some(SectorSpan::new(8, 8)))));
     assert!(!is_over("tenure-lost", &Arena::set_data_loss));
+}
+
+#[test]
+fn the_begin_of_a_change_is_a_heartbeat() {
+    let (directory, arena) = arena_of("heartbeat");
+    let last_seen = || arena.file().expect("it is persistent").header().unwrap().expect("it has a header").last_seen;
+    assert_eq!(last_seen().heartbeat_ns, 0);
+    let before = wall_clock_ns();
+    arena.begin_change(SectorSpan::new(0, 8));
+    assert!((before..=wall_clock_ns()).contains(&last_seen().heartbeat_ns), "{:?}", last_seen());
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+#[test]
+fn a_clean_cache_that_a_daemon_has_only_looked_at_stays() {
+    let (directory, arena) = arena_of("attached");
+    arena.publish(FrameId(0), FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty: SectorMask::NONE });
+    arena.keep_on_drop(true);
+    drop(arena);
+    let file_in =
+        |directory: &PathBuf| std::fs::read_dir(directory).unwrap().flatten().next().map(|entry| entry.path());
+    let path = file_in(&file_in(&directory).expect("a directory of genblk")).expect("the cache stays");
+    let file = ArenaFile::open_existing(&path, AllowedOwner::Own).unwrap();
+    let header = file.header().unwrap().expect("it has a header");
+    drop(Arena::attach(file, &header).unwrap());
+    assert!(path.exists(), "a daemon that fails to start leaves the cache to the next one");
+    std::fs::remove_dir_all(directory).unwrap();
 }
 
 #[test]

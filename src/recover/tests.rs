@@ -406,3 +406,28 @@ fn pages_of_a_range_that_was_discarded_are_not_compared() {
         }
     }
 }
+
+/// The image carries a record of a tenure before the cache's own. If that once was recorded, an older copy of the image
+/// was restored; if it never was, the record could not be written.
+#[test]
+fn a_record_of_an_earlier_tenure_shows_an_older_copy_if_the_own_one_was_recorded() {
+    let world = World::new();
+    let image = world.open();
+    let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
+    let LastTenure::Recorded(record) = image.last_tenure().unwrap() else { panic!("the image has a record") };
+    let header = arena.file().unwrap().header().unwrap().unwrap();
+    let own = header.tenure.unwrap();
+    let judge = |step: i64, is_recorded| {
+        let generation = own.id.generation.checked_add_signed(step).unwrap();
+        let id = TenureId { generation, id: own.id.id ^ u128::from(step != 0) };
+        let mut header = header.clone();
+        header.tenure = Some(TenureFacts { id, is_recorded, ..own });
+        proof::superseded(&header, Some(&record))
+    };
+    assert_eq!(judge(0, true), None);
+    assert!(matches!(judge(1, true), Some(proof::Proof::Refuted(why)) if why.contains("an older copy was restored")));
+    assert_eq!(judge(1, false), None);
+    for is_recorded in [false, true] {
+        assert!(matches!(judge(-1, is_recorded), Some(proof::Proof::Overtaken(_))));
+    }
+}

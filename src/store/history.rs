@@ -129,7 +129,11 @@ fn sectors_written(device: u64) -> Option<u64> {
         return None;
     }
     // Documentation/block/stat.rst: the seventh number counts sectors written, the fourteenth sectors discarded.
-    let stat = attribute(device, "stat")?;
+    written_or_discarded(&attribute(device, "stat")?)
+}
+
+/// See [`sectors_written`]; `stat` is the device's file of that name. Kernels before Linux 4.18 count no discards.
+fn written_or_discarded(stat: &str) -> Option<u64> {
     let numbers: Vec<u64> = stat.split_whitespace().map_while(|number| number.parse().ok()).collect();
     Some(numbers.get(6)? + numbers.get(13).unwrap_or(&0))
 }
@@ -140,4 +144,17 @@ fn attribute(device: u64, name: &str) -> Option<String> {
     let path = format!("/sys/dev/block/{major}:{minor}");
     let text = fs::read_to_string(Path::new(&path).canonicalize().ok()?.join(name)).ok()?;
     Some(text.trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sectors_that_were_written_and_discarded_are_counted() {
+        let stat = " 101 102 103 104 105 106 107 108 109 110 111 112 113 20000 115 116 117\n";
+        assert_eq!(written_or_discarded(stat), Some(20_107));
+        assert_eq!(written_or_discarded("1 2 3 4 5 6 7 8 9 10 11\n"), Some(7), "before Linux 4.18");
+        assert_eq!(written_or_discarded("1 2 3\n"), None);
+    }
 }

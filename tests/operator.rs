@@ -281,6 +281,34 @@ fn a_reader_leaves_the_others_of_its_image() {
 }
 
 #[test]
+fn cache_keys_of_a_shared_cache_are_refused_with_the_names_of_those_that_share_it() {
+    let (daemon, control) = start("operator-shared-keys");
+    fs::write(daemon.directory().path().join("r1.img"), vec![6; 8 << 20]).expect("an image");
+    let first = attach(&daemon, &control, "r1", "read_only = true\n");
+    // Alone on its image, it shares nothing.
+    stdout_of(&genblk(&control, &["set", "r1", "cache.readahead_max=1M"]));
+    let file = daemon.directory().path().join("r2.toml");
+    let text = table(daemon.directory(), "r2", "r1.img", "read_only = true\ncache.readahead_max = \"1M\"\n");
+    fs::write(&file, text).expect("a file can be written");
+    stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+    for (device, other) in [("r1", "r2"), ("r2", "r1")] {
+        let refused = genblk(&control, &["set", device, "cache.size=8M"]);
+        let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+        let expected = format!("{device}: its cache is shared with {other}");
+        assert!(refused.status.code() == Some(1) && message.contains(&expected), "{refused:?}");
+        let config = stdout_of(&genblk(&control, &["config", device]));
+        assert!(config.contains("cache.size = \"4M\""), "{config}");
+    }
+    stdout_of(&genblk(&control, &["set", "r2", "poll_us=7"]));
+    stdout_of(&genblk(&control, &["detach", "r2"]));
+    stdout_of(&genblk(&control, &["set", "r1", "cache.size=8M"]));
+    let mut session = Session::open(&first, &SessionOptions::default());
+    for sector in (0..16_384).step_by(8) {
+        assert_eq!(session.read(sector, 4096), vec![6; 4096]);
+    }
+}
+
+#[test]
 fn what_was_attached_and_detached_outlives_a_crash_and_not_an_orderly_stop() {
     let (mut daemon, control) = start("operator-runtime");
     let socket = attach(&daemon, &control, "d1", "");

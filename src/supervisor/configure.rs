@@ -76,9 +76,13 @@ impl Operator {
         if keys.is_empty() {
             return Ok(());
         }
-        if entry.config.read_only && !entry.config.isolate && keys.iter().any(|key| key.starts_with("cache.")) {
-            let why = "devices that read an image share its cache, whose keys change only when all of them are \
-                       detached and attached again";
+        let others = self.overview.sharers_of(entry);
+        if !others.is_empty() && keys.iter().any(|key| key.starts_with("cache.")) {
+            let why = format!(
+                "its cache is shared with {}, which read the same image; cache keys change only when all of them are \
+                 detached and attached again",
+                others.join(", ")
+            );
             return Err(Refusal::refused(name.clone(), why));
         }
         if entry.is_frozen() {

@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 use super::entry::{DeviceProgress, OverviewEntry};
+use super::handle::DeviceLink;
 use super::observe::Observer;
 use crate::config::{LimitsConfig, device_table};
 use crate::control::change::Refusal;
@@ -75,6 +76,18 @@ impl Overview {
             let names: Vec<_> = entries.iter().map(|entry| entry.config.name.clone()).collect();
             Refusal::new("NoSuchDevice", json!({ "device": name, "devices": names }))
         })
+    }
+
+    /// The names of the other devices that use the cache of a device.
+    pub fn sharers_of(&self, entry: &OverviewEntry) -> Vec<String> {
+        let key = |entry: &OverviewEntry| entry.link.as_ref().map(DeviceLink::image_key);
+        let shares = |other: &&OverviewEntry| {
+            let (one, two) = (&entry.config, &other.config);
+            let is_same = one.image == two.image && one.group == two.group || key(entry) == key(other);
+            let may_share = [one, two].iter().all(|config| config.read_only && !config.isolate);
+            may_share && is_same && one.name != two.name && (key(entry).is_some() || one.image == two.image)
+        };
+        self.lock().iter().filter(shares).map(|other| other.config.name.clone()).collect()
     }
 
     /// The daemon's description.

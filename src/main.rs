@@ -54,6 +54,13 @@ fn run(action: Action) -> Result<()> {
         Action::Change { socket, device, change, json } => {
             print(&client::change(&mut ControlClient::connect(&socket)?, &device, &change, json)?);
         }
+        Action::Resident { socket, device, json } => {
+            print(&client::resident(&mut ControlClient::connect(&socket)?, &device, json)?);
+        }
+        Action::Warm(socket, options) => {
+            let report = |text: &str| eprint!("{text}");
+            print(&client::warm(&mut ControlClient::connect(&socket)?, &options, report)?);
+        }
         Action::Attach { socket, file, devices, json } => {
             print(&client::attach(&mut ControlClient::connect(&socket)?, &file, &devices, json)?);
         }

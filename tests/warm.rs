@@ -1,16 +1,16 @@
-//! A disk that was stopped cleanly is warm again soon after its next start.
+//! A disk that was stopped cleanly is warm again soon after its next start, and one that is warmed by a list at once.
 
 #[path = "common/mod.rs"]
 mod common;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::json;
 
 use common::daemon::{Daemon, TempDir, server_binary};
-use common::operator::{call, genblk, table};
+use common::operator::{Call, call, genblk, stdout_of, table};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 
@@ -48,7 +48,7 @@ fn read_hot(daemon: &Daemon) {
 }
 
 /// Pages that were read, and how many of them were in memory.
-fn hits(control: &std::path::Path) -> (u64, u64) {
+fn hits(control: &Path) -> (u64, u64) {
     let statistics = call(control, "Statistics", &json!({}));
     let cache = &statistics["parameters"]["devices"][0]["cache"];
     let pages = |name: &str| cache[name].as_u64().expect("a number");
@@ -63,7 +63,7 @@ fn a_disk_is_warm_again_after_an_orderly_stop() {
     let lists: Vec<_> = fs::read_dir(&warm).expect("the directory").flatten().collect();
     assert_eq!(lists.len(), 1, "{lists:?}");
     let text = fs::read_to_string(lists[0].path()).expect("a list");
-    assert!(text.starts_with("genblk warm list 1 ") && text.len() < 4096, "{text}");
+    assert!(text.starts_with("genblk warm list 2 ") && text.len() < 4096, "{text}");
     daemon.restart();
     poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
     daemon.await_log("d0: warmed after");
@@ -81,9 +81,130 @@ fn a_list_of_another_image_or_of_rubbish_is_not_used() {
     read_hot(&daemon);
     daemon.stop();
     let list = fs::read_dir(&warm).expect("the directory").flatten().next().expect("a list").path();
-    fs::write(&list, "genblk warm list 1 \"/another\"\n0+99999999999\n").expect("it can be written");
+    fs::write(&list, "genblk warm list 2 \"/another\"\n0+99999999999\n").expect("it can be written");
     daemon.restart();
     daemon.await_log("it is not a list for this image");
     poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    read_hot(&daemon);
+}
+
+/// Restarts a daemon and reads what the guest uses, from a cache that nothing has warmed.
+fn restart_cold(daemon: &mut Daemon, control: &Path) {
+    daemon.restart();
+    daemon.await_log("is not used: it is not a list for this image, or the image was served since");
+    poll_until("the control socket", PATIENCE, || genblk(control, &["list"]).status.success().then_some(()));
+    read_hot(daemon);
+}
+
+#[test]
+fn a_list_is_not_used_once_another_daemon_has_served_the_image() {
+    let (mut daemon, control, warm) = start("warm-tenure");
+    read_hot(&daemon);
+    daemon.stop();
+    let list = fs::read_dir(&warm).expect("the directory").flatten().next().expect("a list").path();
+    let old = fs::read(&list).expect("it can be read");
+    // Another one, whose list is lost.
+    daemon.restart();
+    daemon.await_log("d0: warmed after");
+    daemon.stop();
+    assert!(fs::read(&list).expect("it can be read") != old, "each tenure has a list of its own");
+    fs::write(&list, old).expect("it can be written");
+    restart_cold(&mut daemon, &control);
+}
+
+#[test]
+fn a_list_is_not_used_for_an_image_that_took_the_place_of_another() {
+    let (mut daemon, control, _) = start("warm-replaced");
+    read_hot(&daemon);
+    daemon.stop();
+    let (image, copy) = (daemon.image(), daemon.directory().path().join("copy"));
+    // The bytes without the attributes.
+    fs::write(&copy, fs::read(&image).expect("it can be read")).expect("it can be written");
+    fs::rename(&copy, &image).expect("it can be replaced");
+    restart_cold(&mut daemon, &control);
+}
+
+/// Extents of a disk in memory, and the bytes of all of them.
+fn resident(control: &Path) -> (String, usize) {
+    let list = stdout_of(&genblk(control, &["resident", "d0"]));
+    let bytes = list.lines().map(|line| line.split_once('+').expect("an extent").1.parse::<usize>().expect("a number"));
+    let sum = bytes.sum();
+    (list, sum)
+}
+
+fn started(name: &str) -> (Daemon, PathBuf, PathBuf) {
+    let (daemon, control, _) = start(name);
+    poll_until("the disk", PATIENCE, || genblk(&control, &["resident", "d0"]).status.success().then_some(()));
+    let list = daemon.directory().path().join("list");
+    (daemon, control, list)
+}
+
+#[test]
+fn a_disk_is_warmed_by_the_list_of_what_was_resident() {
+    let (daemon, control, list) = started("warm-from");
+    assert_eq!(resident(&control).1, 0);
+    read_hot(&daemon);
+    let (text, bytes) = resident(&control);
+    assert!(bytes >= HOT_BYTES, "{text}");
+    fs::write(&list, format!("# what the guest used\n{text}")).expect("it can be written");
+    poll_until("a cold cache", PATIENCE, || {
+        stdout_of(&genblk(&control, &["drop", "d0"]));
+        (resident(&control).1 == 0).then_some(())
+    });
+    let warmed = stdout_of(&genblk(&control, &["warm", "d0", "--from", &list.display().to_string()]));
+    assert_eq!(warmed, "d0: warmed\n");
+    poll_until("what was warmed", PATIENCE, || (resident(&control).0 == text).then_some(()));
+    read_hot(&daemon);
+}
+
+#[test]
+fn a_whole_disk_is_warmed_as_far_as_it_fits() {
+    let (daemon, control, _) = started("warm-whole");
+    let warmed = stdout_of(&genblk(&control, &["warm", "d0"]));
+    assert_eq!(warmed, "d0: the cache is full\n");
+    let bytes = resident(&control).1;
+    assert!((2 << 20..4 << 20).contains(&bytes), "{bytes} of a cache of 4 MiB");
+    read_hot(&daemon);
+}
+
+#[test]
+fn a_list_that_is_wrong_warms_nothing_and_the_error_says_why() {
+    let (daemon, control, list) = started("warm-wrong");
+    let path = list.display().to_string();
+    let refused = |text: &str| {
+        fs::write(&list, text).expect("it can be written");
+        let output = genblk(&control, &["warm", "d0", "--from", &path]);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        String::from_utf8(output.stderr).expect("text")
+    };
+    let message = refused("0+4096\nrubbish\n");
+    assert_eq!(
+        message,
+        format!("genblk: {path}:2: \"rubbish\" is not OFFSET+BYTES, as \"genblk resident\" prints it\n")
+    );
+    let message = refused(&format!("0+4096\n{IMAGE_BYTES}+4096\n"));
+    assert!(message.contains("extents[1]: 8388608+4096 is beyond the end of the image"), "{message}");
+    assert_eq!(resident(&control).1, 0, "nothing was read");
+    let refused = call(&control, "Warm", &json!({"device": "d0", "extents": [{"offset": -1, "bytes": 1}]}));
+    assert_eq!(refused["error"], "org.varlink.service.InvalidParameter", "{refused}");
+    let refused = call(&control, "Warm", &json!({"device": "d0", "bytes_per_second": 0}));
+    assert_eq!(refused["error"], "org.varlink.service.InvalidParameter", "{refused}");
+    read_hot(&daemon);
+}
+
+#[test]
+fn warming_reports_its_progress_and_keeps_to_a_rate() {
+    let (daemon, control, _) = started("warm-rate");
+    let extents = json!([{"offset": 0, "bytes": HOT_BYTES}]);
+    let parameters =
+        json!({"device": "d0", "extents": extents, "bytes_max": HOT_BYTES / 2, "bytes_per_second": HOT_BYTES / 8});
+    let mut warming = Call::start(&control, "Warm", &parameters, true);
+    let first = warming.reply();
+    let progress = &first["parameters"]["progress"];
+    let [done, total] = ["done_bytes", "total_bytes"].map(|name| progress[name].as_u64().expect("a number"));
+    assert!(0 < done && done < total && total == (HOT_BYTES / 2) as u64, "{first}");
+    let last = std::iter::repeat_with(|| warming.reply()).find(|reply| reply["continues"] != json!(true));
+    assert_eq!(last.expect("it ends")["parameters"], json!({"progress": null, "full": false}));
+    poll_until("what was warmed", PATIENCE, || (resident(&control).1 == HOT_BYTES / 2).then_some(()));
     read_hot(&daemon);
 }

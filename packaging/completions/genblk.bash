@@ -55,6 +55,9 @@ _genblk() {
             genblk,reload)
                 cmd="genblk__subcmd__reload"
                 ;;
+            genblk,resident)
+                cmd="genblk__subcmd__resident"
+                ;;
             genblk,resize)
                 cmd="genblk__subcmd__resize"
                 ;;
@@ -75,6 +78,9 @@ _genblk() {
                 ;;
             genblk,top)
                 cmd="genblk__subcmd__top"
+                ;;
+            genblk,warm)
+                cmd="genblk__subcmd__warm"
                 ;;
             genblk__subcmd__help,attach)
                 cmd="genblk__subcmd__help__subcmd__attach"
@@ -115,6 +121,9 @@ _genblk() {
             genblk__subcmd__help,reload)
                 cmd="genblk__subcmd__help__subcmd__reload"
                 ;;
+            genblk__subcmd__help,resident)
+                cmd="genblk__subcmd__help__subcmd__resident"
+                ;;
             genblk__subcmd__help,resize)
                 cmd="genblk__subcmd__help__subcmd__resize"
                 ;;
@@ -136,6 +145,9 @@ _genblk() {
             genblk__subcmd__help,top)
                 cmd="genblk__subcmd__help__subcmd__top"
                 ;;
+            genblk__subcmd__help,warm)
+                cmd="genblk__subcmd__help__subcmd__warm"
+                ;;
             *)
                 ;;
         esac
@@ -143,7 +155,7 @@ _genblk() {
 
     case "${cmd}" in
         genblk)
-            opts="-h -V --config --check --strict --print-capabilities --socket-path --fd --socket-mode --socket-group --blk-file --format --read-only --cache-size --cache-mode --num-queues --serial --memory-dir --sandbox --help --version recover disk-process list stat attach detach set reload config events flush drop resize resume freeze thaw top exporter take-over help"
+            opts="-h -V --config --check --strict --print-capabilities --socket-path --fd --socket-mode --socket-group --blk-file --format --read-only --cache-size --cache-mode --num-queues --serial --memory-dir --sandbox --help --version recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -375,7 +387,7 @@ _genblk() {
             return 0
             ;;
         genblk__subcmd__help)
-            opts="recover disk-process list stat attach detach set reload config events flush drop resize resume freeze thaw top exporter take-over help"
+            opts="recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -570,6 +582,20 @@ _genblk() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        genblk__subcmd__help__subcmd__resident)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         genblk__subcmd__help__subcmd__resize)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -668,6 +694,20 @@ _genblk() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        genblk__subcmd__help__subcmd__warm)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         genblk__subcmd__list)
             opts="-h --socket --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -710,6 +750,24 @@ _genblk() {
             ;;
         genblk__subcmd__reload)
             opts="-h --dry-run --socket --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --socket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__resident)
+            opts="-h --socket --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -842,6 +900,28 @@ _genblk() {
             fi
             case "${prev}" in
                 --socket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__warm)
+            opts="-h --socket --json --from --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --socket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --from)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::client::exporter::{ExporterOptions, ListenAddress};
-use crate::client::{DeviceAction, EventOptions, FreezeOptions, StatOptions, TopOptions};
+use crate::client::{DeviceAction, EventOptions, FreezeOptions, StatOptions, TopOptions, WarmOptions};
 use crate::config::Config;
 
 /// The action that a command line requests.
@@ -70,6 +70,17 @@ pub enum Action {
         /// Whether to print the reply unchanged.
         json: bool,
     },
+    /// List what of a device is in memory, of the daemon at this control socket.
+    Resident {
+        /// The control socket.
+        socket: PathBuf,
+        /// The device.
+        device: String,
+        /// The replies as they came.
+        json: bool,
+    },
+    /// Read a list into the cache of a device, of the daemon at this control socket.
+    Warm(PathBuf, WarmOptions),
     /// Attach the devices of a file to the daemon at this control socket.
     Attach {
         /// The control socket.

@@ -9,7 +9,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use super::{Action, help};
 use crate::client::exporter::{ExporterOptions, ListenAddress};
-use crate::client::{DeviceAction, EventOptions, FreezeOptions, Numbers, StatOptions, TopOptions, View};
+use crate::client::{DeviceAction, EventOptions, FreezeOptions, Numbers, StatOptions, TopOptions, View, WarmOptions};
 use crate::config::{SYSTEMD, parse_size};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -107,6 +107,18 @@ pub(super) enum ClientCommand {
         #[arg(long)]
         flushed: bool,
     },
+    /// Read a disk, or a list of its extents, into its cache
+    #[command(after_long_help = help::WARM)]
+    Warm {
+        #[command(flatten)]
+        device: OneDevice,
+        /// A list that "genblk resident" has printed; "-": standard input; without this, the whole disk
+        #[arg(long, value_name = "FILE")]
+        from: Option<PathBuf>,
+    },
+    /// List the extents of a disk that are in its cache
+    #[command(after_long_help = help::RESIDENT)]
+    Resident(OneDevice),
     /// Grow a disk's image while a guest uses it
     #[command(after_long_help = help::RESIZE)]
     Resize {
@@ -382,6 +394,12 @@ impl ClientCommand {
             Self::Flush(device) => device.change(DeviceAction::Flush),
             Self::Drop { device, flushed } => device.change(DeviceAction::Drop { flushed }),
             Self::Resize { device, size } => device.change(DeviceAction::Resize { bytes: size }),
+            Self::Warm { device: OneDevice { device, control }, from } => {
+                Action::Warm(control.socket, WarmOptions { device, from, as_json: control.json })
+            }
+            Self::Resident(OneDevice { device, control: ControlSocket { socket, json } }) => {
+                Action::Resident { socket, device, json }
+            }
             Self::Resume(device) => device.change(DeviceAction::Resume),
             Self::Thaw(device) => device.change(DeviceAction::Thaw { lease: None }),
             Self::Freeze { device: OneDevice { device, control }, timeout, reads, command } => {

@@ -250,6 +250,29 @@ Examples:
   genblk drop vm1 --flushed   dirty pages as well, once they are written
 ";
 
+pub(super) const WARM: &str = "\
+Examples:
+  genblk resident vm1 > boot.list     after the guest has started
+  genblk warm vm1 --from boot.list    before it starts again
+  genblk warm vm1                     the whole disk, as far as it fits
+
+Notes:
+  Pages are read in only into free memory, while no guest waits for a page, and
+  with few operations at a time; a full cache ends it. A list of another disk
+  costs time and memory, and no guest reads wrong data because of it. Progress is
+  printed to standard error once a second. The command ends with its connection:
+  interrupt it to stop.
+";
+
+pub(super) const RESIDENT: &str = "\
+Examples:
+  genblk resident vm1
+  genblk resident vm1 > hot.list
+
+Notes:
+  Each line is OFFSET+BYTES, in bytes, sorted.
+";
+
 pub(super) const RESUME: &str = "\
 Examples:
   genblk resume vm1

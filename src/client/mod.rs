@@ -13,6 +13,7 @@ mod sample;
 mod stat;
 mod table;
 mod top;
+mod warm;
 
 use std::io;
 use std::path::Path;
@@ -36,6 +37,7 @@ pub use freeze::{FreezeOptions, freeze};
 pub use list::list;
 pub use stat::{Numbers, StatOptions, View, stat};
 pub use top::{TopOptions, top};
+pub use warm::{WarmOptions, resident, warm};
 
 /// How long the daemon may take to reply to a query, for which it never waits.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);

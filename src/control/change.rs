@@ -8,8 +8,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::wire::{
-    AttachParameters, DetachParameters, DeviceParameters, DropParameters, FreezeParameters, ReloadParameters,
-    ResizeParameters, SetParameters, ThawParameters,
+    AttachParameters, ByteExtent, DetachParameters, DeviceParameters, DropParameters, FreezeParameters,
+    ReloadParameters, ResizeParameters, SetParameters, ThawParameters, WarmParameters,
 };
 
 /// Bounds of the duration of a freeze, and its default, in milliseconds.
@@ -30,6 +30,22 @@ pub enum Change {
         device: String,
         /// Whether dirty pages are written first.
         flushed: bool,
+    },
+    /// Read extents into the cache.
+    Warm {
+        /// The device.
+        device: String,
+        /// The extents; without them, the whole disk.
+        extents: Option<Vec<ByteExtent>>,
+        /// Most bytes of the extents that are read in.
+        bytes_max: Option<u64>,
+        /// Most bytes per second.
+        bytes_per_second: Option<u64>,
+    },
+    /// List the extents in memory. This changes nothing.
+    Resident {
+        /// The device.
+        device: String,
     },
     /// Grow the image, or serve it at its present size.
     Resize {
@@ -87,6 +103,9 @@ pub enum Change {
     },
 }
 
+/// Methods that take long and change nothing: every client that can connect may call them.
+pub(super) const READING: [&str; 1] = ["Resident"];
+
 /// Why a call is not a valid change.
 #[derive(Debug)]
 pub(super) enum InvalidCall {
@@ -113,6 +132,14 @@ impl Change {
                 let ResizeParameters { device, bytes } = read(given)?;
                 Self::Resize { device, bytes }
             }
+            "Warm" => {
+                let WarmParameters { device, extents, bytes_max, bytes_per_second } = read(given)?;
+                if bytes_per_second == Some(0) {
+                    return Err(InvalidCall::Invalid("bytes_per_second".to_owned()));
+                }
+                Self::Warm { device, extents, bytes_max, bytes_per_second }
+            }
+            "Resident" => Self::Resident { device: device(given)? },
             "Resume" => Self::Resume { device: device(given)? },
             "Freeze" => {
                 let FreezeParameters { device, timeout_ms, reads } = read(given)?;

@@ -12,7 +12,7 @@ use log::debug;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::change::{BegunChange, Change, ChangeReply, InvalidCall, Refusal};
+use super::change::{BegunChange, Change, ChangeReply, InvalidCall, READING, Refusal};
 use super::connection::VarlinkConnection;
 use super::events::EventLog;
 use super::permits::{Caller, Permits};
@@ -243,8 +243,9 @@ fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method
 /// The change that a call of the interface requests.
 fn change_in(call: &MethodCall, may_change: bool) -> Result<Change, MethodReply> {
     // For a client without the right to make changes, check only whether the method exists, not its parameters.
-    let given = call.parameters.clone().filter(|given| may_change && !given.is_null()).unwrap_or_else(|| json!({}));
     let name = call.method.rsplit_once('.').map_or("", |(_, name)| name);
+    let may_change = may_change || READING.contains(&name);
+    let given = call.parameters.clone().filter(|given| may_change && !given.is_null()).unwrap_or_else(|| json!({}));
     match Change::of(name, &given) {
         Err(InvalidCall::Unknown) => Err(service_error("MethodNotFound", json!({ "method": call.method }))),
         _ if !may_change => {
@@ -418,6 +419,8 @@ mod tests {
         assert_eq!(refused("Flush", wrong(), true), "InvalidParameter");
         assert_eq!(refused("Flush", wrong(), false), "PermissionDenied");
         assert_eq!(refused("Fly", wrong(), false), "MethodNotFound");
+        // It changes nothing.
+        assert_eq!(refused("Resident", wrong(), false), "InvalidParameter");
     }
 
     fn method_error(call: &MethodCall, may_change: bool) -> String {

@@ -12,7 +12,8 @@ use crate::counters::sizes::{Sizes, least_size_of, size_bucket_of};
 
 pub use parameters::{
     AttachParameters, DetachParameters, DeviceParameters, DropParameters, FreezeParameters, ListParameters,
-    ReloadParameters, ResizeParameters, SetParameters, StatisticsParameters, ThawParameters, WatchParameters,
+    ReloadParameters, ResizeParameters, SetParameters, StatisticsParameters, ThawParameters, WarmParameters,
+    WatchParameters,
 };
 
 /// The interface's description.
@@ -355,6 +356,29 @@ pub struct FlushProgress {
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct Progressing {
     pub progress: Option<FlushProgress>,
+}
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct ByteExtent {
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// Results of `Warm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Warmed {
+    pub progress: Option<FlushProgress>,
+    pub full: Option<bool>,
+}
+
+/// Results of `Resident`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct ResidentExtents {
+    pub extents: Vec<ByteExtent>,
 }
 
 /// Results of `Describe`.

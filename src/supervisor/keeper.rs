@@ -511,7 +511,7 @@ impl ProcessSession<'_> {
         // The file may have been removed since the last check.
         self.slot.check_cache_file(true);
         if ending == Ending::WriteBack {
-            warm_list::save(&self.served, &self.process, self.device);
+            warm_list::save(&self.served, || self.slot.present_tenure(), &self.process, self.device);
         }
         self.process.command(&ToDisk::Finish { device: self.device, ending });
     }
@@ -524,7 +524,7 @@ impl ProcessSession<'_> {
                 // The image may have grown since its size was sent to the process, which other devices may share.
                 self.image_bytes = Some(0);
                 self.send_growth();
-                warm_list::warm(&self.served, &self.process, self.device);
+                warm_list::warm(&self.served, &self.slot.last_tenure, &self.process, self.device);
                 if let Some(handle) = self.handle.take() {
                     self.worker.report(KeeperEvent::Served(handle));
                 }

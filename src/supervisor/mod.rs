@@ -33,7 +33,9 @@ mod restarts;
 mod runtime;
 mod slot;
 mod socket;
+mod warm;
 mod warm_list;
+mod warm_pages;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};

@@ -46,13 +46,15 @@ pub(super) struct Operator {
     pub(super) source: Option<PathBuf>,
     /// Locked during a reload.
     pub(super) reload: Arc<Mutex<()>>,
+    /// Locked while a list of pages in memory is made.
+    pub(super) resident: Arc<Mutex<()>>,
 }
 
 impl Operator {
     /// An operator of these devices. `source`: the configuration file.
     pub(super) fn new(overview: &Arc<Overview>, events: &Sender<SupervisorEvent>, source: Option<&Path>) -> Self {
-        let (source, reload) = (source.map(Into::into), Arc::default());
-        Self { overview: Arc::clone(overview), events: events.clone(), source, reload }
+        let (source, reload, resident) = (source.map(Into::into), Arc::default(), Arc::default());
+        Self { overview: Arc::clone(overview), events: events.clone(), source, reload, resident }
     }
 
     /// Whether the daemon has a configuration file.
@@ -118,6 +120,10 @@ impl Operator {
                     _ => Err(unexpected(&entry)),
                 }
             }
+            Change::Warm { device, extents, bytes_max, bytes_per_second } => {
+                self.warm(&device, extents.as_deref(), (bytes_max, bytes_per_second), client)
+            }
+            Change::Resident { device } => self.resident(&device, client),
             Change::Resume { device } => {
                 let entry = self.overview.entry(&device)?;
                 let resumed = entry.commands.send(KeeperCommand::Resume).is_ok();
@@ -331,7 +337,7 @@ fn micros(duration: Duration) -> u64 {
 }
 
 /// The link to a served device.
-fn link_of(entry: &OverviewEntry) -> Result<DeviceLink, Refusal> {
+pub(super) fn link_of(entry: &OverviewEntry) -> Result<DeviceLink, Refusal> {
     entry.link.clone().ok_or_else(|| {
         let why = entry.progress.why.clone().unwrap_or_else(|| "it is not served at the moment".to_owned());
         Refusal::refused(entry.config.name.clone(), why)
@@ -375,7 +381,11 @@ pub(super) fn ask(
 
 /// The error for a configuration with these problems.
 pub(super) fn invalid(problems: &[Problem]) -> Refusal {
-    let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    invalid_texts(&problems.iter().map(ToString::to_string).collect::<Vec<_>>())
+}
+
+/// The error of a call with these problems.
+pub(super) fn invalid_texts(problems: &[String]) -> Refusal {
     Refusal::new("Invalid", json!({ "problems": problems }))
 }
 

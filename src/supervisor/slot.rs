@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use log::{error, warn};
 
 use super::process::{Exit, Hosting, Process, SharedProcess};
+use super::warm_list::TenureKey;
 use crate::arena::KeptArena;
 use crate::config::{DeviceConfig, Engine, ImageFormat, Survive};
 use crate::disk_protocol::{DeviceSettings, ToDisk};
@@ -48,6 +49,8 @@ pub(super) struct ImageSlot {
     hosting: Hosting,
     /// Size of the cache that has memory: less than the configured one if the host has not had more.
     pub cache_bytes: u64,
+    /// The last tenure of the image before it was opened.
+    pub last_tenure: TenureKey,
     state: Mutex<SlotState>,
 }
 
@@ -94,6 +97,8 @@ impl ImageSlot {
             "" => None,
             name => Some(user_called(name)?),
         };
+        // Before a new tenure begins.
+        let last_tenure = TenureKey::of(&*image);
         let arena = recover::arena_for(config, &*image, frames_of(config), manager);
         let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
         let cache_bytes = arena.reserved_frames() as u64 * PAGE_BYTES;
@@ -107,7 +112,7 @@ impl ImageSlot {
         let is_shared = group.is_some() || config.read_only && !config.isolate;
         let settings = DeviceSettings::from(config);
         let state = Mutex::new(state);
-        Ok(Arc::new(Self { image_of, settings, user, group, is_shared, hosting, cache_bytes, state }))
+        Ok(Arc::new(Self { image_of, settings, user, group, is_shared, hosting, cache_bytes, last_tenure, state }))
     }
 
     fn lock(&self) -> MutexGuard<'_, SlotState> {
@@ -242,6 +247,11 @@ impl ImageSlot {
     }
 
     /// Whether the cache still holds data not written to the image, after its process has ended.
+    /// The present tenure of the image. Waits for the image.
+    pub fn present_tenure(&self) -> TenureKey {
+        TenureKey::of(&*self.lock().image)
+    }
+
     pub fn holds_unwritten(&self) -> bool {
         let state = self.lock();
         // A cache that cannot be read may hold such data.

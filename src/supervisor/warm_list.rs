@@ -1,11 +1,12 @@
 //! The list of pages that were in memory at a clean stop: page numbers, no data. The next start reads them in.
 //!
-//! The list is a hint. If the image has changed meanwhile, or is another one, the wrong pages are read in, but the
-//! guest still reads correct data. The list's name and first line contain the image's path, so that it is not used for
-//! another image.
+//! The list is a hint: whatever it says, the guest reads correct data. Its first line names the image's path and the
+//! tenure in which it was written ([`TenureKey`]). A list of another image, or of an image that another daemon has
+//! served since, is not used, because it would fill the cache with the wrong pages.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,21 +16,20 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 
 use super::process::Process;
+use super::warm_pages::{PageExtent, WarmEnd, page_count, resident_pages, warm_pages};
 use crate::config::DeviceConfig;
-use crate::disk_protocol::{DeviceReply, DeviceRequest};
+use crate::image_id::ImageId;
+use crate::store::file::LastTenure;
+use crate::store::named::{ImageKind, NamedImage};
 use crate::sys::process::effective_uid;
 use crate::units::{PAGE_BYTES, counted};
 
 /// The first words of a list.
-const MAGIC: &str = "genblk warm list 1";
+const MAGIC: &str = "genblk warm list 2";
 /// How long a clean stop waits for the list in total.
 const SAVE_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest list: that of a cache of 1 TiB in which no two pages are adjacent.
 const BYTES_MAX: u64 = 1 << 32;
-/// Limits of one request: extents, and time. The device may end between two requests.
-const EXTENTS_PER_REQUEST: usize = 512;
-const REQUEST_MS: u32 = 1000;
-
 /// The list of a device; `None` if it has none.
 fn path_of(config: &DeviceConfig) -> Option<PathBuf> {
     let directory = Path::new(&config.cache.warm_dir);
@@ -41,29 +41,39 @@ fn path_of(config: &DeviceConfig) -> Option<PathBuf> {
     (!config.cache.warm_dir.is_empty()).then(|| directory.join(format!("genblk-warm-{hash:016x}")))
 }
 
-/// Pages as extents: the first page, and the number of pages.
-fn extents_of(mut pages: Vec<u64>) -> Vec<(u64, u64)> {
-    pages.sort_unstable();
-    pages.dedup();
-    let mut extents: Vec<(u64, u64)> = Vec::new();
-    for page in pages {
-        match extents.last_mut() {
-            Some((first, count)) if *first + *count == page => *count += 1,
-            _ => extents.push((page, 1)),
-        }
+/// Which tenure of an image a list belongs to, as text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TenureKey(String);
+
+impl TenureKey {
+    /// The last tenure that the image records. An image without records (a block device, a file system without
+    /// attributes, an NBD export) has only its identity, and a block device or an export only its path.
+    pub fn of(image: &dyn NamedImage) -> Self {
+        Self(match image.last_tenure() {
+            Ok(LastTenure::Recorded(record)) => format!("tenure {}", record.tenure),
+            Ok(LastTenure::None) => "tenure none".to_owned(),
+            _ if image.kind() == ImageKind::File => {
+                let ImageId { inode, born_ns, .. } = image.identity();
+                format!("inode {inode} born {born_ns}")
+            }
+            _ => "unrecorded".to_owned(),
+        })
     }
-    extents
 }
 
-fn text_of(image: &Path, extents: &[(u64, u64)]) -> String {
+/// The first line of a list.
+fn head_of(image: &Path, TenureKey(key): &TenureKey) -> String {
+    format!("{MAGIC} {:?} {key}", image.as_os_str())
+}
+
+fn text_of(head: &str, extents: &[PageExtent]) -> String {
     let lines: String = extents.iter().map(|(first, count)| format!("{first}+{count}\n")).collect();
-    format!("{MAGIC} {:?}\n{lines}", image.as_os_str())
+    format!("{head}\n{lines}")
 }
 
-/// The extents of a list of this image; `None` for anything else.
-fn parse(text: &str, image: &Path) -> Option<Vec<(u64, u64)>> {
+/// The extents of a list with this first line; `None` for anything else.
+fn parse(text: &str, head: &str) -> Option<Vec<PageExtent>> {
     let mut lines = text.lines();
-    let head = format!("{MAGIC} {:?}", image.as_os_str());
     let extent = |line: &str| {
         let (first, count) = line.split_once('+')?;
         Some((first.parse().ok()?, count.parse().ok()?))
@@ -75,22 +85,15 @@ fn parse(text: &str, image: &Path) -> Option<Vec<(u64, u64)>> {
 /// Saves the list of the pages in memory, at a clean stop.
 ///
 /// => The device's rings have stopped.
-pub(super) fn save(config: &DeviceConfig, process: &Process, device: u32) {
+pub(super) fn save(config: &DeviceConfig, tenure: impl FnOnce() -> TenureKey, process: &Process, device: u32) {
     let Some(path) = path_of(config) else { return };
-    let (until, mut pages, mut from) = (Instant::now() + SAVE_PATIENCE, Vec::new(), Some(0));
-    while let Some(slot) = from {
-        let left = until.saturating_duration_since(Instant::now());
-        let reply = process.request(device, DeviceRequest::Resident { from: slot });
-        let Ok(Ok(DeviceReply::Resident { pages: more, next })) = reply.map(|reply| reply.recv_timeout(left)) else {
-            warn!("{}: cannot list the cached pages: timed out", config.name);
-            return;
-        };
-        pages.extend(more);
-        from = next;
-    }
-    let (name, count) = (&config.name, pages.len() as u64);
-    match write(&path, &text_of(&config.image, &extents_of(pages))) {
-        Ok(()) => info!("{name}: {} listed in {} for the next start", counted(count, "cached page"), path.display()),
+    let name = &config.name;
+    let Some(extents) = resident_pages(process, device, Instant::now() + SAVE_PATIENCE) else {
+        return warn!("{name}: cannot list the cached pages: timed out");
+    };
+    let count = counted(page_count(&extents), "cached page");
+    match write(&path, &text_of(&head_of(&config.image, &tenure()), &extents)) {
+        Ok(()) => info!("{name}: {count} listed in {} for the next start", path.display()),
         Err(e) => warn!("{name}: cannot list the cached pages in {}: {e}", path.display()),
     }
 }
@@ -116,24 +119,26 @@ fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// Reads in the pages that the last clean stop listed, on a separate thread, which ends with the process.
-pub(super) fn warm(config: &DeviceConfig, process: &Arc<Process>, device: u32) {
+/// Reads in the pages that the last clean stop listed, on a separate thread, which ends with the process. `tenure` is
+/// the last one before this daemon opened the image.
+pub(super) fn warm(config: &DeviceConfig, tenure: &TenureKey, process: &Arc<Process>, device: u32) {
     let Some(path) = path_of(config) else { return };
     let text = match read(&path) {
         Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return,
         Err(e) => return warn!("{}: {} is not used: {e}", config.name, path.display()),
     };
-    let Some(extents) = parse(&text, &config.image) else {
-        return warn!("{}: {} is not used: it is not a list for this image", config.name, path.display());
+    let Some(extents) = parse(&text, &head_of(&config.image, tenure)) else {
+        let why = "it is not a list for this image, or the image was served since";
+        return warn!("{}: {} is not used: {why}", config.name, path.display());
     };
     let (name, process) = (config.name.clone(), Arc::clone(process));
     let begun = Instant::now();
     let warm = move || {
-        let pages = extents.iter().fold(0, |sum: u64, (_, count)| sum.saturating_add(*count));
-        if let Some(is_full) = warm_all(&extents, &process, device) {
-            let mib = pages.saturating_mul(PAGE_BYTES) >> 20;
-            let all = if is_full { "the cache is full" } else { "all" };
+        let end = warm_pages(&extents, &process, device, None, |_| ControlFlow::Continue(()));
+        if matches!(end, WarmEnd::All | WarmEnd::Full) {
+            let mib = page_count(&extents).saturating_mul(PAGE_BYTES) >> 20;
+            let all = if end == WarmEnd::Full { "the cache is full" } else { "all" };
             info!("{name}: warmed after {} ms: {mib} MiB were listed ({all})", begun.elapsed().as_millis());
         }
     };
@@ -142,37 +147,22 @@ pub(super) fn warm(config: &DeviceConfig, process: &Arc<Process>, device: u32) {
     }
 }
 
-/// Returns whether the cache filled up before the end of the list; `None` if the device ended.
-fn warm_all(extents: &[(u64, u64)], process: &Process, device: u32) -> Option<bool> {
-    for part in extents.chunks(EXTENTS_PER_REQUEST) {
-        let mut left = part.to_vec();
-        while !left.is_empty() {
-            let reply = process.request(device, DeviceRequest::Warm { extents: left, time_ms: REQUEST_MS }).ok()?;
-            match reply.recv().ok()? {
-                DeviceReply::Warmed { is_full: true, .. } => return Some(true),
-                DeviceReply::Warmed { left: rest, .. } => left = rest,
-                _ => return None,
-            }
-        }
-    }
-    Some(false)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_list_is_read_as_it_was_written_and_only_for_its_image() {
-        let extents = extents_of(vec![9, 1, 2, 3, 9, 10]);
-        assert_eq!(extents, [(1, 3), (9, 2)]);
-        let image = Path::new("/srv/a \"b\".img");
-        let text = text_of(image, &extents);
-        assert_eq!(parse(&text, image), Some(extents));
-        assert_eq!(parse(&text, Path::new("/srv/b.img")), None);
-        assert_eq!(parse(&text_of(image, &[]), image), Some(Vec::new()));
+    fn a_list_is_read_as_it_was_written_and_only_for_its_image_and_tenure() {
+        let (image, extents) = (Path::new("/srv/a \"b\".img"), vec![(1, 3), (9, 2)]);
+        let key = |key: &str| TenureKey(key.to_owned());
+        let head = head_of(image, &key("tenure 7/ab"));
+        let text = text_of(&head, &extents);
+        assert_eq!(parse(&text, &head), Some(extents));
+        assert_eq!(parse(&text, &head_of(Path::new("/srv/b.img"), &key("tenure 7/ab"))), None);
+        assert_eq!(parse(&text, &head_of(image, &key("tenure 8/ab"))), None);
+        assert_eq!(parse(&text_of(&head, &[]), &head), Some(Vec::new()));
         for wrong in ["", "x", &format!("{text}7"), &format!("{text}7+x\n"), &text.replace('+', "-")] {
-            assert_eq!(parse(wrong, image), None, "{wrong:?}");
+            assert_eq!(parse(wrong, &head), None, "{wrong:?}");
         }
     }
 

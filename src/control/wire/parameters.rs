@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::ByteExtent;
+
 /// Parameters of a method that takes a device alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
@@ -108,4 +110,17 @@ pub struct StatisticsParameters {
     pub device: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval_ms: Option<u64>,
+}
+
+/// Parameters of `Warm`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct WarmParameters {
+    pub device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extents: Option<Vec<ByteExtent>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_max: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
 }

@@ -33,7 +33,7 @@ fn recorded_messages_are_understood_and_sent_as_they_were() {
 fn another_version_is_refused_with_both_versions() {
     let later = TO_DISK.lines().next().unwrap().replace("{\"version\":3,", "{\"version\":4,");
     let error = decode::<ToDisk>(later.as_bytes()).unwrap_err().to_string();
-    assert!(error.ends_with("it has version 4, and this process speaks version 3"), "{error}");
+    assert!(error.ends_with("it has version 4, but this process uses version 3"), "{error}");
     for nonsense in ["", "{}", "{\"version\":3}", "{\"version\":3,\"message\":\"Sing\"}", "\0\u{1}"] {
         assert!(decode::<ToDisk>(nonsense.as_bytes()).is_err(), "{nonsense:?}");
     }

@@ -65,11 +65,6 @@ impl PageCache {
         (self.resize.due, self.resize.next_slot, self.resize.has_moved) = (Some(self.now), 0, false);
     }
 
-    /// Number of frames that the cache grows or shrinks to.
-    pub fn frames_wanted(&self) -> u32 {
-        self.settings.frames
-    }
-
     /// Pages that were moved to another frame because theirs left, since the cache was created.
     pub fn moved_pages(&self) -> u64 {
         self.resize.moved_pages

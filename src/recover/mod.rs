@@ -355,7 +355,7 @@ impl NewCache<'_> {
         let spec = ArenaSpec { frames: self.frames_max, reserved: self.frames, image: self.facts, tenure, guest };
         let survive = match check_memory_dir(self.config) {
             Err(error) if self.config.cache.survive == Survive::Auto => {
-                warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
+                warn!("{error}; using a cache that does not survive a crash");
                 Survive::Never
             }
             _ => self.config.cache.survive,

@@ -597,3 +597,37 @@ fn a_clean_page_of_a_range_that_the_previous_daemon_was_zeroing_is_not_restored(
     let found = [2, 3].map(|no| cache.pages.find(PageNo(no)).is_some());
     assert_eq!(found, [false, true], "the dirty page was written after the zero");
 }
+
+/// Its block must be read in before its write.
+#[test]
+fn a_flush_continues_in_the_next_turn_once_a_frame_is_free_for_a_page_that_is_valid_in_part() {
+    let mut cache = cache_with(Settings { block_sectors: 8, readahead_pages_max: 0, ..Settings::of(64, 1 << 20) });
+    write(&mut cache, 0, 1);
+    let mut pinned = Vec::new();
+    assert_eq!(cache.read(access(8, 63 * 8), &mut pinned), Admitted::All);
+    cache.flush(Ticket(7));
+    let now = Tick::from_us(1);
+    loop {
+        cache.pump(now);
+        let mut tags = Vec::new();
+        cache.take_ops(|op| tags.push(op.tag));
+        if tags.is_empty() {
+            break;
+        }
+        tags.iter().for_each(|&tag| cache.complete(tag, &Outcome::Done, now));
+        let mut notices = Vec::new();
+        cache.take_notices(&mut notices);
+        for notice in notices {
+            let Notice::Ready(_, piece) = notice else { panic!("nothing is durable: {notice:?}") };
+            pinned.push(piece);
+        }
+    }
+    assert_eq!((cache.stats().frames_free, cache.stats().dirty_pages), (0, 1));
+    assert_ne!(cache.next_deadline(), Some(now), "nothing can be done");
+    pinned.iter().for_each(|piece| cache.finish_read(piece));
+    cache.pump(now);
+    assert_eq!(cache.next_deadline(), Some(now), "reclaim has freed frames");
+    let written = complete_all(&mut cache, now);
+    assert!(written.iter().any(|(kind, _)| *kind == OpKind::Sync), "{written:?}");
+    cache.check(&[]);
+}

@@ -19,7 +19,7 @@ use env_logger::{Builder, Target};
 use log::{LevelFilter, Record, log, warn};
 
 use crate::sandbox::{self, ThreadKind};
-use crate::sys::signal::block_all_in_this_thread;
+use crate::sys::signal::with_all_blocked;
 use crate::units::counted;
 
 use limit::{Limiter, LineKind};
@@ -40,7 +40,8 @@ static LIMITER: Mutex<Option<Limiter>> = Mutex::new(None);
 pub fn init() {
     let wish = env::var_os(VARIABLE).filter(|wish| !wish.is_empty());
     let level = wish.as_ref().map_or(Some(LevelFilter::Info), |wish| wish.to_str()?.trim().parse().ok());
-    let writer = thread::Builder::new().name("log".to_owned()).spawn(write_lines);
+    // The thread starts before the daemon blocks the signals that it waits for, so it would not inherit that mask.
+    let writer = with_all_blocked(|| thread::Builder::new().name("log".to_owned()).spawn(write_lines));
     if writer.is_ok() {
         QUEUE.start();
     }
@@ -131,8 +132,6 @@ fn is_admitted(record: &Record<'_>, message: &str) -> bool {
 
 /// Body of the log's thread: writes lines, and the counts of those that were not written.
 fn write_lines() {
-    // This thread starts before the daemon blocks the signals that it waits for, so it does not inherit that mask.
-    block_all_in_this_thread();
     let mut is_confined = false;
     QUEUE.run(|| {
         // The log starts before it is decided whether the process has a sandbox.

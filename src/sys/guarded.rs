@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use super::signal::block_all_in_this_thread;
+use super::signal::with_all_blocked;
 
 /// The interval of the watchdog's checks. A blocking write takes one to two intervals.
 const PERIOD: Duration = Duration::from_millis(4);
@@ -71,7 +71,8 @@ pub fn start_watchdog(confine: impl FnOnce() + Send + 'static) {
             confine();
             REGISTRY.watch();
         };
-        let made = install_handler().and_then(|()| thread::Builder::new().name("watchdog".to_owned()).spawn(watch));
+        let spawn = || thread::Builder::new().name("watchdog".to_owned()).spawn(watch);
+        let made = install_handler().and_then(|()| with_all_blocked(spawn));
         made.ok().map(|handle| handle.thread().clone())
     });
 }
@@ -110,7 +111,6 @@ impl Registry {
 
     /// The loop of the watchdog.
     fn watch(&self) {
-        block_all_in_this_thread();
         let (mut seen, mut idle) = (Vec::new(), 0);
         loop {
             let steps = self.interrupt_stuck(&seen);

@@ -43,18 +43,22 @@ impl BlockedSignals {
     }
 }
 
-/// Blocks every signal in the calling thread, so that another thread gets it. The exception is SIGSYS, which a filter
-/// of system calls raises in the thread itself.
-pub fn block_all_in_this_thread() {
-    // SAFETY: all-zero bytes are a valid sigset_t, which sigfillset initialises.
-    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the calls write and read one sigset_t, and `set` is one; with a null pointer the last does not write the
-    // old mask. None can fail.
+/// Runs `act` with every signal blocked in the calling thread. A thread that it starts inherits that from its first
+/// instruction on, so no signal for the process is delivered to it. The exception is SIGSYS, which a filter of system
+/// calls raises in the thread itself.
+pub fn with_all_blocked<R>(act: impl FnOnce() -> R) -> R {
+    // SAFETY: all-zero bytes are a valid sigset_t, which the calls below initialise.
+    let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+    // SAFETY: the calls write and read one sigset_t each, and `all` and `before` are such. None can fail.
     unsafe {
-        libc::sigfillset(&raw mut set);
-        libc::sigdelset(&raw mut set, libc::SIGSYS);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+        libc::sigfillset(&raw mut all);
+        libc::sigdelset(&raw mut all, libc::SIGSYS);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
     }
+    let result = act();
+    // SAFETY: the call reads one sigset_t; with a null pointer it does not write the old mask.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    result
 }
 
 /// Name of a signal, for messages.
@@ -122,4 +126,26 @@ pub fn ignore(signals: &[libc::c_int]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The signals that the calling thread blocks, a bit for each.
+    fn blocked() -> u64 {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap()
+    }
+
+    #[test]
+    fn a_thread_gets_no_signal_from_its_start_on_and_its_parent_gets_them_again() {
+        let before = blocked();
+        let child = with_all_blocked(|| std::thread::spawn(blocked)).join().unwrap();
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1, libc::SIGALRM] {
+            assert!(child >> (signal - 1) & 1 == 1, "{}", name_of(signal));
+        }
+        assert_eq!((child >> (libc::SIGSYS - 1) & 1, blocked()), (0, before));
+    }
 }

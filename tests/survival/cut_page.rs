@@ -14,7 +14,7 @@ const PAGE: u64 = 4096;
 /// Sectors of the image before its last page.
 const WHOLE: u64 = (16 << 20) / SECTOR_BYTES as u64;
 /// Offset of the frames' records in a ledger.
-const RECORDS_AT: usize = 8192;
+const RECORDS_AT: usize = 12_288;
 
 /// Kills a daemon with a completed write of all sectors, `tail` in number, of the last page of its image; returns the
 /// bytes. The page's record says that it is dirty as a whole, as earlier versions of genblk recorded it.

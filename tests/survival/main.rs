@@ -483,7 +483,7 @@ fn a_cache_of_an_earlier_boot_or_an_unknown_layout_is_refused() {
         let file = File::options().read(true).write(true).open(&left[0]).expect("the file can be opened");
         let mut byte = [0];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, at).expect("the file can be read");
-        std::os::unix::fs::FileExt::write_all_at(&file, &[byte[0] ^ 1], at).expect("the file can be written");
+        std::os::unix::fs::FileExt::write_all_at(&file, &[byte[0] ^ 0x40], at).expect("the file can be written");
         drop(file);
         let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
         assert_eq!(ended.status.code(), Some(1), "{ended:?}");

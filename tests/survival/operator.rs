@@ -312,14 +312,14 @@ fn a_daemon_refuses_a_folder_that_another_user_made() {
 #[test]
 fn a_ledger_that_refers_to_what_cannot_be_is_refused_as_damaged() {
     // Offset of a word, and a value that cannot be: the number of frames, a page of the image, a range of zeros.
-    let cases = [(24, 1 << 40), (8192, 1 << 30 | 0xff << 40), (4096 + 8, 1 << 60)];
+    let cases = [(24, 1 << 40), (12_288, 1 << 30 | 0xff << 40), (4096 + 8, 1 << 60)];
     for (at, word) in cases {
         let (daemon, cache, bytes) = dirty_cache();
         let file = File::options().write(true).open(&cache).expect("the file can be opened");
         file.write_all_at(&u64::to_le_bytes(word), at).expect("the file can be written");
         drop(file);
         assert_refused(&genblk_recover(&[text(&cache)]), &[text(&cache), "is damaged or forged"]);
-        assert_refused(&genblk_recover(&["--discard", text(&cache)]), &["what cannot be read", "--force"]);
+        assert_refused(&genblk_recover(&["--discard", text(&cache)]), &["data that cannot be read", "--force"]);
         assert!(daemon.image_bytes(80 * 512, bytes.len()) != bytes, "nothing is written");
         let listed = genblk_recover(&["--memory-dir", text(&daemon.directory().memory())]);
         assert!(listed.stdout.contains("is damaged or forged"), "{listed:?}");

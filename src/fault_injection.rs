@@ -19,7 +19,8 @@ pub enum PlantedBug {
     /// A page that no Sync has covered is published as clean: the next daemon does not write it again if its Sync
     /// fails.
     UnsyncedPublishedAsClean,
-    /// A zeroed range is not published: the next daemon does not zero it again if its Sync fails.
+    /// A zeroed range is not recorded for the next daemon, which then does not zero it again if this daemon's Sync has
+    /// failed.
     ZeroNotPublished,
     /// Write-back that fails for lack of space counts as a success.
     NoSpaceIgnored,

@@ -43,7 +43,7 @@ impl Arena {
             .collect()
     }
 
-    /// Removes the hashes of pages that the daemon starts to change.
+    /// Removes the hashes of pages that the daemon is about to change.
     pub(super) fn forget_samples(&self, span: SectorSpan) {
         if planted(PlantedBug::SamplesKept) {
             return;

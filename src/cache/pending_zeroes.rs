@@ -37,7 +37,8 @@ pub(super) struct PendingZeroes {
     /// By slot: the ranges that read as zeros.
     zeroes: Vec<Option<Zero>>,
     free: Vec<ZeroSlot>,
-    /// As with pages (`flush.rs`): the slots that the Sync in flight covers, and those of zeros that completed later.
+    /// The slots of zeros that the Sync in flight covers, and those of zeros that completed later; the lists swap their
+    /// roles as those of the pages do (`flush.rs`).
     unsynced: [Vec<ZeroSlot>; 2],
     /// Number of ranges in `zeroes`.
     count: usize,

@@ -21,9 +21,9 @@ use super::{Notice, PageCache, REGION_PAGES, Ticket};
 
 /// Most range operations of guests at a time; further ones stall.
 const RANGES_MAX: usize = 64;
-/// Most pages of the range operations of guests at a time, except for a single operation: 512 MiB. When an operation
-/// starts and ends, the cache looks up each page of those blocks that have pages in memory, which takes about 10 ms for
-/// this many.
+/// Limit on the pages of all range operations of guests in progress together: 512 MiB. A single operation may exceed it
+/// if it runs alone. When an operation starts and when it ends, the cache looks up each page of the page table's blocks
+/// that have pages in memory, which takes about 10 ms for this many.
 const RANGE_PAGES_MAX: u64 = 1 << 17;
 
 #[derive(Debug)]

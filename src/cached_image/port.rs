@@ -290,8 +290,8 @@ impl WorkerPort {
 }
 
 impl Drop for WorkerPort {
-    /// => Operations in flight keep the cache's memory mapped, however the port ends: no other mapping may be placed at
-    ///    its addresses.
+    /// => The cache's memory must stay mapped until the operations in flight end, even if the port is dropped: they
+    ///    would write to another mapping at its addresses.
     fn drop(&mut self) {
         if !self.closed {
             self.close(DRAIN_MAX);

@@ -150,7 +150,8 @@ impl WorkerControl {
 #[derive(Debug)]
 pub struct Workers {
     controls: Vec<WorkerControl>,
-    /// No more freezes may start. Held while a freeze or the last thaw is sent, so that the thaw comes last.
+    /// True once no more freezes may start. Locked while a freeze or the last thaw is sent, so that the thaw comes
+    /// last.
     freezes_closed: Mutex<bool>,
     /// Held during a command to all workers, so that two of them do not interleave.
     serial: Mutex<()>,

@@ -40,7 +40,7 @@ impl Pages {
         self.frames.retire_listed(count);
     }
 
-    /// Reports the number of frames in use to the memory: the first ones. The others hold nothing.
+    /// Reports to the memory that the first `count` frames are in use, and that the others hold nothing.
     pub fn publish_frames_in_use(&self, count: u32) {
         self.memory.use_frames(count);
     }

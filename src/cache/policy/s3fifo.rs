@@ -60,8 +60,8 @@ pub(super) struct S3Fifo {
 }
 
 impl S3Fifo {
-    /// A policy for a cache of `pages` pages, later of at most `pages_max`, of which small has `small_percent`; `key`
-    /// is random.
+    /// A policy for a cache of `pages` pages, which can grow to `pages_max`. The small queue gets `small_percent` of
+    /// them. `key` is a random key for the ghost list.
     pub fn new(pages: u32, pages_max: u32, small_percent: u32, key: u64) -> Self {
         let mut queues = Self {
             nodes: nodes(pages, pages_max),

@@ -11,7 +11,7 @@ const GROW_PER_MILLE: u64 = 8;
 const APPLY_PER_MILLE: u64 = 100;
 /// Of 100 daemons, the number that find a larger disk than their predecessors.
 const BETWEEN_LIVES_PERCENT: u64 = 10;
-/// How often an image grows at most.
+/// Maximum number of times that an image grows.
 const TIMES_MAX: u32 = 20;
 /// Of 100 sizes, the number that are a multiple of the page: a daemon can only grow from one such size to another.
 const WHOLE_PAGES_PERCENT: u64 = 95;

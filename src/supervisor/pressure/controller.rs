@@ -19,7 +19,7 @@ const GAP_MIN: Duration = Duration::from_millis(200);
 const PRESSURE_PER_MILLE: u128 = 100;
 /// Below this share there is none.
 const CALM_PER_MILLE: u128 = 10;
-/// So many consecutive samples begin a period of pressure: a single one may be a coincidence.
+/// This many consecutive samples above the threshold begin a period of pressure: one may be a coincidence.
 const SAMPLES_TO_BEGIN: u32 = 2;
 /// The calm period before the caches grow; at first, and at most.
 const CALM_MIN: Duration = Duration::from_secs(10);

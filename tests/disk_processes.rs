@@ -410,9 +410,13 @@ fn forty_disks_start_in_two_seconds_and_each_process_takes_at_most_6_mib_beside_
     daemon.stop();
 }
 
-/// The descriptors of a disk process lead to its image, its cache, its sockets, and to nothing of another disk.
+/// The descriptors of a disk process lead to its image, its cache, its sockets, and to nothing of another disk, nor to
+/// what the process that starts the daemon has left open.
 #[test]
 fn a_disk_process_has_no_descriptor_of_another_disk_or_of_the_configuration() {
+    let file = fs::File::open("/etc/passwd").expect("it exists");
+    // SAFETY: a plain system call; the daemon inherits the copy, which stays open in this process.
+    assert!(unsafe { libc::dup(file.as_raw_fd()) } > 0);
     let mut daemon = start("reach", 2, SMALL);
     let sessions = [open(&daemon, 0), open(&daemon, 1)];
     let reaches = |disk: &str| {

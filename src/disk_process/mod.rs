@@ -29,6 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::{self, ThreadKind};
 use crate::service::{Service, cached_image};
 use crate::store;
+use crate::sys::fd::close_inherited;
 use crate::sys::poll::wait_any_readable_for;
 use crate::sys::privileges::User;
 use crate::sys::process::{raise_descriptor_limit, set_thread_name};
@@ -66,6 +67,10 @@ const IGNORED: [i32; 11] = [
 /// [`ErrorKind::System`] if standard input is no channel, and those of [`run`].
 pub fn main(name: &str, standard_input: OwnedFd) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
+    // The process that started the supervisor may have left descriptors open.
+    if let Err(e) = close_inherited(&standard_input) {
+        warn!("{name}: cannot close inherited descriptors: {e}");
+    }
     // Otherwise the kernel names the thread after the executed file, /proc/self/exe.
     set_thread_name(c"genblk-disk");
     signal::ignore(&IGNORED).map_err(system("cannot ignore signals"))?;

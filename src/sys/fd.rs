@@ -1,7 +1,7 @@
 //! Descriptors that the process inherited.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use super::retry_eintr;
 
@@ -25,10 +25,27 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Closes every descriptor that the process inherited, but the standard ones and `kept`.
+///
+/// => Call this before the process opens anything but `kept`.
+///
+/// # Errors
+/// ENOSYS on Linux before 5.9.
+pub fn close_inherited(kept: &OwnedFd) -> io::Result<()> {
+    let kept = kept.as_raw_fd().cast_unsigned();
+    for (first, last) in [(3, kept.saturating_sub(1)), (kept + 1, libc::c_uint::MAX)] {
+        if first <= last {
+            // SAFETY: nothing owns these descriptors, because the process has opened none but `kept`.
+            retry_eintr(|| unsafe { libc::close_range(first, last, 0) })?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::os::fd::{AsRawFd, IntoRawFd};
+    use std::os::fd::IntoRawFd;
 
     use super::*;
 

@@ -48,6 +48,7 @@ use genblk::config::Engine;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT};
 
 use common::SECTOR_BYTES;
+use common::daemon::has_ended;
 use common::prng::{Prng, seed};
 use common::request::{OK, Payload, Pending, pattern, range};
 use common::session::Session;
@@ -127,11 +128,13 @@ fn a_flush_after_a_kill_covers_what_the_killed_daemon_wrote(engine: Engine) {
     session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
     session.rings[0].notify();
     machine.wait_until_held(OpClass::Sync, 1);
+    let killed = machine.daemon.disk_processes();
     machine.daemon.signal(libc::SIGKILL);
     machine.disk.fail(OpClass::Sync, 100);
-    // The killed process ends when its Sync does.
+    // The killed process ends when its Sync does. Until then it has the listening socket.
     machine.disk.release(OpClass::Sync);
     machine.daemon.wait();
+    poll_until("the killed process to end", PATIENCE, || killed.iter().all(|pid| has_ended(*pid)).then_some(()));
     machine.disk.fail(OpClass::Sync, 0);
     machine.daemon.restart();
     let mut session = machine.session();

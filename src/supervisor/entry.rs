@@ -31,7 +31,7 @@ pub(super) struct DeviceProgress {
 #[derive(Clone, Debug)]
 pub(super) struct OverviewEntry {
     pub config: Arc<DeviceConfig>,
-    /// The same as it is by now, and what memory pressure leaves of it.
+    /// The current configuration, with the bound that memory pressure sets to the size of the cache.
     pub current: CurrentConfig,
     pub page: Arc<StatsPage>,
     pub progress: DeviceProgress,

@@ -203,7 +203,7 @@ impl PressureMonitor {
         }
     }
 
-    /// The next size of a device's cache; `None`: it stays as it is.
+    /// The next size of a device's cache; `None`: no change.
     fn next_size(&self, entry: &OverviewEntry) -> Option<u64> {
         let (present, wanted) = (entry.current.cache_bytes(), bound_at(entry, self.controller.level()));
         if wanted > present {

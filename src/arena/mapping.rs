@@ -17,7 +17,7 @@ use crate::sys::cgroup;
 use crate::sys::file::{FallocateMode, fallocate};
 use crate::sys::file_system::FileSystem;
 use crate::sys::memory::exclude_from_dumps;
-use crate::sys::racing::{self, Ahead};
+use crate::sys::racing;
 
 /// Name in /proc of the memory of an arena without a path.
 pub(super) const MEMFD_NAME: &CStr = c"genblk-cache";
@@ -173,7 +173,7 @@ impl Mapping {
         assert!(source.abs_diff(target) >= len, "the ranges at {source} and {target} overlap");
         crash_point();
         // SAFETY: both ranges lie within the mapping, of which no reference exists, and they do not overlap.
-        unsafe { racing::copy(self.range(source, len), self.range(target, len), len, Ahead::Nothing) };
+        unsafe { racing::copy(self.range(source, len), self.range(target, len), len, None) };
         self.note_copied(target, len);
     }
 

@@ -21,7 +21,7 @@ use std::ptr;
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::fault_injection::crash_point;
-use crate::sys::racing::{self, Ahead};
+use crate::sys::racing;
 use crate::virtio::{GuestRam, Status};
 
 #[cfg(test)]
@@ -66,7 +66,7 @@ impl<'a> GuestCursor<'a> {
     }
 
     /// Copies `len` bytes at byte `offset` of the data from the guest to `target`. `next`, if given, is the target of
-    /// the next copy, which is prefetched meanwhile.
+    /// the next copy, whose start is prefetched meanwhile.
     ///
     /// # Safety
     /// `target` is valid for writes of `len` bytes, is not guest memory, and no reference covers it. Others may read or
@@ -87,12 +87,12 @@ impl<'a> GuestCursor<'a> {
             // SAFETY: `guest` is valid for `count` bytes of mapped guest memory (for_each_chunk), `target` for `len`
             // bytes, of which this chunk is `done..done + count` (caller). They do not overlap (caller). Others may
             // access both at the same time: see the module.
-            unsafe { racing::copy(guest, target.add(done), count, ahead(next, done, Ahead::Write)) };
+            unsafe { racing::copy(guest, target.add(done), count, next.filter(|_| done == 0)) };
         })
     }
 
     /// Copies `len` bytes from `source` to byte `offset` of the data in the guest. `next`, if given, is the source of
-    /// the next copy, which is prefetched meanwhile.
+    /// the next copy, whose start is prefetched meanwhile.
     ///
     /// # Safety
     /// `source` is valid for reads of `len` bytes, is not guest memory, and no mutable reference covers it. Others may
@@ -110,7 +110,7 @@ impl<'a> GuestCursor<'a> {
     ) -> Result<(), BadAddress> {
         self.for_each_chunk(offset, len, |done, guest, count| {
             // SAFETY: as in copy_from_guest, with source and target exchanged.
-            unsafe { racing::copy(source.add(done), guest, count, ahead(next, done, Ahead::Read)) };
+            unsafe { racing::copy(source.add(done), guest, count, next.filter(|_| done == 0)) };
         })
     }
 
@@ -207,12 +207,6 @@ impl<'a> GuestCursor<'a> {
         self.start += u64::from(self.ranges[self.index].len);
         self.index += 1;
     }
-}
-
-/// The prefetch during the chunk of a copy that starts at byte `done`.
-#[inline]
-fn ahead(next: Option<*const u8>, done: usize, kind: impl FnOnce(*const u8) -> Ahead) -> Ahead {
-    next.map_or(Ahead::Nothing, |next| kind(next.wrapping_add(done)))
 }
 
 /// Calls `f(bytes before it, host address, length)` for each region's part of the `len` bytes at `addr`, in order.

@@ -79,10 +79,10 @@ struct Mailbox {
     waker: Arc<Waker>,
 }
 
-/// A device that uses an image.
+/// A device that is attached to an image, or was.
 #[derive(Debug)]
-struct Reader {
-    device: String,
+struct AttachedDevice {
+    name: String,
     /// Number of its workers that use the image; 0 once the device is detached.
     ports: usize,
 }
@@ -98,10 +98,10 @@ pub struct CachedImage {
     arena: Arc<Arena>,
     backing: Arc<dyn Backing>,
     mailboxes: Arc<Mailboxes>,
-    /// The devices that have used the image.
-    readers: Mutex<Vec<Reader>>,
-    /// Number of devices that use the image at present.
-    reader_count: AtomicUsize,
+    /// The devices that are attached to the image. A detached one's place is free.
+    devices: Mutex<Vec<AttachedDevice>>,
+    /// Number of devices that are attached at present.
+    device_count: AtomicUsize,
     /// Number of rings that run without an inflight region, of all workers of all devices: a request on one of them may
     /// need operations that any worker has submitted to the store.
     pub untracked_rings: AtomicU32,
@@ -138,8 +138,8 @@ impl CachedImage {
             arena,
             backing,
             mailboxes,
-            readers: Mutex::default(),
-            reader_count: AtomicUsize::new(0),
+            devices: Mutex::default(),
+            device_count: AtomicUsize::new(0),
             opened: Instant::now(),
         })
     }

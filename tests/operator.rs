@@ -83,7 +83,7 @@ fn a_freeze_runs_a_command_and_its_end_ends_the_freeze() {
     let (image, copy_name) = (daemon.image().display().to_string(), copy.display().to_string());
     let output = genblk(&control, &["freeze", "d0", "--", "cp", &image, &copy_name]);
     let text = stdout_of(&output);
-    assert!(text.contains("d0: frozen after") && text.contains("nothing was written meanwhile"), "{text}");
+    assert!(text.contains("d0: frozen in") && text.contains("nothing was written meanwhile"), "{text}");
     assert_eq!(fs::read(copy).expect("it was copied")[..4096], [9; 4096]);
     assert_eq!(state(&control), json!("serving"));
     assert_eq!(genblk(&control, &["freeze", "d0", "--", "sh", "-c", "exit 7"]).status.code(), Some(7));

@@ -284,8 +284,8 @@ fn the_bytes_of_a_page_that_moves_are_in_a_frame_that_is_recorded_for_it() {
     let (old, new) = (FrameId(0), FrameId(1));
     let record = FrameRecord { page: PageNo(7), valid: SectorMask::ALL, dirty: SectorMask::ALL };
     let fill = |arena: &Arena| {
-        arena.memory.zero(arena.frame_at(old), PAGE_SIZE);
-        arena.memory.store(arena.frame_at(old), 77);
+        arena.memory.zero(arena.frame_offset(old), PAGE_SIZE);
+        arena.memory.store(arena.frame_offset(old), 77);
         arena.publish(old, record);
     };
     let step = Step::on_arena(fill, |arena| {
@@ -302,7 +302,7 @@ fn the_bytes_of_a_page_that_moves_are_in_a_frame_that_is_recorded_for_it() {
         let recorded: Vec<_> = arena.records().collect();
         assert!(!recorded.is_empty(), "the page is lost");
         for (frame, found) in recorded {
-            assert_eq!((found, arena.memory.load(arena.frame_at(frame))), (record, 77), "{frame:?}");
+            assert_eq!((found, arena.memory.load(arena.frame_offset(frame))), (record, 77), "{frame:?}");
         }
     }
 }
@@ -352,8 +352,8 @@ const MOVED: FrameRecord = FrameRecord { page: PageNo(7), valid: SectorMask::ALL
 const WORD: u64 = 77;
 
 fn put_page(arena: &Arena, frame: FrameId) {
-    arena.memory.zero(arena.frame_at(frame), PAGE_SIZE);
-    arena.memory.store(arena.frame_at(frame), WORD);
+    arena.memory.zero(arena.frame_offset(frame), PAGE_SIZE);
+    arena.memory.store(arena.frame_offset(frame), WORD);
     arena.publish(frame, MOVED);
 }
 
@@ -376,7 +376,7 @@ fn states_without_page(step: &Step) -> Vec<String> {
         let is_right = |(frame, record): &(FrameId, FrameRecord)| {
             frame.index() < arena.reserved_frames()
                 && *record == MOVED
-                && arena.memory.load(arena.frame_at(*frame)) == WORD
+                && arena.memory.load(arena.frame_offset(*frame)) == WORD
         };
         let all_right = !recorded.is_empty() && recorded.iter().all(is_right);
         (!all_right).then(|| format!("{recorded:?} of {} frames", arena.reserved_frames()))

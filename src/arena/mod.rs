@@ -301,11 +301,11 @@ impl Arena {
     /// # Panics
     /// If `frame` is not in this arena: the page cache's bookkeeping is broken.
     pub fn frame(&self, frame: FrameId) -> *mut u8 {
-        self.memory.at(self.frame_at(frame))
+        self.memory.at(self.frame_offset(frame))
     }
 
     /// Offset of a frame in the mapping.
-    fn frame_at(&self, frame: FrameId) -> usize {
+    fn frame_offset(&self, frame: FrameId) -> usize {
         assert!(frame.index() < self.frames, "{frame:?} is outside the arena");
         self.offset + frame.index() * PAGE_SIZE
     }
@@ -497,7 +497,7 @@ impl Arena {
     pub fn sectors(&self, frame: FrameId, first: u8, count: u8) -> Vec<u8> {
         assert!(usize::from(first) + usize::from(count) <= PAGE_SIZE / SECTOR_SIZE, "sectors of one frame");
         let mut bytes = vec![0; usize::from(count) * SECTOR_SIZE];
-        self.memory.read(self.frame_at(frame) + usize::from(first) * SECTOR_SIZE, &mut bytes);
+        self.memory.read(self.frame_offset(frame) + usize::from(first) * SECTOR_SIZE, &mut bytes);
         bytes
     }
 
@@ -535,7 +535,7 @@ impl Arena {
     /// => The caller (the page cache, under its lock) owns the target's sectors, and nothing writes the source's
     ///    sectors meanwhile.
     pub fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
-        let (source, target) = (self.frame_at(source), self.frame_at(target));
+        let (source, target) = (self.frame_offset(source), self.frame_offset(target));
         each_run(mask, |offset, len| self.memory.copy(source + offset, target + offset, len));
     }
 
@@ -543,7 +543,7 @@ impl Arena {
     ///
     /// => The caller owns those sectors.
     pub fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
-        let target = self.frame_at(frame);
+        let target = self.frame_offset(frame);
         each_run(mask, |offset, len| self.memory.zero(target + offset, len));
     }
 }

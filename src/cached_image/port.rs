@@ -20,7 +20,7 @@ use crate::waker::Waker;
 
 use super::report::report_health;
 use super::translate::{log_failure, outcome_of, request_of};
-use super::{CachedImage, Mailbox, Reader};
+use super::{AttachedDevice, CachedImage, Mailbox};
 
 /// The upper bits of a ticket, from this one on, are the worker's number; the lower ones are the local part, which only
 /// the worker interprets.
@@ -65,45 +65,46 @@ impl CachedImage {
         })
     }
 
-    /// The number of a device among those that use the image. From the second device on, the cache is shared fairly.
+    /// Attaches a worker of `device`, and returns the device's number among those that are attached. From the second
+    /// device on, the cache is shared fairly.
     fn attach(&self, device: &str) -> usize {
-        let mut readers = self.readers.lock().expect("no thread panics with the list locked");
-        let known = readers.iter().position(|reader| reader.device == device);
+        let mut devices = self.devices.lock().expect("no thread panics with the list locked");
+        let known = devices.iter().position(|known| known.name == device);
         // The number of a device that has detached is free.
-        if let Some(reader) = known.or_else(|| readers.iter().position(|reader| reader.ports == 0)) {
-            let known = &mut readers[reader];
-            device.clone_into(&mut known.device);
+        if let Some(number) = known.or_else(|| devices.iter().position(|known| known.ports == 0)) {
+            let known = &mut devices[number];
+            device.clone_into(&mut known.name);
             known.ports += 1;
             if known.ports == 1 {
-                self.lock().set_reader_present(reader, true);
+                self.lock().set_reader_present(number, true);
             }
-            self.count_readers(&readers);
-            return reader;
+            self.count_attached(&devices);
+            return number;
         }
-        readers.push(Reader { device: device.to_owned(), ports: 1 });
-        if readers.len() > 1 {
-            self.lock().share(readers.len());
+        devices.push(AttachedDevice { name: device.to_owned(), ports: 1 });
+        if devices.len() > 1 {
+            self.lock().share(devices.len());
         }
-        self.count_readers(&readers);
-        readers.len() - 1
+        self.count_attached(&devices);
+        devices.len() - 1
     }
 
-    /// A worker of a reader ends its use of the image.
-    fn detach(&self, reader: usize) {
-        let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
-        readers[reader].ports -= 1;
-        if readers[reader].ports == 0
-            && readers.len() > 1
+    /// Detaches a worker of the device with this number.
+    fn detach(&self, number: usize) {
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        devices[number].ports -= 1;
+        if devices[number].ports == 0
+            && devices.len() > 1
             && let Ok(mut cache) = self.cache.lock()
         {
-            cache.set_reader_present(reader, false);
+            cache.set_reader_present(number, false);
         }
-        self.count_readers(&readers);
+        self.count_attached(&devices);
     }
 
-    fn count_readers(&self, readers: &[Reader]) {
-        let present = readers.iter().filter(|reader| reader.ports > 0).count();
-        self.reader_count.store(present, Ordering::Relaxed);
+    fn count_attached(&self, devices: &[AttachedDevice]) {
+        let attached = devices.iter().filter(|device| device.ports > 0).count();
+        self.device_count.store(attached, Ordering::Relaxed);
     }
 }
 
@@ -137,7 +138,7 @@ impl WorkerPort {
 
     /// Whether several devices use the image.
     pub fn is_shared(&self) -> bool {
-        self.image.reader_count.load(Ordering::Relaxed) > 1
+        self.image.device_count.load(Ordering::Relaxed) > 1
     }
 
     /// The descriptor that is readable while the store has events.

@@ -107,7 +107,7 @@ struct CommentedDefaults {
 }
 
 impl CommentedDefaults {
-    fn read() -> Self {
+    fn parse_embedded() -> Self {
         let text = include_str!("../../configs/default.toml");
         let (mut comments, mut prefix) = (Vec::new(), "");
         let (mut head, mut of_keys) = (Vec::new(), BTreeMap::new());
@@ -142,7 +142,7 @@ fn short_name(key: &str) -> &str {
 
 /// The page of the configuration file.
 fn configuration_page() -> String {
-    let comments = CommentedDefaults::read();
+    let comments = CommentedDefaults::parse_embedded();
     let mut roff = Roff::new();
     let source = format!("genblk {}", env!("CARGO_PKG_VERSION"));
     roff.control("TH", ["genblk.toml", "5", "", &source, "genblk manual"]);

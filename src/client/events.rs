@@ -36,7 +36,7 @@ pub fn events(client: &mut ControlClient, options: &EventOptions) -> Result<()> 
 
 fn text_of(watched: &Watched) -> String {
     let lost = match watched.lost {
-        true => format!("({} events before these are lost)\n", watched.lost_events),
+        true => format!("({} earlier events were dropped)\n", watched.lost_events),
         false => String::new(),
     };
     lost + &watched.events.iter().map(line_of).collect::<String>()
@@ -91,7 +91,7 @@ mod tests {
             event(Some("vm1"), json!({"from": "opening", "to": "failed", "why": "no \u{1b}[2Jfile", "pid": null}));
         let watched = Watched { events: vec![one, event(None, json!({}))], lost: true, lost_events: 3 };
         let expected = "\
-(3 events before these are lost)
+(3 earlier events were dropped)
 2026-11-29T16:44:11.042Z vm1: state from=opening to=failed why=\"no \\u001b[2Jfile\"
 2026-11-29T16:44:11.042Z state
 ";

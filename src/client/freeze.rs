@@ -45,10 +45,10 @@ pub fn freeze(socket: &Path, options: &FreezeOptions, print: impl Fn(&str)) -> R
     let after = frozen.frozen_us / 1000;
     let Some((program, arguments)) = command.split_first() else {
         let hint = format!("\"genblk thaw {device}\" ends it; it ends by itself {timeout_ms} ms after its start");
-        print(&if *as_json { format!("{results}\n") } else { format!("{device}: frozen after {after} ms; {hint}\n") });
+        print(&if *as_json { format!("{results}\n") } else { format!("{device}: frozen in {after} ms; {hint}\n") });
         return Ok(None);
     };
-    print(&format!("{device}: frozen after {after} ms\n"));
+    print(&format!("{device}: frozen in {after} ms\n"));
     let ran = Command::new(program).args(arguments).status();
     let thawed = change(&mut other, device, &DeviceAction::Thaw { lease: frozen.lease }, false);
     drop(lease);

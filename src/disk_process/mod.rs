@@ -336,7 +336,7 @@ fn confine(settings: &DeviceSettings, user: Option<&User>) -> Result<()> {
 /// Sends a message, unless the supervisor has died.
 fn send_event(channel: &DiskChannel, message: &FromDisk) {
     match channel.send(message, &[]) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => error!("cannot report to the supervisor: {e}"),
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => error!("disk process: cannot report to the supervisor: {e}"),
         _ => {}
     }
 }

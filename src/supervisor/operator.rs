@@ -276,7 +276,7 @@ impl Operator {
         let freeze = FreezeLease { process: link.process.io_lock(), number, since, until };
         entry.operator.lock().freeze = Some(freeze);
         let frozen_us = micros(since.elapsed());
-        info!("{device}: frozen after {} ms, for at most {time_ms} ms", frozen_us / 1000);
+        info!("{device}: frozen in {} ms; thaws by itself after {time_ms} ms", frozen_us / 1000);
         self.overview.events.add(Some(device), "frozen", json!({ "after_us": frozen_us, "timeout_ms": time_ms }));
         Ok((Freezing { frozen: true, frozen_us, lease: Some(number) }, freeze))
     }

@@ -120,7 +120,7 @@ impl DirtySet {
         self.failed_pages
     }
 
-    /// The oldest epoch that is not on the store.
+    /// The oldest epoch that is not wholly on the store: some of its pages are dirty or under write-back.
     pub fn oldest(&self) -> Option<Epoch> {
         self.epochs.front().map(|&(epoch, _)| epoch)
     }

@@ -121,7 +121,9 @@ impl HostLock {
                 // The holder has just ended.
                 Holder::None if wait.elapsed() < patience + ENDED_MAX => thread::sleep(POLL),
                 Holder::None | Holder::Other => {
-                    warn!("the name @{name} is taken by another user: a second daemon could open the export");
+                    warn!(
+                        "NBD export lock @{name}: another user has this name, so a second daemon could open the export"
+                    );
                     return Ok(None);
                 }
             }

@@ -6,6 +6,7 @@
 //! [`WorkerPort`] with a store queue of its own; a port reaps the operations that it submitted. A notice about another
 //! worker's request goes through that worker's mailbox.
 
+mod image_size;
 mod memory;
 mod port;
 mod report;
@@ -29,7 +30,7 @@ use crate::cache::{FrameMemory, Notice, PageCache, Settings, Stats};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Backing, Limits};
 use crate::tenure::record::CachePlace;
-use crate::units::{FrameId, FrameRecord, OpKind, PAGE_BYTES, SECTOR_BYTES, SectorMask, SectorSpan, Tick, counted};
+use crate::units::{FrameId, FrameRecord, OpKind, SECTOR_BYTES, SectorMask, SectorSpan, Tick, counted};
 use crate::waker::Waker;
 
 use memory::{Mailboxes, MemoryKeeper};
@@ -152,31 +153,6 @@ impl CachedImage {
     /// The image's properties and capabilities.
     pub fn limits(&self) -> &Limits {
         self.backing.limits()
-    }
-
-    /// The image has grown to `size_bytes` bytes, and may be used up to its new end. Waits for no operation.
-    ///
-    /// # Errors
-    /// Why the cache cannot use the new size; nothing has changed then.
-    pub fn grow(&self, size_bytes: u64) -> Result<(), String> {
-        let mut cache = self.lock();
-        let before = self.limits().size_bytes.get();
-        if size_bytes <= before {
-            return Ok(());
-        }
-        if !size_bytes.is_multiple_of(PAGE_BYTES) || !before.is_multiple_of(PAGE_BYTES) {
-            let why = "changes only when the disk is detached and attached again";
-            return Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"));
-        }
-        if !self.arena.has_room_for(size_bytes) {
-            return Err("the cache of an image above 4 PiB cannot outlive the daemon".to_owned());
-        }
-        // Growth changes the image's times, as a write does.
-        self.arena.begin_change(SectorSpan::new(before / SECTOR_BYTES, 0));
-        self.arena.set_image_size(size_bytes);
-        self.limits().size_bytes.set(size_bytes);
-        cache.grow(size_bytes / SECTOR_BYTES);
-        Ok(())
     }
 
     /// Whether the image is on a server.

@@ -23,7 +23,7 @@ pub const PAGE_SIZE: usize = 4096;
 /// Sectors per page: one bit each in a [`SectorMask`].
 pub const SECTORS_PER_PAGE: u64 = PAGE_BYTES / SECTOR_BYTES;
 
-/// A size that can grow while it is used, in the unit of its name. Clones share it.
+/// A size that can change while it is used, in the unit of its name. Clones share it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(from = "u64", into = "u64")]
 pub struct LiveSize(Arc<AtomicU64>);

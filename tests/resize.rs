@@ -1,4 +1,4 @@
-//! Images that grow while a guest uses them: by command, and because another process made the file grow.
+//! Images that grow and shrink while a guest uses them: by command, and because another process made the file grow.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -13,10 +13,10 @@ use std::time::Duration;
 use serde_json::json;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
-use common::daemon::send;
+use common::daemon::{Daemon, send};
 use common::operator::{IMAGE_BYTES, call, genblk, start, stdout_of, table};
 use common::raw_message::{FLAG_NEED_REPLY, exchange};
-use common::request::{OK, Payload};
+use common::request::{OK, Payload, range};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 
@@ -153,7 +153,7 @@ fn a_size_that_makes_no_sense_changes_nothing() {
     let (daemon, control) = start("resize-refused");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     for (bytes, words) in [
-        (json!(4 << 20), "does not shrink"),
+        (json!(4 << 20), "with --shrink it does"),
         (json!(IMAGE_BYTES + 512), "multiple of 4096"),
         (json!(u64::MAX / 4096 * 4096), "must be below"),
     ] {
@@ -173,4 +173,184 @@ fn a_size_that_makes_no_sense_changes_nothing() {
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(session.capacity_sectors(), OLD_END, "it is not followed to a size in a page");
     poll_until("it is served on", PATIENCE, || (session.read(0, 4096) == vec![0; 4096]).then_some(()));
+}
+
+fn shrink(control: &Path, size: &str) -> String {
+    stdout_of(&genblk(control, &["resize", "d0", size, "--shrink"]))
+}
+
+fn image_len(daemon: &Daemon) -> u64 {
+    fs::metadata(daemon.image()).expect("the image exists").len()
+}
+
+fn is_readable(session: &mut Session, sector: u64) -> bool {
+    session.run(0, VIRTIO_BLK_T_IN, sector, Payload::Receive(512)).status == OK
+}
+
+#[test]
+fn a_disk_that_shrinks_keeps_everything_up_to_its_new_end_and_nothing_beyond() {
+    let (daemon, control) = start("shrink");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    let channel = open_channel(&session);
+    let end = OLD_END / 2;
+    assert_eq!(session.capacity_sectors(), OLD_END);
+    session.write(0, &[1; 4096]);
+    session.write(OLD_END - 8, &[4; 4096]);
+    session.write_zeroes(&[range(end - 64, 128, 0)]);
+    session.write(end - 8, &[[2; 4096], [3; 4096]].concat());
+    assert_eq!(shrink(&control, "4M"), "d0: the guest's disk has 4194304 bytes\n");
+    await_change(&channel);
+    assert_eq!(session.capacity_sectors(), end);
+    assert_eq!(image_len(&daemon), IMAGE_BYTES / 2);
+    assert!(!is_readable(&mut session, end), "a read beyond the new end fails");
+    let beyond = session.run(0, VIRTIO_BLK_T_OUT, end, Payload::Send(&[5; 512]));
+    assert_ne!(beyond.status, OK, "a write beyond the new end fails");
+    assert_eq!((session.read(0, 4096), session.read(end - 8, 4096)), (vec![1; 4096], vec![2; 4096]));
+    // Again: nothing changes, and it is no error. A size that is not smaller needs no --shrink, and may have it.
+    shrink(&control, "4M");
+    assert_eq!(daemon.image_bytes(IMAGE_BYTES / 2 - 4096, 4096), vec![2; 4096]);
+    shrink(&control, "8M");
+    await_change(&channel);
+    assert_eq!(session.capacity_sectors(), OLD_END);
+    assert_eq!(session.read(end, 4096), vec![0; 4096], "what was cut does not come back");
+    assert_eq!(session.read(OLD_END - 8, 4096), vec![0; 4096]);
+    session.write(end, &[6; 4096]);
+    session.flush();
+    assert_eq!(daemon.image_bytes(IMAGE_BYTES / 2, 4096), vec![6; 4096]);
+}
+
+#[test]
+fn a_disk_that_shrank_has_that_size_after_deaths_of_the_process_and_the_daemon() {
+    let (mut daemon, control) = start("shrink-kill");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    session.write(OLD_END - 8, &[2; 4096]);
+    shrink(&control, "6M");
+    session.write(8, &[3; 4096]);
+    send(daemon.disk_process("d0"), libc::SIGKILL);
+    let mut session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    assert_eq!(session.capacity_sectors(), OLD_END / 4 * 3);
+    assert_eq!(session.read(0, 8192), [[1; 4096], [3; 4096]].concat());
+    session.write(OLD_END / 4 * 3 - 8, &[4; 4096]);
+    shrink(&control, "5M");
+    daemon.kill();
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    assert_eq!(session.capacity_sectors(), OLD_END / 8 * 5);
+    assert_eq!(session.read(0, 8192), [[1; 4096], [3; 4096]].concat());
+    session.flush();
+    assert_eq!((image_len(&daemon), daemon.image_bytes(4096, 4096)), (5 << 20, vec![3; 4096]));
+}
+
+/// Shrinks a disk and kills the disk process, or the whole daemon, after every pause of a list.
+#[test]
+fn a_kill_in_the_middle_of_a_shrink_leaves_the_old_size_with_all_data_or_the_new_one() {
+    let (mut daemon, control) = start("shrink-midway");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    let end = OLD_END / 2;
+    let mut sizes = [0, 0];
+    for (round, pause_us) in [0, 300, 600, 1000, 1500, 2000, 2500, 3000, 4000, 6000, 9000, 20_000].iter().enumerate() {
+        let byte = u8::try_from(round).expect("a few rounds") + 1;
+        grow(&control, "8M");
+        for sector in [0, end - 8, end, OLD_END - 8] {
+            session.write(sector, &[byte; 4096]);
+        }
+        let resizing = {
+            let control = control.clone();
+            std::thread::spawn(move || genblk(&control, &["resize", "d0", "4M", "--shrink"]).status.success())
+        };
+        std::thread::sleep(Duration::from_micros(*pause_us));
+        if round.is_multiple_of(2) {
+            daemon.kill();
+            daemon.restart();
+        } else {
+            send(daemon.disk_process("d0"), libc::SIGKILL);
+        }
+        let has_shrunk = resizing.join().expect("it ends");
+        session = session.reconnect(&daemon.socket_of(0));
+        session.start_ring(0);
+        poll_until("the disk", PATIENCE, || {
+            (call(&control, "List", &json!({}))["parameters"]["devices"][0]["state"] == "serving").then_some(())
+        });
+        let capacity = session.capacity_sectors();
+        assert_eq!(capacity * 512, image_len(&daemon), "round {round}");
+        assert!(capacity == end || capacity == OLD_END && !has_shrunk, "round {round}: {capacity}, {has_shrunk}");
+        for sector in [0, end - 8, end, OLD_END - 8].into_iter().filter(|sector| *sector < capacity) {
+            assert_eq!(session.read(sector, 4096), vec![byte; 4096], "round {round}, sector {sector} of {capacity}");
+        }
+        sizes[usize::from(capacity == end)] += 1;
+    }
+    println!("old size {}, new size {}", sizes[0], sizes[1]);
+}
+
+#[test]
+fn a_guest_that_uses_its_whole_disk_sees_only_requests_beyond_the_new_end_fail() {
+    let (daemon, control) = start("shrink-load");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    let end = OLD_END / 2;
+    let resizing = std::thread::spawn(move || {
+        for _ in 0..10 {
+            shrink(&control, "4M");
+            grow(&control, "8M");
+        }
+    });
+    let mut written = [0; 32];
+    let mut step = 0_u8;
+    let (mut failed, mut rounds) = (0, 0);
+    while !resizing.is_finished() || rounds < 64 {
+        rounds += 1;
+        if rounds % 100 == 0 {
+            // Its memory has room for so many requests.
+            drop(session);
+            session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+        }
+        step = step % 250 + 1;
+        let page = usize::from(step) % 32;
+        // Half of the pages are beyond the new end.
+        let sector = (page as u64) * (OLD_END / 32);
+        let status = session.run(0, VIRTIO_BLK_T_OUT, sector, Payload::Send(&[step; 4096])).status;
+        assert!(status == OK || sector >= end, "a write below the new end fails: {sector}");
+        if sector < end {
+            written[page] = step;
+        }
+        failed += u32::from(status != OK);
+        let page = usize::from(step) * 7 % 16;
+        assert_eq!(session.read((page as u64) * (OLD_END / 32), 4096), vec![written[page]; 4096]);
+    }
+    resizing.join().expect("the operator succeeds");
+    println!("{failed} of {rounds} writes failed");
+    assert_eq!(session.capacity_sectors(), OLD_END);
+    session.flush();
+    assert_eq!(daemon.image_bytes(0, 4096), vec![written[0]; 4096]);
+}
+
+#[test]
+fn a_shrink_that_makes_no_sense_changes_nothing() {
+    let (daemon, control) = start("shrink-refused");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(OLD_END - 8, &[7; 4096]);
+    for (bytes, words) in [(json!(IMAGE_BYTES / 2 + 512), "multiple of 4096"), (json!(0), "is empty")] {
+        let refused = call(&control, "Resize", &json!({"device": "d0", "bytes": bytes, "shrink": true}));
+        assert_eq!(refused["error"], json!("io.genblk.Control.Refused"), "{refused}");
+        assert!(refused["parameters"]["why"].as_str().is_some_and(|why| why.contains(words)), "{refused}");
+    }
+    // Without a size there is nothing to shrink to.
+    assert_eq!(genblk(&control, &["resize", "d0", "--shrink"]).status.code(), Some(2));
+    call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    let frozen = call(&control, "Resize", &json!({"device": "d0", "bytes": 4 << 20, "shrink": true}));
+    assert_eq!(frozen["error"], json!("io.genblk.Control.Frozen"), "{frozen}");
+    call(&control, "Thaw", &json!({"device": "d0"}));
+    let directory = daemon.directory();
+    fs::write(directory.path().join("r.img"), vec![6; 1 << 20]).expect("an image");
+    let file = directory.path().join("r.toml");
+    fs::write(&file, table(directory, "r1", "r.img", "read_only = true\n")).expect("a file can be written");
+    stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+    poll_until("the reader", PATIENCE, || {
+        let refused = call(&control, "Resize", &json!({"device": "r1", "bytes": 4096, "shrink": true}));
+        refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("read-only")).then_some(())
+    });
+    assert_eq!((session.capacity_sectors(), image_len(&daemon)), (OLD_END, IMAGE_BYTES));
+    assert_eq!(session.read(OLD_END - 8, 4096), vec![7; 4096]);
 }

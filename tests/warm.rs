@@ -11,6 +11,7 @@ use serde_json::json;
 
 use common::daemon::{Daemon, TempDir, server_binary};
 use common::operator::{Call, call, genblk, stdout_of, table};
+use common::prng::Prng;
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 
@@ -207,4 +208,63 @@ fn warming_reports_its_progress_and_keeps_to_a_rate() {
     assert_eq!(last.expect("it ends")["parameters"], json!({"progress": null, "full": false}));
     poll_until("what was warmed", PATIENCE, || (resident(&control).1 == HOT_BYTES / 2).then_some(()));
     read_hot(&daemon);
+}
+
+#[test]
+fn warming_ends_when_its_client_disconnects() {
+    let (daemon, control, _) = started("warm-gone");
+    // All of it would take minutes.
+    let parameters = json!({"device": "d0", "bytes_per_second": 65536});
+    let mut warming = Call::start(&control, "Warm", &parameters, true);
+    warming.reply();
+    drop(warming);
+    daemon.await_log("d0: warming has ended early: its client has disconnected");
+    assert!(resident(&control).1 < HOT_BYTES, "it was far from its end");
+    // The next one need not wait for it.
+    let rest = json!({"device": "d0", "extents": [{"offset": 0, "bytes": HOT_BYTES}]});
+    assert_eq!(call(&control, "Warm", &rest)["parameters"], json!({"progress": null, "full": false}));
+    poll_until("what was warmed", PATIENCE, || (resident(&control).1 >= HOT_BYTES).then_some(()));
+    read_hot(&daemon);
+}
+
+/// Reads pages of a disk: four of five from its first part, which fits into the cache, the others from all of it.
+fn read_randomly(daemon: &Daemon, prng: &mut Prng, count: usize) {
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    for index in 1..=count {
+        if index % 100 == 0 {
+            // Its memory has room for so many requests.
+            drop(session);
+            session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+        }
+        let pages = if prng.below(5) < 4 { HOT_BYTES / 4096 } else { IMAGE_BYTES / 4096 };
+        let offset = prng.below(pages as u64) as usize * 4096;
+        let expected: Vec<u8> = (offset..offset + 4096).map(byte_of).collect();
+        assert_eq!(session.read((offset / 512) as u64, 4096), expected);
+    }
+}
+
+/// Hits and pages of `count` reads, in tenths of a percent.
+fn hit_ratio(daemon: &Daemon, control: &Path, prng: &mut Prng, count: usize) -> u64 {
+    let (pages_before, hits_before) = hits(control);
+    read_randomly(daemon, prng, count);
+    let wanted = pages_before + count as u64;
+    let (pages, hits) =
+        poll_until("the statistics", PATIENCE, || Some(hits(control)).filter(|(pages, _)| *pages >= wanted));
+    (hits - hits_before) * 1000 / (pages - pages_before)
+}
+
+#[test]
+fn the_hit_ratio_after_a_clean_restart_is_nine_tenths_of_that_before_it() {
+    let (mut daemon, control, _) = start("warm-ratio");
+    poll_until("the disk", PATIENCE, || genblk(&control, &["resident", "d0"]).status.success().then_some(()));
+    let mut prng = Prng::new(7);
+    hit_ratio(&daemon, &control, &mut prng, 3000);
+    let before = hit_ratio(&daemon, &control, &mut prng, 2000);
+    daemon.stop();
+    daemon.restart();
+    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    daemon.await_log("d0: warmed after");
+    let after = hit_ratio(&daemon, &control, &mut prng, 2000);
+    println!("hits: {before} of 1000 before the stop, {after} after it");
+    assert!(before > 700 && after * 10 >= before * 9, "{before} and {after} of 1000 pages are in memory");
 }

@@ -154,7 +154,7 @@ impl Copier {
                 WorkerCommand::Flush(reply) => {
                     let _ = reply.send(Ok(()));
                 }
-                WorkerCommand::Resume(reply) => {
+                WorkerCommand::Resume(reply) | WorkerCommand::DrainBeyond(_, reply) => {
                     let _ = reply.send(());
                 }
                 // Without a cache there is nothing to drop, to warm or to freeze; who waits learns that nobody replies.

@@ -201,6 +201,11 @@ impl SpaceAllocations {
         }
     }
 
+    /// The pages no longer exist: if they come back, the guest has not trimmed them.
+    pub fn forget_trimmed(&mut self, pages: PageSpan) {
+        self.trimmed.remove(pages);
+    }
+
     /// Returns true once, if the store cannot allocate ahead of a write: the owner reports it to the operator.
     pub fn take_unsupported(&mut self) -> bool {
         self.unsupported && !std::mem::replace(&mut self.reported, true)

@@ -52,6 +52,12 @@ impl ChangedRanges {
         Self { lists: [(); 2].map(|()| PageRanges::new(RANGES_MAX)), notes }
     }
 
+    /// Whether a range reaches past the page before `page`.
+    pub fn reach_beyond(&self, page: PageNo) -> bool {
+        let ranges = self.lists.iter().chain([&self.notes.ranges]);
+        ranges.flat_map(PageRanges::iter).any(|span| span.end() > page)
+    }
+
     /// Moves the ranges of list `from` to the other one.
     pub fn join_lists(&mut self, from: usize) {
         let [first, second] = &mut self.lists;

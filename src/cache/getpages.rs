@@ -147,9 +147,13 @@ impl PageCache {
         marked.then_some(part.no)
     }
 
-    /// A guest requests for the first time a page that was read ahead in `period`.
+    /// A guest requests for the first time a page that was read ahead in `period`, or warmed.
     fn first_demand(&mut self, id: PageId, no: PageNo, period: Period) {
         self.pages.take_unread(id);
+        if period == Period::WARMED {
+            // It was in memory before: this use is not the first one.
+            return self.pages.touch(id, no);
+        }
         self.streams.remove_unread(period);
         self.pages.first_touch(id, no);
         self.stats.readahead_used_pages += 1;
@@ -199,7 +203,10 @@ impl PageCache {
     /// hole; `None`: no frame is free, or the hole map has been requested.
     pub(super) fn begin_warming(&mut self, no: PageNo) -> Option<bool> {
         match self.begin_read_in(no) {
-            Ok(_) => Some(true),
+            Ok(id) => {
+                self.pages.mark_unread(id, Period::WARMED);
+                Some(true)
+            }
             Err(CannotRead::Hole) => Some(false),
             Err(CannotRead::Wait) => None,
         }
@@ -428,7 +435,7 @@ impl PageCache {
         let mut next = window.first;
         while self.health.stopped().is_none()
             && next < window.end()
-            && next.0 < self.image_pages()
+            && next.0 < self.readable_pages()
             && !self.ranges.contain(next)
         {
             if self.pages.find(next).is_none() {

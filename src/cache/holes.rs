@@ -196,9 +196,16 @@ impl HoleMap {
     /// unknown.
     ///
     /// => Both ends are multiples of a page.
-    fn grow(&mut self, image_sectors: u64) {
+    pub fn grow(&mut self, image_sectors: u64) {
         let end = SectorSpan::new(0, self.image_sectors).pages().end();
         self.forget(PageSpan::new(end, 1));
+        self.image_sectors = image_sectors;
+    }
+
+    /// The image has shrunk to `image_sectors` sectors.
+    ///
+    /// => The pages beyond are forgotten. Both ends are multiples of a page.
+    pub fn shrink(&mut self, image_sectors: u64) {
         self.image_sectors = image_sectors;
     }
 
@@ -264,19 +271,6 @@ impl PageCache {
         let pages = whole_pages(span, self.settings.image_sectors);
         if self.holes.image == ImageHoles::Possible && pages.count > 0 {
             self.holes.runs.record(pages, ExtentKind::Data);
-        }
-    }
-
-    /// The image has grown to `image_sectors` sectors; the added part is a hole, or has the state that the store
-    /// reports.
-    ///
-    /// => Both sizes are whole pages: no page in memory gains a sector. The store takes operations up to the new end.
-    pub fn grow(&mut self, image_sectors: u64) {
-        assert!(image_sectors >= self.settings.image_sectors, "an image does not shrink under its cache");
-        if image_sectors > self.settings.image_sectors {
-            self.holes.grow(image_sectors);
-            self.pages.set_image_sectors(image_sectors);
-            self.settings.image_sectors = image_sectors;
         }
     }
 

@@ -25,6 +25,7 @@ mod freeze;
 mod getpages;
 mod growing;
 mod holes;
+mod image_size;
 mod page_ranges;
 mod pages;
 mod pending_zeroes;
@@ -148,6 +149,8 @@ pub trait FrameMemory: Send + std::fmt::Debug {
 #[derive(Debug)]
 pub struct PageCache {
     settings: Settings,
+    /// The image is about to shrink to this many sectors (`image_size.rs`).
+    shrinks_to: Option<u64>,
     now: Tick,
     /// I1 to I5, I9.
     pages: Pages,
@@ -195,6 +198,7 @@ impl PageCache {
         let frames = settings.frames;
         Self {
             now: Tick::ZERO,
+            shrinks_to: None,
             pending_zeroes: PendingZeroes::new(memory.zero_slots()),
             changed_ranges: ChangedRanges::new(memory.changed_slots()),
             pages: Pages::new(&settings, memory),
@@ -326,5 +330,10 @@ impl PageCache {
     /// Number of pages of the image. The image may end within the last one.
     fn image_pages(&self) -> u64 {
         self.settings.image_sectors.div_ceil(SECTORS_PER_PAGE)
+    }
+
+    /// Number of pages that may be read without a request: those that stay if the image is about to shrink.
+    fn readable_pages(&self) -> u64 {
+        self.shrinks_to.unwrap_or(self.settings.image_sectors).div_ceil(SECTORS_PER_PAGE)
     }
 }

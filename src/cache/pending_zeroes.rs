@@ -56,6 +56,11 @@ impl PendingZeroes {
         self.free.is_empty()
     }
 
+    /// Whether a recorded zero reaches past the sector before `sector`.
+    pub fn reach_beyond(&self, sector: u64) -> bool {
+        self.zeroes.iter().flatten().any(|zero| zero.span.end() > sector)
+    }
+
     /// Whether no slot is taken.
     pub fn is_empty(&self) -> bool {
         self.free.len() == self.zeroes.len()

@@ -93,6 +93,11 @@ impl Ranges {
         started.map(|range| range.span.pages())
     }
 
+    /// Whether one touches a sector at or after `sector`.
+    pub fn reach_beyond(&self, sector: u64) -> bool {
+        self.list.iter().any(|range| range.span.end() > sector)
+    }
+
     /// Whether none is in flight or waits.
     pub fn is_empty(&self) -> bool {
         self.list.is_empty()

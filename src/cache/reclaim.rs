@@ -87,6 +87,9 @@ impl PageCache {
 
     /// A page that was read ahead in `period` is evicted, removed or overwritten before a guest read it.
     pub(super) fn count_wasted_prefetch(&mut self, no: PageNo, period: Period) {
+        if period == Period::WARMED {
+            return;
+        }
         self.streams.remove_unread(period);
         self.stats.readahead_wasted_pages += 1;
         self.streams.note_wasted(no);

@@ -11,6 +11,7 @@ mod durability;
 mod eager;
 mod failures;
 mod flush_target;
+mod image_size;
 mod resize;
 mod sharing;
 mod small_world;

@@ -1,4 +1,8 @@
 //! Warming: reads in pages that were cached earlier, with a lower priority than all guest requests.
+//!
+//! Warmed pages get free frames, and those of cold pages: pages that guests have used only once, or in one burst, and
+//! that the policy would evict next. Warmed pages that no guest has used are not cold, so a list that does not fit
+//! leaves its beginning in the cache.
 
 use crate::units::{PageNo, PageSpan};
 
@@ -20,14 +24,14 @@ pub enum WarmStep {
     Done,
     /// The guest or the store is busy.
     Busy,
-    /// The cache is full.
+    /// The cache is full, and no page is cold.
     Full,
 }
 
 impl PageCache {
     /// Reads in absent pages of `span`, in order. Returns the page from which to continue.
     ///
-    /// => It never waits, evicts nothing, and starts no read while a guest waits for a page.
+    /// => It never waits, evicts only cold pages, and starts no read while a guest waits for a page.
     pub fn warm(&mut self, span: PageSpan) -> (PageNo, WarmStep) {
         let (mut next, mut pages) = (span.first, 0);
         let least_free = self.reserve() + self.pages.frames().total() / FREE_DIVISOR;
@@ -40,9 +44,9 @@ impl PageCache {
         }
         self.run.is_readahead = true;
         let mut step = WarmStep::Done;
-        while next < span.end() && next.0 < self.image_pages() && pages < PAGES_MAX {
+        while next < span.end() && next.0 < self.readable_pages() && pages < PAGES_MAX {
             if self.pages.find(next).is_none() && !self.ranges.contain(next) {
-                if self.pages.frames().free() <= least_free {
+                if self.pages.frames().free() <= least_free && !self.evict_cold_page() {
                     step = WarmStep::Full;
                     break;
                 }
@@ -58,7 +62,14 @@ impl PageCache {
         }
         self.submit_run();
         self.run.is_readahead = false;
-        (if next.0 < self.image_pages() { next } else { span.end() }, step)
+        (if next.0 < self.readable_pages() { next } else { span.end() }, step)
+    }
+
+    /// Evicts a cold page. False: there is none.
+    fn evict_cold_page(&mut self) -> bool {
+        let evicted = self.pages.evict_cold().is_some();
+        self.stats.evicted_pages += u64::from(evicted);
+        evicted
     }
 
     /// The pages in `count` slots of the page table from slot `from` on that have all their bytes. Also returns the

@@ -47,12 +47,14 @@ pub enum Change {
         /// The device.
         device: String,
     },
-    /// Grow the image, or serve it at its present size.
+    /// Change the size of the image, or serve it at its present size.
     Resize {
         /// The device.
         device: String,
         /// The size that the image is to have.
         bytes: Option<u64>,
+        /// Whether it may become smaller.
+        shrink: bool,
     },
     /// Retry failed operations.
     Resume {
@@ -129,8 +131,8 @@ impl Change {
                 Self::Drop { device, flushed: flushed.unwrap_or(false) }
             }
             "Resize" => {
-                let ResizeParameters { device, bytes } = read(given)?;
-                Self::Resize { device, bytes }
+                let ResizeParameters { device, bytes, shrink } = read(given)?;
+                Self::Resize { device, bytes, shrink: shrink.unwrap_or(false) }
             }
             "Warm" => {
                 let WarmParameters { device, extents, bytes_max, bytes_per_second } = read(given)?;

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::error;
 
@@ -67,6 +67,8 @@ pub enum WorkerCommand {
     Warm(PageSpan, Sender<(PageNo, WarmStep)>),
     /// List the pages in memory of a part of the page table, starting at this slot. Also replies with the next slot.
     Resident(u32, Sender<(Vec<PageNo>, Option<u32>)>),
+    /// Reply when no request for sectors at or after this one is in progress. The device accepts no new ones.
+    DrainBeyond(u64, Sender<()>),
     /// Freeze the cache for at most this long. Replies when it is frozen.
     Freeze(Duration, HeldRequests, Sender<Result<(), Fault>>),
     /// End a freeze. Replies whether the cache was frozen.
@@ -255,6 +257,20 @@ impl Workers {
     /// ended.
     pub fn resident(&self, from: u32) -> Option<(Vec<PageNo>, Option<u32>)> {
         self.controls[0].call(|reply| WorkerCommand::Resident(from, reply))
+    }
+
+    /// Waits until no request for sectors at or after `end` is in progress, at most for `patience`. Returns whether
+    /// that is so.
+    ///
+    /// => The device has a capacity of at most `end` sectors: it accepts no new ones.
+    pub fn drain_beyond(&self, end: u64, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let drains: Vec<_> = self
+            .controls
+            .iter()
+            .map(|control| control.request(|reply| WorkerCommand::DrainBeyond(end, reply)))
+            .collect();
+        drains.iter().all(|drained| drained.recv_timeout(until.saturating_duration_since(Instant::now())).is_ok())
     }
 
     /// Makes all completed writes durable, and does not change the image from then on until [`Workers::thaw`], at most

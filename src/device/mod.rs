@@ -163,9 +163,9 @@ impl Device {
         self.writeback.store(writeback && !self.arena.is_write_through(), Ordering::Release);
     }
 
-    /// The image has grown: from now on the device reports this size to the guest and accepts requests up to it.
-    /// Returns whether the size has changed.
-    pub fn grow(&self, capacity_sectors: u64) -> bool {
+    /// From now on the device reports this size to the guest and accepts requests up to it. Returns whether the size
+    /// has changed.
+    pub fn set_capacity(&self, capacity_sectors: u64) -> bool {
         let before = self.disk.capacity_sectors.get();
         self.disk.capacity_sectors.set(capacity_sectors);
         before != capacity_sectors

@@ -4,7 +4,7 @@ use crate::cache::Ticket;
 use crate::cached_image::WorkerPort;
 use crate::units::{SectorSpan, Tick, low_u32};
 use crate::virtio::Status;
-use crate::virtio::request::{RangeSegment, Request};
+use crate::virtio::request::{RangeSegment, Request, RequestKind};
 
 use super::budget::{BUFFERS_KEPT_MAX, BUFFERS_MAX, REQUESTS_MAX};
 
@@ -79,6 +79,14 @@ impl Pending {
             self.request.span().count
         } else {
             self.ranges.iter().map(|range| parts(range.span, self.part_sectors)).sum()
+        }
+    }
+
+    /// The sector after the last one that it is about; 0 if it is about none.
+    pub fn end_sector(&self) -> u64 {
+        match self.request.kind {
+            RequestKind::Read | RequestKind::Write => self.request.span().end(),
+            _ => self.ranges.iter().map(|range| range.span.end()).max().unwrap_or(0),
         }
     }
 

@@ -122,6 +122,11 @@ impl Requests {
         !self.finished.is_empty() || to_admit && self.can_admit()
     }
 
+    /// Whether a request for sectors at or after `end` is in progress.
+    pub fn reach_beyond(&self, end: u64) -> bool {
+        self.pending.slots_in_use().any(|slot| self.pending[slot].end_sector() > end)
+    }
+
     /// Returns a ticket for a flush of the control plane, whose result goes to `reply`.
     pub fn start_control_flush(&mut self, reply: Sender<Result<(), Fault>>) -> Ticket {
         let ticket = Ticket(self.base.0 | CONTROL_FLUSH | self.next_control_flush);

@@ -99,6 +99,8 @@ pub struct Worker {
     first_ring: usize,
     /// Rings that drain before they stop, and the receivers of their last positions.
     stopping: Vec<(u16, Sender<Option<QueuePosition>>)>,
+    /// Ends of the disk, in sectors: whoever sent one waits until no request beyond it is in progress.
+    shrinking: Vec<(u64, Sender<()>)>,
     /// Guest memory to use as soon as every ring has completed the requests that it took.
     new_memory: Option<(Arc<GuestRam>, Sender<()>)>,
     requests: Requests,
@@ -137,6 +139,7 @@ impl Worker {
             rings: Vec::new(),
             first_ring: 0,
             stopping: Vec::new(),
+            shrinking: Vec::new(),
             new_memory: None,
             held_until: None,
             // The first turn pumps the cache: restored pages may be due for write-back.
@@ -442,6 +445,7 @@ impl Worker {
                 WorkerCommand::Resident(from, reply) => {
                     let _ = reply.send(self.port.with_cache(now, |cache, _| cache.resident(from, SHOWN_SLOTS)));
                 }
+                WorkerCommand::DrainBeyond(end, reply) => self.shrinking.push((end, reply)),
                 WorkerCommand::Freeze(time, held, reply) => {
                     let ticket = self.requests.start_control_flush(reply);
                     let until = now.plus_us(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
@@ -497,6 +501,15 @@ impl Worker {
 
     /// Replies to the commands that waited until rings had completed the requests that they took, if they have.
     fn reply_if_drained(&mut self) {
+        let requests = &self.requests;
+        self.shrinking.retain(|(end, reply)| {
+            let has_rest = requests.reach_beyond(*end);
+            if !has_rest {
+                // It fails if the requester has stopped waiting.
+                let _ = reply.send(());
+            }
+            has_rest
+        });
         let (rings, epoll, image) = (&mut self.rings, &self.epoll, self.port.image());
         let limiter = &self.device.limiter;
         self.stopping.retain(|(index, reply)| {

@@ -1,7 +1,7 @@
 //! One device of a disk process, and its thread `disk NAME`. The thread starts and ends the device, and may block on
 //! the image while doing so; therefore no thread waits for this one without a deadline.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -38,6 +38,8 @@ pub(super) struct DeviceControl {
     stage: Arc<Mutex<DeviceStage>>,
     page: &'static StatsPage,
     state: DiskState,
+    /// Number of requests that were started.
+    requests: AtomicU64,
 }
 
 impl DeviceControl {
@@ -65,7 +67,7 @@ impl DeviceControl {
             // It fails only if the counter overflows.
             let _ = waker.notify();
         })?;
-        Ok(Self { commands, stage, page, state: DiskState::default() })
+        Ok(Self { commands, stage, page, state: DiskState::default(), requests: AtomicU64::new(0) })
     }
 
     fn stage(&self) -> MutexGuard<'_, DeviceStage> {
@@ -106,8 +108,9 @@ impl DeviceControl {
         self.with_handle(|handle| served = Some(handle.clone()));
         let reply = move |channel: &DiskChannel, reply| send_event(channel, &FromDisk::Reply { id, reply });
         let Some(handle) = served else { return reply(channel, DeviceReply::NotServed) };
+        let order = self.requests.fetch_add(1, Ordering::Relaxed);
         let to_supervisor = Arc::clone(channel);
-        let started = spawn("request", move || reply(&to_supervisor, handle.execute(&request)));
+        let started = spawn("request", move || reply(&to_supervisor, handle.execute(&request, order)));
         if let Err(e) = started {
             send_event(channel, &FromDisk::Reply { id, reply: DeviceReply::Failed { fault: e.to_string() } });
         }

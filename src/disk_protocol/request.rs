@@ -49,6 +49,16 @@ pub enum DeviceRequest {
         /// Its size.
         size_bytes: u64,
     },
+    /// The image is to shrink: notify the guest, and use the image only up to this size from now on.
+    Shrink {
+        /// The size.
+        size_bytes: u64,
+    },
+    /// The image was cut, after a [`DeviceRequest::Shrink`].
+    Cut {
+        /// Its size.
+        size_bytes: u64,
+    },
 }
 
 /// The reply to a request.

@@ -79,6 +79,8 @@ fn record() {
         request(4, DeviceRequest::Thaw),
         request(5, DeviceRequest::Configure { settings: Box::new(settings()) }),
         request(6, DeviceRequest::Grow { size_bytes: 1 << 30 }),
+        request(14, DeviceRequest::Shrink { size_bytes: 1 << 29 }),
+        request(15, DeviceRequest::Cut { size_bytes: 1 << 29 }),
         request(7, DeviceRequest::Reserve { size_bytes: 1 << 29 }),
         request(8, DeviceRequest::Warm { extents: vec![(0, 64), (512, 8)], time_ms: 250 }),
         request(9, DeviceRequest::Resident { from: 1024 }),

@@ -1,6 +1,7 @@
 //! A handle to a served device, for a thread that must not wait for it: the device's image may not answer.
 
-use std::sync::Weak;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Weak};
 
 use crate::cached_image::CachedImage;
 use crate::device::control::Workers;
@@ -15,6 +16,8 @@ pub struct ServiceHandle {
     pub(super) workers: Weak<Workers>,
     pub(super) image: Weak<CachedImage>,
     pub(super) device: Weak<Device>,
+    /// Number of the last request to shrink the image; see [`ServiceHandle::execute`].
+    pub(super) last_shrink: Arc<AtomicU64>,
 }
 
 impl ServiceHandle {

@@ -2,6 +2,7 @@
 //! once started it is a [`Running`].
 
 mod handle;
+mod image_size;
 mod request;
 mod running;
 mod settings;
@@ -149,7 +150,8 @@ impl Service {
         // From here on a clean shutdown removes the cache file, unless it hands the cache over.
         image.arena().keep_on_drop(false);
         let threads = starting.started();
-        Ok(Running { _bound: bound, server, device, workers, threads, acceptor: Some(acceptor), image })
+        let last_shrink = Arc::default();
+        Ok(Running { _bound: bound, server, device, workers, threads, acceptor: Some(acceptor), image, last_shrink })
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::CacheMode;
 use crate::device::HeldRequests;
 use crate::device::control::Workers;
 use crate::disk_protocol::{DeviceReply, DeviceRequest, DeviceSettings};
-use crate::units::{Fault, PAGE_BYTES, PageNo, PageSpan, SECTOR_BYTES};
+use crate::units::{Fault, PAGE_BYTES, PageNo, PageSpan};
 
 /// How long warming pauses while the guest or the store is busy.
 const WARM_PAUSE: Duration = Duration::from_millis(5);
@@ -73,25 +73,9 @@ impl ServiceHandle {
         }
     }
 
-    /// Follows an image that has grown to this size.
-    fn grow(&self, size_bytes: u64) -> DeviceReply {
-        let (Some(device), Some(image), Some(server)) =
-            (self.device.upgrade(), self.image.upgrade(), self.server.upgrade())
-        else {
-            return DeviceReply::NotServed;
-        };
-        if let Err(fault) = image.grow(size_bytes) {
-            return DeviceReply::Failed { fault };
-        }
-        // Use the image's present size: of two concurrent requests, the larger one counts.
-        if device.grow(image.limits().size_bytes.get() / SECTOR_BYTES) {
-            server.notify_config_change();
-        }
-        DeviceReply::Done
-    }
-
-    /// Executes a request and returns its reply.
-    pub fn execute(&self, request: &DeviceRequest) -> DeviceReply {
+    /// Executes a request and returns its reply. `order`: the number of the request among those of the device, which
+    /// are executed at the same time.
+    pub fn execute(&self, request: &DeviceRequest, order: u64) -> DeviceReply {
         let Some(workers) = self.workers.upgrade() else { return DeviceReply::NotServed };
         let done = |result: Result<(), Fault>| match result {
             Ok(()) => DeviceReply::Done,
@@ -115,7 +99,9 @@ impl ServiceHandle {
             }
             DeviceRequest::Reserve { size_bytes } => self.reserve(size_bytes),
             DeviceRequest::Configure { ref settings } => self.configure(&workers, settings),
-            DeviceRequest::Grow { size_bytes } => self.grow(size_bytes),
+            DeviceRequest::Grow { size_bytes } => self.grow(size_bytes, order),
+            DeviceRequest::Shrink { size_bytes } => self.shrink(&workers, size_bytes, order),
+            DeviceRequest::Cut { size_bytes } => self.note_cut(size_bytes),
             DeviceRequest::Thaw => DeviceReply::Thawed { was_frozen: workers.thaw() },
         }
     }

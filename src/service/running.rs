@@ -1,6 +1,7 @@
 //! A served device, until it ends.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,7 @@ pub struct Running {
     /// The thread that accepts front-ends; `None` once it has ended.
     pub(super) acceptor: Option<JoinHandle<()>>,
     pub(super) image: Arc<CachedImage>,
+    pub(super) last_shrink: Arc<AtomicU64>,
 }
 
 impl Running {
@@ -60,6 +62,7 @@ impl Running {
             workers: Arc::downgrade(&self.workers),
             image: Arc::downgrade(&self.image),
             device: Arc::downgrade(&self.device),
+            last_shrink: Arc::clone(&self.last_shrink),
         }
     }
 

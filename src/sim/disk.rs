@@ -79,6 +79,15 @@ impl SimulatedDisk {
         added
     }
 
+    /// Cuts the disk to `sectors` sectors, a multiple of the page.
+    pub fn cut(&mut self, sectors: usize) {
+        self.current.truncate(sectors);
+        self.durable.truncate(sectors);
+        self.unsynced.truncate(sectors);
+        self.hole.truncate(sectors / SECTORS_PER_PAGE);
+        self.allocated.truncate(sectors / SECTORS_PER_PAGE);
+    }
+
     /// Allocates space for every page of a range.
     pub fn allocate(&mut self, first: usize, count: usize) {
         self.allocated[first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE)].fill(true);

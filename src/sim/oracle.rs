@@ -89,6 +89,11 @@ impl Oracle {
         self.sectors.append(&mut Self::of(versions).sectors);
     }
 
+    /// The disk was cut to `sectors` sectors.
+    pub fn cut(&mut self, sectors: usize) {
+        self.sectors.truncate(sectors);
+    }
+
     fn sectors_of(&mut self, span: SectorSpan) -> &mut [Sector] {
         &mut self.sectors[span.start as usize..span.end() as usize]
     }
@@ -192,6 +197,11 @@ impl Knowledge {
     /// The guest sends a discard while the request is in flight: the request may find any version there.
     pub fn forget(&mut self, span: SectorSpan) {
         self.overlap(span).fill(None);
+    }
+
+    /// The disk was cut to `sectors` sectors: what comes there later is not what the request knew.
+    pub fn cut(&mut self, sectors: usize) {
+        self.allowed.truncate(sectors.saturating_sub(self.first));
     }
 
     /// The part of the request's sectors that lies in `span`.

@@ -8,6 +8,7 @@ mod effects;
 mod freezes;
 mod growth;
 mod lives;
+mod shrinks;
 mod sizes;
 
 use std::collections::BTreeMap;
@@ -101,6 +102,8 @@ pub(super) struct World {
     pub freezes: u64,
     /// The image grows.
     growth: Option<Growth>,
+    /// The image shrinks.
+    shrinks: shrinks::Shrinks,
     /// Changes of its size.
     pub sizes: SizeChanges,
 }
@@ -151,6 +154,7 @@ impl World {
             failed_unreported: false,
             freezes: 0,
             growth: None,
+            shrinks: shrinks::Shrinks::default(),
             sizes: SizeChanges::default(),
         }
     }
@@ -198,7 +202,7 @@ impl World {
         if self.scenario.freezes {
             self.freeze_or_thaw(guest);
         }
-        self.grow_or_apply();
+        self.change_disk_size(guest);
         self.change_size();
         let mut worker_runs = true;
         match self.prng.below(10) {
@@ -245,7 +249,7 @@ impl World {
     }
 
     fn submit_random_request(&mut self) {
-        let sectors = self.served_sectors();
+        let sectors = self.capacity();
         let longest = self.prng.pick(&[1, 8, 24, 200]).min(sectors);
         let count = self.prng.between(1, longest);
         let mut start = self.prng.below(sectors - count + 1);

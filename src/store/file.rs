@@ -335,6 +335,14 @@ impl NamedImage for FileImage {
         self.image.grow(size_bytes)
     }
 
+    fn check_shrink(&self, size_bytes: u64) -> std::result::Result<u64, String> {
+        self.image.check_shrink(size_bytes)
+    }
+
+    fn cut(&self, size_bytes: u64) -> std::result::Result<(), String> {
+        self.image.cut(size_bytes)
+    }
+
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {
         self.read_page(page)
     }

@@ -244,12 +244,10 @@ impl OpenImage {
         let (served, now) = (self.limits.size_bytes.get(), self.size_now().map_err(failed)?);
         let wanted = wanted.unwrap_or(now);
         if wanted < served {
-            return Err(format!("it is served with {served} bytes, and does not shrink while it is served"));
+            let advice = "with --shrink it does, and the data beyond the new end is lost";
+            return Err(format!("it has {served} bytes, and does not shrink by itself: {advice}"));
         }
-        if !wanted.is_multiple_of(PAGE_BYTES) || !served.is_multiple_of(PAGE_BYTES) {
-            let why = "changes only when the disk is detached and attached again";
-            return Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"));
-        }
+        check_whole_pages(served, wanted)?;
         check_size(&self.path, wanted).map_err(|error| error.to_string())?;
         if wanted > now && self.is_device() {
             return Err(format!("device {} has {now} bytes; grow the device first", self.path.display()));
@@ -262,6 +260,32 @@ impl OpenImage {
         }
         self.limits.size_bytes.set(wanted);
         Ok(wanted)
+    }
+
+    /// See [`super::named::NamedImage::check_shrink`].
+    pub(super) fn check_shrink(&self, wanted: u64) -> std::result::Result<u64, String> {
+        let served = self.limits.size_bytes.get();
+        if wanted >= served {
+            return Ok(served);
+        }
+        check_whole_pages(served, wanted)?;
+        check_size(&self.path, wanted).map_err(|error| error.to_string())?;
+        if !self.limits.writable {
+            return Err("the image is read-only".to_owned());
+        }
+        if self.is_device() {
+            let device = self.path.display();
+            return Err(format!("{device} is a block device: detach the disk, shrink the device, and attach it again"));
+        }
+        Ok(served)
+    }
+
+    /// See [`super::named::NamedImage::cut`].
+    pub(super) fn cut(&self, size_bytes: u64) -> std::result::Result<(), String> {
+        let cut = self.file.set_len(size_bytes).and_then(|()| self.file.sync_all());
+        cut.map_err(|e| format!("image {}: {e}", self.path.display()))?;
+        self.limits.size_bytes.set(size_bytes);
+        Ok(())
     }
 
     /// The path at which the image was opened.
@@ -520,6 +544,15 @@ fn check_type(path: &Path, metadata: &Metadata) -> Result<()> {
     }
     let message = format!("image {} is neither a regular file nor a block device", path.display());
     Err(Error::new(ErrorKind::Image, message))
+}
+
+/// Whether an image of `served` bytes can get `wanted` bytes while it is served.
+fn check_whole_pages(served: u64, wanted: u64) -> std::result::Result<(), String> {
+    if wanted.is_multiple_of(PAGE_BYTES) && served.is_multiple_of(PAGE_BYTES) {
+        return Ok(());
+    }
+    let why = "changes only when the disk is detached and attached again";
+    Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"))
 }
 
 fn check_size(path: &Path, size_bytes: u64) -> Result<()> {

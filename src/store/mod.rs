@@ -145,7 +145,7 @@ impl std::error::Error for Refused {}
 /// The properties and capabilities of an image; fixed while it is open, except for its size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Size of the image in bytes: a multiple of 512. It grows while the image is open.
+    /// Size of the image in bytes: a multiple of 512. It can change while the image is open.
     pub size_bytes: LiveSize,
     /// Offsets and lengths of reads and writes are multiples of this (512 to 4096).
     pub block_bytes: u32,

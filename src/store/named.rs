@@ -146,6 +146,24 @@ pub trait NamedImage: Backing {
         Err("an image of this kind changes its size only when the disk is detached and attached again".to_owned())
     }
 
+    /// Checks whether the image can shrink to `size_bytes`. Returns the size with which it is served.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    fn check_shrink(&self, _size_bytes: u64) -> std::result::Result<u64, String> {
+        Err("an image of this kind changes its size only when the disk is detached and attached again".to_owned())
+    }
+
+    /// Cuts the image to `size_bytes`, and serves it with that size from now on. May wait.
+    ///
+    /// => [`NamedImage::check_shrink`] has allowed it, and nobody uses the image beyond that end.
+    ///
+    /// # Errors
+    /// Why it cannot be cut; in that case nothing has changed.
+    fn cut(&self, _size_bytes: u64) -> std::result::Result<(), String> {
+        Err("an image of this kind is not cut".to_owned())
+    }
+
     /// Reads a page; the part past the end of the image is zeros.
     ///
     /// # Errors

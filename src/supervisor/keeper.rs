@@ -18,7 +18,7 @@ use super::current_config::CurrentConfig;
 use super::handle::DeviceHandle;
 use super::process::{EventSink, Exit, Process, ProcessEvent};
 use super::restarts::Restarts;
-use super::slot::{ImageSlot, open_image};
+use super::slot::{ImageSlot, SizeStep, open_image};
 use super::socket::ListenSocket;
 use super::warm_list;
 use crate::broker;
@@ -46,8 +46,9 @@ pub(super) const PREPARING: &str = "preparing the cache";
 pub(super) enum KeeperCommand {
     /// Serve the device that is open.
     Serve,
-    /// Grow the image to this size; without one, serve it at its present size. The reply: the size.
-    Grow(Option<u64>, Sender<std::result::Result<u64, String>>),
+    /// Carry out a step of a change of the image's size, if the process with this I/O lock still serves it. The reply:
+    /// the size with which it is served.
+    Size(IoLock, SizeStep, Sender<std::result::Result<u64, String>>),
     /// Retry failed I/O, or a failed start: the operator has resumed the device.
     Resume,
     /// Complete the guest's requests and accept no new ones. Then wait for `Finish`.
@@ -256,7 +257,7 @@ impl KeeperThread {
                 }
                 Ok(KeeperCommand::Finish) | Err(RecvTimeoutError::Disconnected) => return None,
                 Ok(KeeperCommand::Resume | KeeperCommand::Serve) => return Some(RETRY_MIN),
-                Ok(KeeperCommand::Process(..) | KeeperCommand::Grow(..)) => {}
+                Ok(KeeperCommand::Process(..) | KeeperCommand::Size(..)) => {}
                 Err(RecvTimeoutError::Timeout) => return Some((pause * 2).min(RETRY_MAX)),
             }
         }
@@ -287,7 +288,7 @@ impl KeeperThread {
         loop {
             match self.commands.recv() {
                 Ok(KeeperCommand::Serve) => return true,
-                Ok(KeeperCommand::Resume | KeeperCommand::Process(..) | KeeperCommand::Grow(..)) => {}
+                Ok(KeeperCommand::Resume | KeeperCommand::Process(..) | KeeperCommand::Size(..)) => {}
                 Ok(KeeperCommand::Quiesce(ending)) => {
                     self.ending.set(Some(ending));
                     return false;
@@ -347,7 +348,7 @@ impl KeeperThread {
                     self.restarts.forget();
                     return true;
                 }
-                Ok(KeeperCommand::Serve | KeeperCommand::Process(..) | KeeperCommand::Grow(..)) => {}
+                Ok(KeeperCommand::Serve | KeeperCommand::Process(..) | KeeperCommand::Size(..)) => {}
                 Ok(KeeperCommand::Quiesce(ending)) => {
                     self.ending.set(Some(ending));
                     return false;
@@ -401,6 +402,7 @@ impl KeeperThread {
             settings,
             image_bytes: None,
             size_checked: Instant::now(),
+            is_shrinking: false,
             ended: None,
             failure: None,
         };
@@ -423,6 +425,8 @@ struct ProcessSession<'a> {
     image_bytes: Option<u64>,
     /// When the size of the image was last checked.
     size_checked: Instant,
+    /// The image is about to shrink: it does not follow other changes of its size meanwhile.
+    is_shrinking: bool,
     /// For the main thread, once it is served.
     handle: Option<DeviceHandle>,
     ending: Option<Ending>,
@@ -449,11 +453,12 @@ impl ProcessSession<'_> {
                 }
                 // From an earlier process.
                 Ok(KeeperCommand::Process(..)) => {}
-                Ok(KeeperCommand::Grow(size_bytes, reply)) => {
+                Ok(KeeperCommand::Size(io_lock, step, reply)) if io_lock == self.process.io_lock() => {
                     // It fails if the client has disconnected.
-                    let _ = reply.send(self.slot.grow(size_bytes));
-                    self.send_growth();
+                    let _ = reply.send(self.change_size(step));
                 }
+                // For an earlier process.
+                Ok(KeeperCommand::Size(..)) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     self.slot.check_cache_file(false);
                     self.check_size();
@@ -473,8 +478,28 @@ impl ProcessSession<'_> {
         }
     }
 
+    fn change_size(&mut self, step: SizeStep) -> std::result::Result<u64, String> {
+        if self.ending.is_some() {
+            return Err("it is shutting down".to_owned());
+        }
+        let changed = self.slot.change_size(step);
+        self.is_shrinking = match step {
+            SizeStep::BeginShrink(wanted) => changed.as_ref().is_ok_and(|served| wanted < *served),
+            SizeStep::Grow(_) | SizeStep::Cut(_) | SizeStep::KeepSize => false,
+        };
+        match (step, &changed) {
+            (SizeStep::Grow(_), Ok(_)) => self.send_growth(),
+            (SizeStep::Cut(_), Ok(size_bytes)) => self.image_bytes = Some(*size_bytes),
+            _ => {}
+        }
+        changed
+    }
+
     /// Checks whether the image has grown, and follows it.
     fn check_size(&mut self) {
+        if self.is_shrinking {
+            return;
+        }
         if self.size_checked.elapsed() >= SIZE_CHECK_PERIOD {
             self.size_checked = Instant::now();
             self.slot.follow_growth();

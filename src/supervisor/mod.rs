@@ -20,6 +20,7 @@ mod entry;
 mod fleet;
 mod fleet_change;
 mod handle;
+mod image_size;
 mod keeper;
 mod log_pipe;
 mod observe;

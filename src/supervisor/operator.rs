@@ -151,30 +151,15 @@ impl Operator {
                 self.detach(&device, force, discard, Recorded::Runtime, client)?;
                 Ok(json!(Progressing { progress: None }))
             }
-            Change::Resize { device, bytes } => Ok(json!({ "image_bytes": self.resize(&device, bytes, client)? })),
+            Change::Resize { device, bytes, shrink } => {
+                Ok(json!({ "image_bytes": self.resize(&device, bytes, shrink, client)? }))
+            }
             Change::Set { device, config } => Ok(json!({ "changed": self.set(&device, &config, client)? })),
             Change::Reload { dry_run } => {
                 let (changes, overridden) = self.reload(dry_run, client)?;
                 Ok(json!({ "changes": changes, "overridden": overridden }))
             }
         }
-    }
-
-    /// Makes an image grow, and reports the new size to its guest.
-    fn resize(&self, device: &str, bytes: Option<u64>, client: &ChangeClient) -> Result<u64, Refusal> {
-        let entry = self.overview.entry(device)?;
-        let _change = ChangeGuard::begin(&entry.operator, &entry.config.name, "resize")?;
-        let not_served = || Refusal::refused(device, "it is not served at the moment");
-        if entry.is_frozen() {
-            return Err(Refusal::new("Frozen", json!({ "device": device })));
-        }
-        let (sender, reply) = channel();
-        entry.commands.send(KeeperCommand::Grow(bytes, sender)).map_err(|_| not_served())?;
-        let grown = reply.recv().map_err(|_| not_served())?;
-        let size_bytes = grown.map_err(|why| Refusal::refused(device, why))?;
-        ask(&entry, DeviceRequest::Grow { size_bytes }, client)?;
-        self.overview.events.add(Some(device), "resized", json!({ "image_bytes": size_bytes }));
-        Ok(size_bytes)
     }
 
     pub(super) fn attach(&self, device: DeviceConfig, record: Recorded) -> Result<bool, Refusal> {

@@ -33,6 +33,20 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the path of a cache file must not lead to it before the file counts as lost.
 const MISSED_MIN: Duration = Duration::from_millis(500);
 
+/// A step of a change of an image's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SizeStep {
+    /// Grow it to this size; without one, serve it with its present size.
+    Grow(Option<u64>),
+    /// If it is larger than this size: check whether it can shrink to it, and do not follow other changes of its size
+    /// until the next step.
+    BeginShrink(u64),
+    /// Cut it to this size. The disk process does not use it beyond that.
+    Cut(u64),
+    /// It does not shrink after all.
+    KeepSize,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct ImageSlot {
@@ -227,12 +241,18 @@ impl ImageSlot {
         Some(self.state.try_lock().ok()?.image.limits().size_bytes.get())
     }
 
-    /// Makes the image grow; see [`NamedImage::grow`].
+    /// Carries out a step of a change of the image's size. Returns the size with which the image is served.
     ///
     /// # Errors
     /// The reason in words.
-    pub fn grow(&self, size_bytes: Option<u64>) -> std::result::Result<u64, String> {
-        self.lock().image.grow(size_bytes)
+    pub fn change_size(&self, step: SizeStep) -> std::result::Result<u64, String> {
+        let image = &self.lock().image;
+        match step {
+            SizeStep::Grow(size_bytes) => image.grow(size_bytes),
+            SizeStep::BeginShrink(size_bytes) => image.check_shrink(size_bytes),
+            SizeStep::Cut(size_bytes) => image.cut(size_bytes).map(|()| size_bytes),
+            SizeStep::KeepSize => Ok(image.limits().size_bytes.get()),
+        }
     }
 
     /// Follows an image that another program has made grow. Never waits.
@@ -246,12 +266,12 @@ impl ImageSlot {
         }
     }
 
-    /// Whether the cache still holds data not written to the image, after its process has ended.
     /// The present tenure of the image. Waits for the image.
     pub fn present_tenure(&self) -> TenureKey {
         TenureKey::of(&*self.lock().image)
     }
 
+    /// Whether the cache still holds data not written to the image, after its process has ended.
     pub fn holds_unwritten(&self) -> bool {
         let state = self.lock();
         // A cache that cannot be read may hold such data.

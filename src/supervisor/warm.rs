@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use log::info;
 use serde_json::{Value, json};
 
 use super::operator::{Operator, invalid_texts, link_of};
@@ -89,6 +90,10 @@ impl Operator {
         let rate = bytes_per_second.map(|bytes| (bytes / PAGE_BYTES).max(1));
         match warm_pages(&pages, &link.process, link.device, rate, check) {
             WarmEnd::Gone => Err(Refusal::refused(device, "it is no longer served")),
+            WarmEnd::Stopped => {
+                info!("{device}: warming has ended early: its client has disconnected");
+                Ok(json!(Warmed { progress: None, full: Some(false) }))
+            }
             end => Ok(json!(Warmed { progress: None, full: Some(end == WarmEnd::Full) })),
         }
     }

@@ -155,7 +155,7 @@ impl Pages {
         std::mem::take(&mut self.made_room)
     }
 
-    /// The image has grown.
+    /// The image has another size.
     pub fn set_image_sectors(&mut self, image_sectors: u64) {
         self.image_sectors = image_sectors;
     }
@@ -201,7 +201,7 @@ impl Pages {
         was_set
     }
 
-    /// Marks a page as read in by readahead in `period`; no guest has requested it yet.
+    /// Marks a page as read in by readahead in `period`, or as warmed; no guest has requested it yet.
     pub fn mark_unread(&mut self, id: PageId, period: Period) {
         self.table[id].set_unread_since(Some(period));
     }
@@ -282,6 +282,15 @@ impl Pages {
             }
         };
         let victim = policy.evict(steps_max, &mut judge, &|id| table[id].no())?;
+        Some(self.forget(victim))
+    }
+
+    /// Evicts a page that guests have used only once, or in one burst; returns its last state. `None`: the next such
+    /// page may not be evicted, or was read in for no request.
+    pub fn evict_cold(&mut self) -> Option<Page> {
+        let Self { table, frames, policy, .. } = self;
+        let mut is_cold = |id: PageId| is_evictable(&table[id], frames) && table[id].unread_since().is_none();
+        let victim = policy.evict_cold(&mut is_cold, &|id| table[id].no())?;
         Some(self.forget(victim))
     }
 

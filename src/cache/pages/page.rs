@@ -57,6 +57,11 @@ impl BitOr for Flags {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::cache) struct Period(pub u32);
 
+impl Period {
+    /// Of a page that was warmed: it does not count as readahead.
+    pub const WARMED: Self = Self(u32::MAX);
+}
+
 /// A page of the image in memory: 28 bytes, so that the metadata of a cache stays below 1.5 % of its size.
 ///
 /// Only the owner of the table, `Pages`, hands out a `&mut Page`, and only to the closures of `Pages::change`.

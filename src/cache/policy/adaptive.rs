@@ -121,6 +121,14 @@ impl Policy for Adaptive {
         self.queues.evict(kept_max, judge, page_no)
     }
 
+    fn evict_cold(
+        &mut self,
+        is_cold: &mut dyn FnMut(PageId) -> bool,
+        page_no: &dyn Fn(PageId) -> PageNo,
+    ) -> Option<PageId> {
+        self.queues.evict_cold(is_cold, page_no)
+    }
+
     fn add_slots(&mut self, slots: u32) {
         self.queues.add_slots(slots);
     }

@@ -47,6 +47,15 @@ pub(crate) trait Policy: Send + std::fmt::Debug {
         judge: &mut dyn FnMut(PageId) -> Verdict,
         page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId>;
+    /// Evicts the page that the policy would evict next among those that were used only once, or in one burst, if
+    /// `is_cold` agrees. `None`: there is none, or the policy does not know how often pages were used.
+    fn evict_cold(
+        &mut self,
+        _is_cold: &mut dyn FnMut(PageId) -> bool,
+        _page_no: &dyn Fn(PageId) -> PageNo,
+    ) -> Option<PageId> {
+        None
+    }
     /// Sets the number of slots, which never decreases.
     fn add_slots(&mut self, slots: u32);
     /// Sets the size of the cache: the shares of the queues and the record of evicted pages change accordingly.

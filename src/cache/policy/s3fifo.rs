@@ -222,6 +222,26 @@ impl Policy for S3Fifo {
         None
     }
 
+    fn evict_cold(
+        &mut self,
+        is_cold: &mut dyn FnMut(PageId) -> bool,
+        page_no: &dyn Fn(PageId) -> PageNo,
+    ) -> Option<PageId> {
+        // The cost of a promotion is bounded by the hit that set the bit.
+        while let Some(id) = self.small.oldest() {
+            let is_referenced = self.nodes[id.index()].referenced;
+            if !is_referenced && !is_cold(id) {
+                return None;
+            }
+            let mut judge = |_| Verdict::Evict { used: true };
+            if let QueueStep::Evicted(id) = self.step_small(&mut judge, page_no) {
+                self.evicted = self.evicted.wrapping_add(1);
+                return Some(id);
+            }
+        }
+        None
+    }
+
     fn add_slots(&mut self, slots: u32) {
         add_nodes(&mut self.nodes, slots);
     }

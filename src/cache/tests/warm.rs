@@ -43,7 +43,7 @@ fn warming_waits_for_guests_and_for_the_store() {
 }
 
 #[test]
-fn warming_evicts_nothing_and_leaves_memory_free() {
+fn warming_evicts_none_of_its_own_pages_and_leaves_memory_free() {
     let mut cache = cache_with(settings(1024));
     let mut next = PageNo(0);
     for round in 1.. {
@@ -58,4 +58,51 @@ fn warming_evicts_nothing_and_leaves_memory_free() {
     assert_eq!(stats.evicted_pages, 0);
     assert!(stats.frames_free > 32 && stats.frames_free < 128, "{stats:?}");
     assert!(next.0 > 850 && next.0 < 1024);
+}
+
+/// Warms as much of a span as fits.
+fn warm_all(cache: &mut PageCache, span: PageSpan, from_us: u64) -> WarmStep {
+    let mut next = span.first;
+    for round in from_us.. {
+        let step;
+        (next, step) = cache.warm(PageSpan::new(next, span.end().0 - next.0));
+        complete_all(cache, Tick::from_us(round));
+        if step == WarmStep::Full || next == span.end() {
+            return step;
+        }
+    }
+    unreachable!("a span has an end")
+}
+
+/// Reads pages, each in a request of its own.
+fn read_pages(cache: &mut PageCache, pages: std::ops::Range<u64>, from_us: u64) {
+    for (step, no) in pages.enumerate() {
+        read(cache, no * 8, 8);
+        complete_all(cache, Tick::from_us(from_us + step as u64));
+    }
+}
+
+#[test]
+fn warming_takes_the_frames_of_cold_pages_and_not_those_of_hot_ones() {
+    let mut cache = cache_with(settings(1024));
+    // Pages that are used again after their burst are hot; then a scan fills the cache.
+    read_pages(&mut cache, 0..100, 1);
+    read_pages(&mut cache, 10_000..10_400, 1000);
+    read_pages(&mut cache, 0..100, 2000);
+    read_pages(&mut cache, 20_000..22_000, 3000);
+    let list = PageSpan::new(PageNo(50_000), 500);
+    assert_eq!(warm_all(&mut cache, list, 10_000), WarmStep::Done);
+    cache.check(&[]);
+    let resident: std::collections::BTreeSet<PageNo> = cache.resident(0, u32::MAX).0.into_iter().collect();
+    assert!(list.iter().all(|page| resident.contains(&page)), "all of the list is in memory");
+    let hot = (0..100).filter(|page| resident.contains(&PageNo(*page))).count();
+    assert_eq!(hot, 100, "the hot pages stay");
+    // A list that does not fit leaves its beginning, and the hot pages.
+    let long = PageSpan::new(PageNo(60_000), 5000);
+    assert_eq!(warm_all(&mut cache, long, 20_000), WarmStep::Full);
+    let resident: std::collections::BTreeSet<PageNo> = cache.resident(0, u32::MAX).0.into_iter().collect();
+    assert!(list.iter().all(|page| resident.contains(&page)), "an earlier list is not replaced by a later one");
+    assert_eq!((0..100).filter(|page| resident.contains(&PageNo(*page))).count(), 100);
+    let stats = cache.stats();
+    assert_eq!((stats.readahead_used_pages, stats.readahead_wasted_pages), (0, 0), "warming is no readahead");
 }

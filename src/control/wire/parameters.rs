@@ -53,6 +53,8 @@ pub struct ResizeParameters {
     pub device: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shrink: Option<bool>,
 }
 
 /// Parameters of `Drop`.

@@ -308,7 +308,7 @@ impl Life {
     pub fn grow(&self, size_bytes: u64) -> Result<(), DaemonDied> {
         in_daemon(|| {
             self.cached.grow(size_bytes).expect("a size that a cache can follow");
-            self.device.grow(self.cached.limits().size_bytes.get() / SECTOR_BYTES);
+            self.device.set_capacity(self.cached.limits().size_bytes.get() / SECTOR_BYTES);
         })
     }
 

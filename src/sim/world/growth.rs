@@ -4,7 +4,7 @@
 use crate::prng::Prng;
 use crate::units::{ImageHoles, SECTORS_PER_PAGE};
 
-use super::World;
+use super::{Guest, World};
 
 /// Of 1000 steps, the number that make the disk larger, and the number that let a daemon apply a growth.
 const GROW_PER_MILLE: u64 = 8;
@@ -52,15 +52,18 @@ impl World {
         Self { growth: Some(Growth::new(seed)), ..world }
     }
 
-    /// How often a daemon has applied a growth of the image, and how often one found a larger image.
-    pub fn growths(&self) -> [u64; 2] {
-        self.growth.as_ref().map_or([0; 2], |growth| [growth.applied, growth.found])
+    /// How often a daemon has applied a growth of the image, and how often one found a larger image; how often it was
+    /// cut, and how often it was not, after the daemon had stopped using its end.
+    pub fn growths(&self) -> [u64; 4] {
+        let [applied, found] = self.growth.as_ref().map_or([0; 2], |growth| [growth.applied, growth.found]);
+        let [cut, uncut] = self.shrinks.counts();
+        [applied, found, cut, uncut]
     }
 
     /// In some cases, the start of a request of this many sectors near the former end of the image.
     pub(super) fn start_near_old_end(&mut self, count: u64) -> Option<u64> {
         let growth = self.growth.as_ref()?;
-        let start = growth.added_at.saturating_sub(count / 2).min(self.served_sectors() - count);
+        let start = growth.added_at.saturating_sub(count / 2).min(self.capacity() - count);
         self.prng.percent(20).then_some(start)
     }
 
@@ -69,8 +72,9 @@ impl World {
         self.settings.image_sectors - self.base
     }
 
-    /// In some steps, the disk grows, or the daemon applies the growth.
-    pub(super) fn grow_or_apply(&mut self) {
+    /// In some steps, the disk grows, or the daemon applies the growth, or the disk shrinks.
+    pub(super) fn change_disk_size(&mut self, guest: Guest) {
+        self.shrink_or_advance(guest);
         let Some(growth) = &mut self.growth else { return };
         if growth.prng.below(1000) < GROW_PER_MILLE {
             self.grow_disk();
@@ -104,7 +108,7 @@ impl World {
     /// The daemon serves the disk with its present size, if it can grow to it.
     fn apply_growth(&mut self) {
         let (served, present) = (self.served_sectors(), self.disk.sectors() as u64);
-        if present > served && is_whole_pages(served) && is_whole_pages(present) {
+        if !self.shrinks.is_shrinking() && present > served && is_whole_pages(served) && is_whole_pages(present) {
             self.settings.image_sectors = self.base + present;
             self.cache.grow(self.settings.image_sectors);
             self.growth.as_mut().expect("the disk has grown").applied += 1;

@@ -80,6 +80,7 @@ impl World {
 
     /// Starts a daemon that restores the memory.
     pub(super) fn start_writer(&mut self) {
+        self.shrinks.daemons += 1;
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
         self.cache.restore(self.memory.records(), self.memory.pending_zeroes(), self.memory.changed_ranges());
     }
@@ -139,6 +140,7 @@ impl World {
     fn start_reader(&mut self) {
         self.lose_requests();
         let memory = SimulatedMemory::new(self.settings.frames_max, self.scenario.zero_slots);
+        self.shrinks.daemons += 1;
         self.cache = PageCache::new(self.settings.clone(), Box::new(memory.clone()));
         self.memory_of_writer = Some(std::mem::replace(&mut self.memory, memory));
     }

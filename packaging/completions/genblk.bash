@@ -785,7 +785,7 @@ _genblk() {
             return 0
             ;;
         genblk__subcmd__resize)
-            opts="-h --socket --json --help"
+            opts="-h --socket --json --shrink --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -839,7 +839,7 @@ _genblk() {
             return 0
             ;;
         genblk__subcmd__stat)
-            opts="-l -w -r -c -H -p -T -y -h --latencies --histograms --sizes --cache --scripted --parsable --time --omit-first --socket --json --help"
+            opts="-l -w -r -c -x -H -p -T -y -h --latencies --histograms --sizes --cache --why --scripted --parsable --time --omit-first --socket --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -57,7 +57,7 @@ complete -c genblk -n "__fish_genblk_needs_command" -f -a "flush" -d 'Make all c
 complete -c genblk -n "__fish_genblk_needs_command" -f -a "drop" -d 'Drop a disk\'s clean pages from its cache'
 complete -c genblk -n "__fish_genblk_needs_command" -f -a "warm" -d 'Read a disk, or a list of its extents, into its cache'
 complete -c genblk -n "__fish_genblk_needs_command" -f -a "resident" -d 'List the extents of a disk that are in its cache'
-complete -c genblk -n "__fish_genblk_needs_command" -f -a "resize" -d 'Grow a disk\'s image while a guest uses it'
+complete -c genblk -n "__fish_genblk_needs_command" -f -a "resize" -d 'Change the size of a disk while a guest uses it'
 complete -c genblk -n "__fish_genblk_needs_command" -f -a "resume" -d 'Retry failed operations and stopped write-back, because the image works again'
 complete -c genblk -n "__fish_genblk_needs_command" -f -a "freeze" -d 'Write all dirty data of a disk and hold new writes, for a copy or snapshot on the host'
 complete -c genblk -n "__fish_genblk_needs_command" -f -a "thaw" -d 'End a freeze'
@@ -80,6 +80,7 @@ complete -c genblk -n "__fish_genblk_using_subcommand stat" -s l -l latencies -d
 complete -c genblk -n "__fish_genblk_using_subcommand stat" -s w -l histograms -d 'Histograms of the latencies of requests, in powers of two'
 complete -c genblk -n "__fish_genblk_using_subcommand stat" -s r -l sizes -d 'Sizes of requests and of operations on the image, in powers of two'
 complete -c genblk -n "__fish_genblk_using_subcommand stat" -s c -l cache -d 'The caches: hits, readahead, evictions, dirty data'
+complete -c genblk -n "__fish_genblk_using_subcommand stat" -s x -l why -d 'What delays requests, in numbers and in words: the image, a lack of memory, write-back, limits'
 complete -c genblk -n "__fish_genblk_using_subcommand stat" -s H -l scripted -d 'Output for programs: separated by tabs, without a header'
 complete -c genblk -n "__fish_genblk_using_subcommand stat" -s p -l parsable -d 'Exact numbers: bytes and nanoseconds'
 complete -c genblk -n "__fish_genblk_using_subcommand stat" -s T -l time -d 'Print the time (seconds since 1970) above each report'
@@ -124,6 +125,7 @@ complete -c genblk -n "__fish_genblk_using_subcommand resident" -l json -d 'Prin
 complete -c genblk -n "__fish_genblk_using_subcommand resident" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c genblk -n "__fish_genblk_using_subcommand resize" -l socket -d 'Control socket of the daemon' -r -F
 complete -c genblk -n "__fish_genblk_using_subcommand resize" -l json -d 'Print the daemon\'s reply as one line of JSON'
+complete -c genblk -n "__fish_genblk_using_subcommand resize" -l shrink -d 'Allow a smaller size; the data beyond the new end is lost'
 complete -c genblk -n "__fish_genblk_using_subcommand resize" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c genblk -n "__fish_genblk_using_subcommand resume" -l socket -d 'Control socket of the daemon' -r -F
 complete -c genblk -n "__fish_genblk_using_subcommand resume" -l json -d 'Print the daemon\'s reply as one line of JSON'
@@ -161,7 +163,7 @@ complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_
 complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_subcommand_from recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help" -f -a "drop" -d 'Drop a disk\'s clean pages from its cache'
 complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_subcommand_from recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help" -f -a "warm" -d 'Read a disk, or a list of its extents, into its cache'
 complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_subcommand_from recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help" -f -a "resident" -d 'List the extents of a disk that are in its cache'
-complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_subcommand_from recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help" -f -a "resize" -d 'Grow a disk\'s image while a guest uses it'
+complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_subcommand_from recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help" -f -a "resize" -d 'Change the size of a disk while a guest uses it'
 complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_subcommand_from recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help" -f -a "resume" -d 'Retry failed operations and stopped write-back, because the image works again'
 complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_subcommand_from recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help" -f -a "freeze" -d 'Write all dirty data of a disk and hold new writes, for a copy or snapshot on the host'
 complete -c genblk -n "__fish_genblk_using_subcommand help; and not __fish_seen_subcommand_from recover disk-process list stat attach detach set reload config events flush drop warm resident resize resume freeze thaw top exporter take-over help" -f -a "thaw" -d 'End a freeze'

@@ -119,7 +119,7 @@ pub(super) enum ClientCommand {
     /// List the extents of a disk that are in its cache
     #[command(after_long_help = help::RESIDENT)]
     Resident(OneDevice),
-    /// Grow a disk's image while a guest uses it
+    /// Change the size of a disk while a guest uses it
     #[command(after_long_help = help::RESIZE)]
     Resize {
         #[command(flatten)]
@@ -127,6 +127,9 @@ pub(super) enum ClientCommand {
         /// The new size, such as 20G; if omitted, the guest's disk grows to the present size of the image
         #[arg(value_parser = image_size)]
         size: Option<u64>,
+        /// Allow a smaller size; the data beyond the new end is lost
+        #[arg(long, requires = "size")]
+        shrink: bool,
     },
     /// Retry failed operations and stopped write-back, because the image works again
     #[command(after_long_help = help::RESUME)]
@@ -258,6 +261,9 @@ pub struct StatArguments {
     /// The caches: hits, readahead, evictions, dirty data
     #[arg(short = 'c', long, group = "view")]
     cache: bool,
+    /// What delays requests, in numbers and in words: the image, a lack of memory, write-back, limits
+    #[arg(short = 'x', long, group = "view")]
+    why: bool,
     /// Output for programs: separated by tabs, without a header
     #[arg(short = 'H', long)]
     scripted: bool,
@@ -301,6 +307,7 @@ impl StatArguments {
             Self { histograms: true, .. } => View::Histograms,
             Self { sizes: true, .. } => View::Sizes,
             Self { cache: true, .. } => View::Cache,
+            Self { why: true, .. } => View::Causes,
             _ => View::Overview,
         };
         let options = StatOptions {
@@ -393,7 +400,7 @@ impl ClientCommand {
             }
             Self::Flush(device) => device.change(DeviceAction::Flush),
             Self::Drop { device, flushed } => device.change(DeviceAction::Drop { flushed }),
-            Self::Resize { device, size } => device.change(DeviceAction::Resize { bytes: size }),
+            Self::Resize { device, size, shrink } => device.change(DeviceAction::Resize { bytes: size, shrink }),
             Self::Warm { device: OneDevice { device, control }, from } => {
                 Action::Warm(control.socket, WarmOptions { device, from, as_json: control.json })
             }

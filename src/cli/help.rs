@@ -15,10 +15,10 @@ Cache modes:
 
 Tasks:
   list the disks, and why one is not served        genblk list
-  find out which disk is slow, and why             genblk stat, genblk top
+  find out which disk is slow, and why             genblk stat -xy 5 1, genblk top
   take a consistent snapshot on the host           genblk freeze vm1 -- COMMAND
   change a disk while it is served                 genblk set vm1 KEY=VALUE
-  make a disk larger                               genblk resize vm1 40G
+  make a disk larger (or smaller)                  genblk resize vm1 40G
   apply changes of the configuration file          genblk reload
   show the current configuration                   genblk config
   add a disk from a file                           genblk attach vm3.toml
@@ -57,6 +57,24 @@ Examples:
   genblk --socket-path /run/vm1.sock --blk-file /srv/vm1.img --cache-size 1G
   genblk --check --config /etc/genblk.toml
   genblk --config /etc/genblk.toml
+
+A disk for a guest of QEMU:
+  /etc/genblk.toml has
+      [control]
+      socket = \"/run/genblk/control.sock\"
+      [[device]]
+      name = \"vm1\"
+      socket = \"/run/genblk/vm1.sock\"
+      image = \"/srv/vm1.img\"
+      cache.size = \"1G\"
+  The daemon runs (systemctl enable --now genblk), and the guest is started with
+      qemu-system-x86_64 -m 4G \\
+        -object memory-backend-memfd,id=mem,size=4G,share=on \\
+        -machine q35,memory-backend=mem \\
+        -chardev socket,id=vm1,path=/run/genblk/vm1.sock,reconnect=1 \\
+        -device vhost-user-blk-pci,chardev=vm1
+  QEMU of another user needs socket_mode = \"0660\" and a socket_group of which it
+  is a member. For libvirt see examples/libvirt-domain.xml in the documentation.
 ";
 
 pub(super) const LIST: &str = "\
@@ -70,6 +88,7 @@ Examples:
   genblk stat               averages since the start of the daemon
   genblk stat 1             the same, then a report each second
   genblk stat -y vm1 5 12   vm1 for a minute, in twelve reports
+  genblk stat -xy 5 1       what delays the requests of each disk, in 5 seconds
   genblk stat -l vm1        latencies by kind, and by whether requests waited
   genblk stat -r vm1        sizes of requests, and of operations on the image
   genblk stat -Hp 1         for programs: tabs, bytes, nanoseconds
@@ -87,12 +106,18 @@ Columns:
   from memory    requests that did not wait
   waited         the others: they waited for the image, for a free page of the
                  cache, or because of the limit on dirty data
+  imgr99 imgw99 sync99
+                 99th percentile of the time of a read, write and sync of the
+                 image
+  free behind limited
+                 requests per second that waited for a free page, because
+                 write-back was behind, and for a limit of the disk
   used%          pages that were read ahead and then used, in percent
   stall          how often a request waited for a free page
   throttled      how often a write waited because of the limit on dirty data
   -              no such request
 
-Why a disk is slow:
+Why a disk is slow (stat -x and top say it in words):
   r99 high, hit% low      reads wait for the image: -c shows whether pages are
                           evicted (then more cache helps), and whether pages
                           that are read ahead are used
@@ -156,7 +181,10 @@ Notes:
 
 pub(super) const ATTACH: &str = "\
 Examples:
-  genblk attach vm2.toml
+  genblk attach vm2.toml      a file with, for example,
+                                  name = \"vm2\"
+                                  socket = \"/run/genblk/vm2.sock\"
+                                  image = \"/srv/vm2.img\"
   genblk attach /etc/genblk.toml vm1   after \"genblk detach vm1\" and a change
 
 Notes:
@@ -181,6 +209,7 @@ Notes:
 
 pub(super) const SET: &str = "\
 Examples:
+  genblk set vm1 cache.size=2G
   genblk set vm1 cache.mode=writethrough
   genblk set vm1 poll_us=0 cache.dirty_max_percent=10
   genblk set vm1 limits.total_iops=2000 limits.write_bytes_per_second=50M
@@ -217,11 +246,16 @@ pub(super) const RESIZE: &str = "\
 Examples:
   genblk resize vm1 40G                           the image is a file
   lvextend -L 40G vg0/vm1; genblk resize vm1      it is a block device
+  genblk resize vm1 20G --shrink                  the data beyond 20 GiB is lost
 
 Notes:
   The guest sees the new size immediately if its front-end accepts messages from
-  the back-end (QEMU does). The size must be a multiple of 4096 bytes. To shrink
-  a disk, or to grow one on an NBD server, detach it and attach it again.
+  the back-end (QEMU does). The size must be a multiple of 4096 bytes. To resize
+  a disk on an NBD server, or to shrink a block device, detach the disk and
+  attach it again.
+  Before --shrink, make the guest's file system and partition smaller: requests
+  beyond the new end fail immediately. If the image fails, the disk keeps its
+  size. The image is cut only after everything is written to it.
 ";
 
 pub(super) const EVENTS: &str = "\
@@ -257,8 +291,9 @@ Examples:
   genblk warm vm1                     the whole disk, as far as it fits
 
 Notes:
-  Pages are read in only into free memory, while no guest waits for a page, and
-  with few operations at a time; a full cache ends it. A list of another disk
+  Pages are read into free memory, and in place of pages that the guest has used
+  only once, while no guest waits for a page, and with few operations at a time.
+  It ends when only other pages are left. A list of another disk
   costs time and memory, and no guest reads wrong data because of it. Progress is
   printed to standard error once a second. The command ends with its connection:
   interrupt it to stop.

@@ -21,6 +21,8 @@ pub enum DeviceAction {
     Resize {
         /// The size in bytes; `None`: the disk grows to the present size of the image.
         bytes: Option<u64>,
+        /// Whether it may become smaller.
+        shrink: bool,
     },
     /// `genblk resume`.
     Resume,
@@ -47,7 +49,11 @@ pub fn change(client: &mut ControlClient, device: &str, change: &DeviceAction, a
     let (method, parameters) = match change {
         DeviceAction::Flush => ("Flush", json!({ "device": device })),
         DeviceAction::Drop { flushed } => ("Drop", json!({ "device": device, "flushed": flushed })),
-        DeviceAction::Resize { bytes } => ("Resize", json!({ "device": device, "bytes": bytes })),
+        // A daemon of an earlier version does not know `shrink`.
+        DeviceAction::Resize { bytes, shrink: false } => ("Resize", json!({ "device": device, "bytes": bytes })),
+        DeviceAction::Resize { bytes, shrink: true } => {
+            ("Resize", json!({ "device": device, "bytes": bytes, "shrink": true }))
+        }
         DeviceAction::Resume => ("Resume", json!({ "device": device })),
         DeviceAction::Thaw { lease } => ("Thaw", json!({ "device": device, "lease": lease })),
         DeviceAction::Detach { force, discard } => {

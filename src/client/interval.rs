@@ -93,6 +93,15 @@ impl<'a> Interval<'a> {
         find(self.now).saturating_sub(find(self.before))
     }
 
+    /// The latencies of the operations of one kind on the image.
+    pub fn store_latencies(&self, operation: &str) -> Latencies {
+        let find = |statistics: &DeviceStatistics| {
+            let found = statistics.stores.iter().find(|store| store.operation == operation);
+            found.map(|store| Latencies::from(&store.latency)).unwrap_or_default()
+        };
+        find(self.now).since(&find(self.before))
+    }
+
     /// The increase of a counter of the cache.
     pub fn cache(&self, counter: impl Fn(&CacheStatistics) -> u64) -> u64 {
         counter(&self.now.cache).saturating_sub(counter(&self.before.cache))

@@ -4,6 +4,7 @@
 mod attach;
 mod change;
 mod configure;
+mod diagnosis;
 mod events;
 pub mod exporter;
 mod freeze;

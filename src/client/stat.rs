@@ -4,12 +4,13 @@ use std::io::{self, Write};
 use std::thread;
 use std::time::Duration;
 
-use super::ControlClient;
 use super::interval::{Interval, MEDIAN, P99, P999, RequestInterval, percent, seconds_between, to_f64};
 pub use super::table::Numbers;
 use super::table::TextTable;
+use super::{ControlClient, diagnosis, visible};
 use crate::control::wire::{
-    CacheStatistics, Description, DeviceStatistics, SizeCounts, Statistics, StatisticsParameters,
+    CacheStatistics, Description, DeviceStatistics, DeviceStatus, Devices, ListParameters, SizeCounts, Statistics,
+    StatisticsParameters,
 };
 use crate::counters::latency::{Latencies, bound_of};
 use crate::counters::sizes::{SIZE_BUCKETS, Sizes, least_size_of};
@@ -30,6 +31,8 @@ pub enum View {
     Sizes,
     /// The caches.
     Cache,
+    /// What delays requests.
+    Causes,
 }
 
 /// Options of `genblk stat`.
@@ -62,6 +65,7 @@ pub struct StatOptions {
 /// closed pipe.
 pub fn stat(client: &mut ControlClient, options: &StatOptions) -> Result<()> {
     let parameters = StatisticsParameters { device: options.device.clone(), interval_ms: None };
+    let list = ListParameters { device: options.device.clone() };
     let since_us = client.call::<Description>("Describe", &serde_json::json!({}))?.since_us;
     let mut before = Statistics { time_us: since_us, devices: Vec::new() };
     let mut reports = options.count.unwrap_or(if options.interval.is_some() { u64::MAX } else { 1 });
@@ -70,10 +74,14 @@ pub fn stat(client: &mut ControlClient, options: &StatOptions) -> Result<()> {
         let raw = client.call_raw("Statistics", &parameters)?;
         let now: Statistics = serde_json::from_value(raw.clone())
             .map_err(|e| Error::io(ErrorKind::Control, "an unsupported reply to Statistics", e.into()))?;
+        let states = match options.view {
+            View::Causes if !options.as_json => client.call::<Devices>("List", &list)?.devices,
+            _ => Vec::new(),
+        };
         let shown = !(options.without_first && is_first);
         let text = match options.as_json {
             true => format!("{raw}\n"),
-            false => report(&before, &now, options, is_first),
+            false => report(&before, &now, options, is_first) + &causes(&before, &now, &states),
         };
         if shown && !print(&text)? {
             return Ok(());
@@ -106,6 +114,7 @@ fn report(before: &Statistics, now: &Statistics, options: &StatOptions, is_first
         View::Overview => render(&overview(&intervals)),
         View::Latencies => render(&latencies(&intervals)),
         View::Cache => render(&cache(&intervals)),
+        View::Causes => render(&delays(&intervals)),
         View::Histograms => intervals.iter().map(|interval| render(&histogram(interval))).collect(),
         View::Sizes => intervals.iter().map(|interval| render(&sizes(interval))).collect(),
     };
@@ -238,6 +247,51 @@ fn cache(intervals: &[Interval<'_>]) -> TextTable {
         ]);
     }
     table
+}
+
+/// Where the time of requests goes.
+fn delays(intervals: &[Interval<'_>]) -> TextTable {
+    let header = [
+        "disk", "hit%", "r99", "w99", "f99", "evict/s", "imgr99", "imgw99", "sync99", "free", "behind", "limited",
+        "busy%",
+    ];
+    let mut table = TextTable::new(&header, 1);
+    for interval in intervals {
+        let time = |latencies: &Latencies| interval.numbers.time(latencies.quantile(P99));
+        let [read, write, flush] =
+            ["read", "write", "flush"].map(|operation| time(&interval.requests(operation).all()));
+        let [image_read, image_write, sync] =
+            ["read", "write", "sync"].map(|operation| time(&interval.store_latencies(operation)));
+        let rate = |counter: fn(&CacheStatistics) -> u64| interval.rate(interval.cache(counter));
+        table.row(vec![
+            interval.now.name.clone(),
+            interval.hit_percent(),
+            read,
+            write,
+            flush,
+            rate(|cache| cache.evicted_pages),
+            image_read,
+            image_write,
+            sync,
+            rate(|cache| cache.stalls),
+            rate(|cache| cache.throttled),
+            interval.rate(interval.now.limited.saturating_sub(interval.before.limited)),
+            interval.busy_percent(),
+        ]);
+    }
+    table
+}
+
+/// A line for each of these devices: what delays its requests.
+fn causes(before: &Statistics, now: &Statistics, states: &[DeviceStatus]) -> String {
+    let seconds = seconds_between(before.time_us, now.time_us);
+    let intervals = Interval::of_all(&before.devices, &now.devices, seconds, Numbers::Short);
+    let line = |device: &DeviceStatus| match (&device.why, intervals.iter().find(|one| one.now.name == device.name)) {
+        (Some(why), _) => format!("{}: {}: {}\n", device.name, device.state.word(), visible(why)),
+        (None, Some(interval)) => format!("{}: {}\n", device.name, diagnosis::line(interval, Some(device))),
+        (None, None) => format!("{}: {}\n", device.name, device.state.word()),
+    };
+    states.iter().map(line).collect()
 }
 
 /// Requests by latency, in powers of two.

@@ -4,9 +4,10 @@ use ratatui::Frame;
 use ratatui::layout::Rect;
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
-use ratatui::widgets::{Paragraph, Sparkline};
+use ratatui::widgets::{Paragraph, Sparkline, Wrap};
 
-use super::super::interval::{Interval, P99, RequestInterval, percent, to_f64};
+use super::super::diagnosis;
+use super::super::interval::{Interval, MEDIAN, P99, RequestInterval, percent, to_f64};
 use super::super::stat::histogram;
 use super::super::table::Numbers;
 use super::super::visible;
@@ -15,7 +16,7 @@ use crate::control::wire::{DeviceState, DeviceStatus};
 use crate::units::PAGE_BYTES;
 
 /// Lines of the details.
-const DETAIL_LINES: u16 = 8;
+const DETAIL_LINES: u16 = 11;
 /// From this width on, memory and dirty data have bars.
 const WIDE: u16 = 104;
 /// Width of a bar.
@@ -251,20 +252,55 @@ fn draw_details(
         at += 1;
     }
     let [_, flush] = TopState::percentiles(interval, "flush");
-    let image = [("read", "reads"), ("write", "writes"), ("sync", "syncs")]
-        .map(|(operation, word)| format!("{} {word}", interval.rate(interval.store(operation))));
-    let text = format!(" flush  waited {flush}   image/s: {}", image.join(" "));
-    frame.render_widget(Line::raw(text), line(at));
+    let lines = [
+        format!(" flush  waited {flush}"),
+        image_line(interval),
+        cache_line(device, interval),
+        waits_line(interval),
+        format!(" why    {}", diagnosis::line(interval, Some(device))),
+    ];
+    let rest = Rect { y: area.y + at, height: area.height.saturating_sub(at), ..area };
+    // The last line may be long.
+    let text = Paragraph::new(lines.map(Line::raw).to_vec()).wrap(Wrap { trim: false });
+    frame.render_widget(text, rest);
+}
+
+/// The operations on the image: their rates, and the 50th and 99th percentile of their latencies.
+fn image_line(interval: &Interval<'_>) -> String {
+    let operations = [("read", "reads/s"), ("write", "writes/s"), ("sync", "syncs/s")].map(|(operation, word)| {
+        let latencies = interval.store_latencies(operation);
+        let [median, p99] = [MEDIAN, P99].map(|share| interval.numbers.time(latencies.quantile(share)));
+        format!("{} {word} {median} {p99}", interval.rate(interval.store(operation)))
+    });
+    format!(" image  {}", operations.join("  "))
+}
+
+fn cache_line(device: &DeviceStatus, interval: &Interval<'_>) -> String {
     let cache = &interval.now.cache;
     let bytes = |pages: u64| interval.numbers.bytes(pages.saturating_mul(PAGE_BYTES));
-    let text = format!(
-        " cache  {} of {}, dirty {} of {}, evicted/s {}, waits {}",
+    let present = cache.frames.saturating_mul(PAGE_BYTES);
+    let is_short = device.cache_wanted_bytes.is_some_and(|wanted| wanted < device.cache_bytes);
+    let configured = match is_short || present != device.cache_bytes {
+        true => format!(" (configured {})", interval.numbers.bytes(device.cache_bytes)),
+        false => String::new(),
+    };
+    format!(
+        " cache  {} of {}{configured}, dirty {} of {}, evicted/s {}",
         bytes(cache.resident_pages),
         bytes(cache.frames),
         bytes(cache.dirty_pages),
         bytes(cache.dirty_limit_pages),
         interval.rate(interval.cache(|cache| cache.evicted_pages)),
-        interval.cache(|cache| cache.stalls.saturating_add(cache.throttled)),
-    );
-    frame.render_widget(Line::raw(text), line(at + 1));
+    )
+}
+
+/// Requests per second that had to wait, and what for.
+fn waits_line(interval: &Interval<'_>) -> String {
+    let limited = interval.now.limited.saturating_sub(interval.before.limited);
+    format!(
+        " waits/s  free page {}, write-back {}, limits {}",
+        interval.rate(interval.cache(|cache| cache.stalls)),
+        interval.rate(interval.cache(|cache| cache.throttled)),
+        interval.rate(limited),
+    )
 }

@@ -82,7 +82,7 @@ soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop
 	while [ $$(date +%s) -lt $$end ]; do \
 		round=$$((round + 1)); echo "soak: round $$round"; \
 		$(MAKE) --no-print-directory sim SEED= N=1000 FIRST=$$((round * 1000)) && \
-		GENBLK_KILLS=200 GENBLK_EVENTS=300 $(CARGO) test --release --locked --test survival && \
+		GENBLK_KILLS=200 GENBLK_EVENTS=300 GENBLK_CHANGES=10000 $(CARGO) test --release --locked --test survival && \
 		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest && \
 		$(MAKE) --no-print-directory bystander && \
 		$(MAKE) --no-print-directory package-test && \

@@ -1,9 +1,11 @@
-//! An operator's changes in random order while a guest uses the disk, with kills between: the guest finds what it
-//! wrote, a frozen image does not change, and after each kill the daemon serves what it had answered.
+//! Every method of the control interface in random order while a guest has 64 requests in flight, with kills between
+//! and in the middle: the guest finds what it wrote, a frozen image does not change, and after each kill the daemon
+//! serves what it had answered.
 //!
-//! `GENBLK_EVENTS` sets the number of events (`make soak`: 300).
+//! `GENBLK_CHANGES` sets the number of events (`make soak`: 10000), and `GENBLK_TEST_SEED` their order.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::common::daemon::{Daemon, TempDir, send};
-use super::common::operator::{IMAGE_BYTES as OTHER_BYTES, call, names, table};
+use super::common::operator::{Call, IMAGE_BYTES as OTHER_BYTES, call, names, table};
 use super::common::prng::{Prng, seed};
 use super::common::session::{Session, SessionOptions};
 use super::common::wait::{PATIENCE, poll_until};
@@ -19,13 +21,17 @@ use super::guest::{FrontEnd, Guest, Memory};
 use super::{IMAGE_SECTORS, make_image};
 
 /// Keys that are set, with their values.
-const SETTINGS: [(&str, [&str; 2]); 5] = [
+const SETTINGS: [(&str, [&str; 2]); 6] = [
+    ("cache.size", ["\"4M\"", "\"8M\""]),
     ("cache.mode", ["\"writeback\"", "\"writethrough\""]),
     ("cache.readahead_max", ["0", "\"2M\""]),
     ("cache.dirty_age_max_ms", ["100", "60000"]),
     ("cache.dirty_max_percent", ["5", "50"]),
     ("poll_us", ["0", "50"]),
 ];
+
+/// Size of the image that the guest uses; an operator makes it longer, and cuts it to this size again.
+const GUEST_BYTES: u64 = IMAGE_SECTORS * 512;
 
 /// The operator, and what the daemon has answered.
 struct Operator {
@@ -37,6 +43,8 @@ struct Operator {
     set: [Option<&'static str>; SETTINGS.len()],
     /// What the first sectors of the other disk hold.
     mark: u8,
+    /// The size of the guest's image; `None`: a change of size was interrupted.
+    image_bytes: Option<u64>,
 }
 
 impl Operator {
@@ -45,6 +53,68 @@ impl Operator {
         let reply = call(&self.control, method, parameters);
         assert!(reply["error"].is_null(), "{method} {parameters}: {reply}");
         reply["parameters"].clone()
+    }
+
+    /// Makes the image longer, or cuts what is beyond the sectors that the guest uses.
+    fn resize(&mut self, prng: &mut Prng) {
+        let bytes = GUEST_BYTES + 4096 * prng.below(3) * prng.below(300);
+        let parameters = json!({"device": "disk0", "bytes": bytes, "shrink": true});
+        assert_eq!(self.call("Resize", &parameters)["image_bytes"], json!(bytes));
+        self.image_bytes = Some(bytes);
+        assert_eq!(fs::metadata(&self.image).expect("the image exists").len(), bytes);
+    }
+
+    /// Warms parts of the disk; in some cases the client hangs up at once.
+    fn warm(&self, prng: &mut Prng) {
+        let extents: Vec<Value> = (0..1 + prng.below(4))
+            .map(|_| json!({"offset": prng.below(GUEST_BYTES / 2), "bytes": 1 + prng.below(GUEST_BYTES / 4)}))
+            .collect();
+        let parameters = json!({"device": "disk0", "extents": extents});
+        if prng.below(2) == 0 {
+            drop(Call::start(&self.control, "Warm", &parameters, true));
+        } else {
+            self.call("Warm", &parameters);
+        }
+    }
+
+    /// Asks what changes nothing.
+    fn look(&self) {
+        let resident = self.call("Resident", &json!({"device": "disk0"}));
+        let extents = resident["extents"].as_array().expect("an array");
+        let number = |extent: &Value, name: &str| extent[name].as_u64().expect("a number");
+        let ends = extents.iter().map(|extent| number(extent, "offset") + number(extent, "bytes"));
+        assert!(ends.max().unwrap_or(0) <= self.image_bytes.unwrap_or(u64::MAX), "{resident}");
+        let watched = self.call("Watch", &json!({"since": 0}));
+        let sequences = watched["events"].as_array().expect("an array").iter().map(|event| number(event, "sequence"));
+        assert!(sequences.collect::<Vec<_>>().is_sorted_by(|one, other| one < other), "{watched}");
+        self.call("Statistics", &json!({"device": "disk0"}));
+        self.call("Describe", &json!({}));
+        self.call("Reload", &json!({"dry_run": true}));
+    }
+
+    /// A change that is interrupted: its reply may be an error.
+    fn begin_change(&mut self, prng: &mut Prng) -> impl FnOnce() + Send + use<> {
+        let bytes = GUEST_BYTES + 4096 * prng.below(300);
+        let (method, parameters) = match prng.below(5) {
+            0 => ("Flush", json!({"device": "disk0"})),
+            1 => ("Drop", json!({"device": "disk0", "flushed": true})),
+            2 => ("Freeze", json!({"device": "disk0", "timeout_ms": 50})),
+            3 => ("Warm", json!({"device": "disk0"})),
+            _ => {
+                self.image_bytes = None;
+                ("Resize", json!({"device": "disk0", "bytes": bytes, "shrink": true}))
+            }
+        };
+        let control = self.control.clone();
+        let message = json!({"method": format!("io.genblk.Control.{method}"), "parameters": parameters}).to_string();
+        move || {
+            // Everything may fail: the daemon may die at any moment.
+            if let Ok(mut stream) = std::os::unix::net::UnixStream::connect(&control) {
+                let _ = stream.set_read_timeout(Some(PATIENCE));
+                let _ = stream.write_all(&[message.as_bytes(), &[0]].concat());
+                let _ = BufReader::new(stream).read_until(0, &mut Vec::new());
+            }
+        }
     }
 
     /// Freezes the disk, and looks at its image twice.
@@ -96,6 +166,12 @@ impl Operator {
             let all_served = devices.iter().all(|device| device["state"] == json!("serving"));
             (names(&self.control) == expected && all_served).then_some(())
         });
+        if let Some(bytes) = self.image_bytes {
+            poll_until("the size of the image", PATIENCE, || {
+                let listed = self.call("List", &json!({"device": "disk0"}));
+                (listed["devices"][0]["image_bytes"] == json!(bytes)).then_some(())
+            });
+        }
         let toml = self.call("Configuration", &json!({"device": "disk0"}))["toml"].clone();
         let toml = toml.as_str().expect("text");
         for ((key, _), value) in SETTINGS.iter().zip(self.set) {
@@ -128,55 +204,82 @@ fn start(directory: TempDir, control: &Path) -> Daemon {
     Daemon::start_configured(directory, &[&device])
 }
 
+/// One event.
+fn event(guest: &mut Guest, operator: &mut Operator, daemon: &mut Daemon, prng: &mut Prng) {
+    let pause = Duration::from_millis(prng.below(30));
+    let of_disk = json!({"device": "disk0"});
+    match prng.below(19) {
+        0 => drop(under_load(guest, || operator.call("Flush", &of_disk))),
+        1 => {
+            let flushed = prng.below(2) == 0;
+            under_load(guest, || operator.call("Drop", &json!({"device": "disk0", "flushed": flushed})));
+        }
+        2 | 3 => under_load(guest, || operator.freeze(pause)),
+        4 => {
+            // It may end at any moment, also while the thaw is on its way.
+            let time_ms = 1 + pause.as_millis() as u64;
+            under_load(guest, || {
+                call(&operator.control, "Freeze", &json!({"device": "disk0", "timeout_ms": time_ms}));
+                thread::sleep(pause);
+                operator.call("Thaw", &of_disk);
+            });
+        }
+        5 | 6 => under_load(guest, || operator.set(prng)),
+        7 | 8 => under_load(guest, || operator.attach_or_detach(daemon.directory())),
+        9 => drop(under_load(guest, || operator.call("Reload", &json!({})))),
+        10 | 11 => under_load(guest, || operator.resize(prng)),
+        12 => under_load(guest, || operator.warm(prng)),
+        13 => under_load(guest, || operator.look()),
+        14 => drop(under_load(guest, || operator.call("Resume", &of_disk))),
+        15 | 16 => {
+            guest.run(Instant::now() + pause);
+            send(daemon.disk_process("disk0"), libc::SIGKILL);
+            guest.reconnect(daemon, |_| {});
+        }
+        17 => {
+            let changing = thread::spawn(operator.begin_change(prng));
+            guest.run(Instant::now() + pause / 4);
+            send(daemon.disk_process("disk0"), libc::SIGKILL);
+            guest.reconnect(daemon, |_| {});
+            while !changing.is_finished() {
+                guest.run(Instant::now() + Duration::from_millis(5));
+            }
+        }
+        _ => {
+            let changing = (prng.below(2) == 0).then(|| thread::spawn(operator.begin_change(prng)));
+            guest.run(Instant::now() + pause / 4);
+            let signal = if prng.below(2) == 0 { libc::SIGKILL } else { libc::SIGUSR1 };
+            daemon.signal(signal);
+            guest.reconnect(daemon, |daemon| {
+                daemon.wait();
+                daemon.restart();
+            });
+            changing.map(|changing| changing.join().expect("it ends"));
+        }
+    }
+}
+
 #[test]
 fn changes_in_random_order_under_load_lose_nothing_and_outlive_kills() {
-    let events = std::env::var("GENBLK_EVENTS").ok().and_then(|n| n.parse().ok()).unwrap_or(60);
+    let events = std::env::var("GENBLK_CHANGES").ok().and_then(|n| n.parse().ok()).unwrap_or(80);
     let seed = seed(25);
     let directory = TempDir::new("changes");
     let control = directory.path().join("control.sock");
     let mut daemon = start(directory, &control);
     let (image, other) = (daemon.image(), daemon.directory().path().join("other.img"));
-    let mut operator = Operator { control, image, other, attached: false, set: [None; SETTINGS.len()], mark: 0 };
+    let image_bytes = Some(GUEST_BYTES);
+    let set = [None; SETTINGS.len()];
+    let mut operator = Operator { control, image, other, attached: false, set, mark: 0, image_bytes };
     operator.check();
     let mut guest = Guest::boot(FrontEnd::Qemu, &daemon, Memory::of_zeros(IMAGE_SECTORS), seed);
     let mut prng = Prng::new(seed);
-    for _ in 0..events {
-        let pause = Duration::from_millis(prng.below(30));
-        match prng.below(12) {
-            0 => drop(under_load(&mut guest, || operator.call("Flush", &json!({"device": "disk0"})))),
-            1 => {
-                let flushed = prng.below(2) == 0;
-                under_load(&mut guest, || operator.call("Drop", &json!({"device": "disk0", "flushed": flushed})));
-            }
-            2 | 3 => under_load(&mut guest, || operator.freeze(pause)),
-            4 => {
-                // It may end at any moment, also while the thaw is on its way.
-                let time_ms = 1 + pause.as_millis() as u64;
-                under_load(&mut guest, || {
-                    call(&operator.control, "Freeze", &json!({"device": "disk0", "timeout_ms": time_ms}));
-                    thread::sleep(pause);
-                    operator.call("Thaw", &json!({"device": "disk0"}));
-                });
-            }
-            5 | 6 => under_load(&mut guest, || operator.set(&mut prng)),
-            7 | 8 => under_load(&mut guest, || operator.attach_or_detach(daemon.directory())),
-            9 => drop(under_load(&mut guest, || operator.call("Reload", &json!({})))),
-            10 => {
-                guest.run(Instant::now() + pause);
-                send(daemon.disk_process("disk0"), libc::SIGKILL);
-                guest.reconnect(&mut daemon, |_| {});
-            }
-            _ => {
-                guest.run(Instant::now() + pause);
-                let signal = if prng.below(2) == 0 { libc::SIGKILL } else { libc::SIGUSR1 };
-                daemon.signal(signal);
-                guest.reconnect(&mut daemon, |daemon| {
-                    daemon.wait();
-                    daemon.restart();
-                });
-            }
-        }
+    let begun = Instant::now();
+    for number in 1..=events {
+        event(&mut guest, &mut operator, &mut daemon, &mut prng);
         operator.check();
+        if number % 1000 == 0 {
+            println!("{number} events, {} requests, {:?}", guest.completed, begun.elapsed());
+        }
     }
     guest.check_everything();
     guest.flush();

@@ -153,7 +153,7 @@ fn a_size_that_makes_no_sense_changes_nothing() {
     let (daemon, control) = start("resize-refused");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     for (bytes, words) in [
-        (json!(4 << 20), "with --shrink it does"),
+        (json!(4 << 20), "add --shrink"),
         (json!(IMAGE_BYTES + 512), "multiple of 4096"),
         (json!(u64::MAX / 4096 * 4096), "must be below"),
     ] {

@@ -237,7 +237,7 @@ fn read_randomly(daemon: &Daemon, prng: &mut Prng, count: usize) {
             session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
         }
         let pages = if prng.below(5) < 4 { HOT_BYTES / 4096 } else { IMAGE_BYTES / 4096 };
-        let offset = prng.below(pages as u64) as usize * 4096;
+        let offset = usize::try_from(prng.below(pages as u64)).expect("few pages") * 4096;
         let expected: Vec<u8> = (offset..offset + 4096).map(byte_of).collect();
         assert_eq!(session.read((offset / 512) as u64, 4096), expected);
     }

@@ -110,10 +110,12 @@ Columns:
                  99th percentile of the time of a read, write and sync of the
                  image
   free behind limited
-                 requests per second that waited for a free page, because
-                 write-back was behind, and for a limit of the disk
+                 requests per second that waited for a free page (or, before a
+                 first write, for space of the image), because write-back was
+                 behind, and for a limit of the disk
   used%          pages that were read ahead and then used, in percent
-  stall          how often a request waited for a free page
+  stall          how often a request waited for a free page, or before a first
+                 write for space of the image
   throttled      how often a write waited because of the limit on dirty data
   -              no such request
 

@@ -244,8 +244,8 @@ impl OpenImage {
         let (served, now) = (self.limits.size_bytes.get(), self.size_now().map_err(failed)?);
         let wanted = wanted.unwrap_or(now);
         if wanted < served {
-            let advice = "with --shrink it does, and the data beyond the new end is lost";
-            return Err(format!("it has {served} bytes, and does not shrink by itself: {advice}"));
+            let advice = "to make it smaller, and lose the data beyond the new end, add --shrink";
+            return Err(format!("it has {served} bytes; {advice}"));
         }
         check_whole_pages(served, wanted)?;
         check_size(&self.path, wanted).map_err(|error| error.to_string())?;

@@ -254,7 +254,9 @@ fn event(guest: &mut Guest, operator: &mut Operator, daemon: &mut Daemon, prng: 
                 daemon.wait();
                 daemon.restart();
             });
-            changing.map(|changing| changing.join().expect("it ends"));
+            if let Some(changing) = changing {
+                changing.join().expect("it ends");
+            }
         }
     }
 }

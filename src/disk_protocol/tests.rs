@@ -10,6 +10,13 @@ const TO_DISK: &str = include_str!("recorded/to_disk.3.jsonl");
 /// Messages of version 3 from a disk process, one a line.
 const FROM_DISK: &str = include_str!("recorded/from_disk.3.jsonl");
 
+/// Messages of earlier versions to a disk process, with the version.
+const EARLIER_TO_DISK: [(u32, &str); 2] =
+    [(1, include_str!("recorded/to_disk.1.jsonl")), (2, include_str!("recorded/to_disk.2.jsonl"))];
+/// Messages of earlier versions from a disk process, with the version.
+const EARLIER_FROM_DISK: [(u32, &str); 2] =
+    [(1, include_str!("recorded/from_disk.1.jsonl")), (2, include_str!("recorded/from_disk.2.jsonl"))];
+
 /// Checks that the messages of a recording are understood, and that they are sent as they were.
 fn check_recording<M>(recording: &str, count: usize)
 where
@@ -39,6 +46,24 @@ fn another_version_is_refused_with_both_versions() {
     }
 }
 
+/// Checks that each message of earlier versions is refused by its version, whatever else it has.
+fn check_refused<M: std::fmt::Debug + serde::de::DeserializeOwned>(recordings: [(u32, &str); 2]) {
+    for (version, recording) in recordings {
+        assert!(recording.lines().count() > 5 && version < VERSION, "version {version}");
+        for line in recording.lines() {
+            let error = decode::<M>(line.as_bytes()).unwrap_err().to_string();
+            let expected = format!("it has version {version}, but this process uses version {VERSION}");
+            assert!(error.ends_with(&expected), "{error}: {line}");
+        }
+    }
+}
+
+#[test]
+fn every_message_of_an_earlier_version_is_refused_with_both_versions() {
+    check_refused::<ToDisk>(EARLIER_TO_DISK);
+    check_refused::<FromDisk>(EARLIER_FROM_DISK);
+}
+
 #[test]
 fn a_message_comes_with_its_descriptors_and_a_closed_end_is_told() {
     let (ours, theirs) = Channel::<ToDisk, FromDisk>::pair().unwrap();
@@ -58,7 +83,8 @@ fn settings() -> DeviceSettings {
     DeviceSettings::from(&DeviceConfig::new("disk0", Socket::Path("/run/disk0.sock".into()), "/images/disk0.raw"))
 }
 
-/// Prints what a recording of this version holds. For the day on which the version changes.
+/// Prints what a recording of this version holds. When the version changes, the old recording is one of the earlier
+/// ones.
 #[test]
 #[ignore = "records messages"]
 fn record() {

@@ -4,6 +4,15 @@
 # With a nightly compiler and a C++ compiler by libFuzzer, which sees what code an input reaches; new inputs stay in
 # target/fuzz. Without them by the unit tests' own loop, which mutates the inputs in fuzz/corpus from a seed.
 set -eu
+
+# libFuzzer ends a target without running its destructors, so what it had in shared memory stays.
+clean_up() {
+    for directory in /dev/shm/genblk-fuzz-*; do
+        [ -e "/proc/${directory##*-}" ] || rm -rf "$directory"
+    done
+}
+trap clean_up EXIT
+
 seconds=$1
 shift
 cd "$(dirname "$0")/.."

@@ -155,6 +155,12 @@ impl CachedImage {
         self.backing.limits()
     }
 
+    /// See [`Arena::heartbeat`]; to be called several times a second, because an image that is slow executes changes
+    /// long after their begin. Does not wait.
+    pub fn heartbeat(&self) {
+        self.arena.heartbeat();
+    }
+
     /// Whether the image is on a server.
     pub fn is_remote(&self) -> bool {
         self.backing.is_remote()

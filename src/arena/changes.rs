@@ -34,8 +34,12 @@ impl Arena {
         }
     }
 
-    /// Records that changes of the image have ended, successfully or not.
-    pub fn end_changes(&self) {
+    /// Records that the daemon is alive, if changes of the image may be in flight or have just ended. Any thread may
+    /// call it.
+    ///
+    /// => The image executes a change at any time between its begin and its end. So that the next daemon knows until
+    ///    when this one could have changed the image, the time is recorded all the while.
+    pub fn heartbeat(&self) {
         if self.has_old_token() {
             self.memory.store(field::HEARTBEAT, wall_clock_ns());
         }

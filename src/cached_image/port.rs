@@ -206,7 +206,7 @@ impl WorkerPort {
         let Self { image, worker, reader, reaped, notices, counters, .. } = self;
         let mut cache = image.lock();
         if !reaped.is_empty() {
-            image.arena.end_changes();
+            image.arena.heartbeat();
         }
         let mut pages = 0;
         while pages < REAPED_PAGES_MAX
@@ -285,7 +285,7 @@ impl WorkerPort {
         if has_backlog {
             // The image's modification time may be that of this call, which on a loaded host can be long after the last
             // heartbeat.
-            self.image.arena.end_changes();
+            self.image.arena.heartbeat();
         }
     }
 }

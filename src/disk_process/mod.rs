@@ -42,7 +42,7 @@ use device::DeviceControl;
 /// The disk process's end of the channel.
 pub type DiskChannel = Channel<FromDisk, ToDisk>;
 
-/// How often the statistics pages are written.
+/// How often the statistics pages and the heartbeats in the ledgers are written.
 const TICK: Duration = Duration::from_millis(250);
 
 /// Signals that must not end a disk process: the service manager and a terminal send signals to every process of the
@@ -260,12 +260,13 @@ impl Control {
         Ok(())
     }
 
-    /// Writes the statistics pages, and retries pending work.
+    /// Writes the statistics pages and the heartbeats, and retries pending work.
     fn check(&mut self) {
         for served in self.devices.values_mut() {
             served.device.publish_state();
         }
         for open in self.images.values_mut() {
+            open.image.heartbeat();
             if let Some(marker) = open.lost.take() {
                 open.lost = open.image.lose_cache_file(marker).err();
             }

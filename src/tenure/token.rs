@@ -74,7 +74,8 @@ pub struct LastSeen {
     pub is_at_rest: bool,
     /// The size up to which it served the image, which may have grown since the token.
     pub served_bytes: u64,
-    /// The time when it last started or finished a change, in nanoseconds since 1970; 0 if never.
+    /// The last time when it is known to have lived while it changed the image, in nanoseconds since 1970; 0 if it
+    /// never did.
     pub heartbeat_ns: u64,
     /// Bytes of the changes that it has started since.
     pub changed_bytes: u64,
@@ -116,7 +117,7 @@ impl LastSeen {
         let latest = |seen: u64| if is_at_rest { seen } else { seen.max(heartbeat_ns) + IN_FLIGHT_SLACK_NS };
         if now.modified_ns > latest(token.modified_ns) {
             if is_known_size || now.size_bytes == 0 {
-                return ChangeVerdict::Changed("it was modified after the daemon's last write".to_owned());
+                return ChangeVerdict::Changed(self.modified_late(now.modified_ns));
             }
             // Truncation sets both times, and takes no space.
             let only_grown = is_at_rest && now.size_bytes > token.size_bytes && now.blocks == token.blocks;
@@ -133,6 +134,18 @@ impl LastSeen {
             };
         }
         if is_known_size { ChangeVerdict::Plausible } else { ChangeVerdict::Unknown("its size was changed".to_owned()) }
+    }
+
+    /// The reason for a modification that is too late to be one by the last daemon.
+    fn modified_late(&self, modified_ns: u64) -> String {
+        if self.is_at_rest {
+            return "it was modified after the daemon's last write".to_owned();
+        }
+        let late = Duration::from_nanos(modified_ns.saturating_sub(self.heartbeat_ns)).as_secs();
+        format!(
+            "it was modified {late} s after the last heartbeat of the daemon, which died while it was writing (if no \
+             other process has changed it, the daemon's own last write took that long, and the cache is right)"
+        )
     }
 
     fn judge_device(&self, now: &ChangeToken) -> ChangeVerdict {

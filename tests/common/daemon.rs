@@ -298,15 +298,20 @@ impl Daemon {
     }
 
     fn spawn(command: &mut Command, sockets: &[PathBuf], directory: &Path) -> Child {
+        Self::try_spawn(command, sockets).unwrap_or_else(|status| {
+            let log = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
+            panic!("the daemon exited before it served ({status}):\n{log}");
+        })
+    }
+
+    /// An error: the daemon has exited before it served.
+    fn try_spawn(command: &mut Command, sockets: &[PathBuf]) -> Result<Child, ExitStatus> {
         let mut child = command.spawn().expect("the server's binary can be started");
-        poll_until("the daemon to listen on its sockets", PATIENCE, || {
-            if let Some(status) = child.try_wait().expect("the child can be waited for") {
-                let log = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
-                panic!("the daemon exited before it served ({status}):\n{log}");
-            }
-            sockets.iter().all(|socket| is_listening(socket)).then_some(())
+        let exited = poll_until("the daemon to listen on its sockets", PATIENCE, || {
+            let exited = child.try_wait().expect("the child can be waited for");
+            (exited.is_some() || sockets.iter().all(|socket| is_listening(socket))).then_some(exited)
         });
-        child
+        exited.map_or(Ok(child), Err)
     }
 
     /// The directory of the daemon's files.
@@ -472,6 +477,16 @@ impl Daemon {
 }
 
 impl Daemon {
+    /// As [`Daemon::restart`]; the last line of its log, if it exits before it serves.
+    #[track_caller]
+    pub fn try_restart(&mut self) -> Result<(), String> {
+        match Self::try_spawn(&mut self.command, &self.sockets) {
+            Ok(child) => self.child = child,
+            Err(_) => return Err(self.log().lines().last().unwrap_or_default().to_owned()),
+        }
+        Ok(())
+    }
+
     /// As [`Daemon::restart`], but returns when it listens on these sockets.
     #[track_caller]
     pub fn restart_for(&mut self, sockets: &[PathBuf]) {

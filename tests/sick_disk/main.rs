@@ -281,6 +281,36 @@ fn an_image_that_does_not_answer_is_named_in_the_log_and_so_is_its_recovery() {
     daemon.stop();
 }
 
+/// A write that the image delays can change the image's times at any moment until it completes: the next daemon must
+/// know how long this one lived.
+#[test]
+fn the_ledger_has_heartbeats_while_an_image_delays_a_write() {
+    let Some(mut ward) = Ward::new("") else { return };
+    let mut daemon = ward.start(&["sick", "good1", "good2"]);
+    let session = ward.hang();
+    // The word HEARTBEAT of the header (src/arena/ledger.rs) of each cache.
+    let heartbeat = |path: &PathBuf| {
+        let header = fs::read(path).expect("a cache file can be read");
+        u64::from_le_bytes(header[3640..3648].try_into().expect("eight bytes"))
+    };
+    let caches = || {
+        daemon
+            .directory()
+            .left()
+            .into_iter()
+            .filter(|path| fs::metadata(path).is_ok_and(|metadata| metadata.len() > 4096))
+    };
+    let latest = || caches().map(|path| heartbeat(&path)).max().expect("a cache");
+    let hung_at = latest();
+    for seconds in 1..4 {
+        let expected = hung_at + seconds * 1_000_000_000;
+        poll_until("a heartbeat", PATIENCE, || (latest() >= expected).then_some(()));
+    }
+    drop(session);
+    ward.disk.release(OpClass::Write);
+    daemon.stop();
+}
+
 /// A submission to an image that does not answer returns at once, with a ring and with threads: what needs no image
 /// goes on.
 #[test]

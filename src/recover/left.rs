@@ -1,14 +1,15 @@
 //! The remains of earlier daemons for an image: its record, and the caches that may belong to it. Decides which of them
 //! may be used, and refuses to serve the image while an unusable cache may hold completed writes of it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use log::{error, info, warn};
 
 use super::proof::{MatchStrength, Proof, SET_ASIDE, prove};
-use super::search::{Candidate, Search, is_of, whose};
+use super::search::{Candidate, Search, has_identity, is_of, whose};
 use super::write_back::Unwritten;
-use crate::arena::{Arena, ArenaFile, GuestData, GuestState, ImageFacts};
+use crate::arena::{AllowedOwner, Arena, ArenaFile, GuestData, GuestState, ImageFacts};
 use crate::config::DeviceConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::LastTenure;
@@ -17,7 +18,7 @@ use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::{Boot, Relation, booted_at};
 use crate::tenure::record::{CachePlace, Record, TenureState};
-use crate::tenure::token::age_of;
+use crate::tenure::token::{ChangeVerdict, age_of};
 use crate::units::{PAGE_BYTES, counted};
 
 /// See the module.
@@ -48,6 +49,9 @@ impl Leftovers {
         manager: &Arc<ServiceManager>,
     ) -> Result<Self> {
         let name = &config.name;
+        if let Some(moved) = MovedCache::of(image, facts) {
+            return Err(moved.refusal(image));
+        }
         let record = record_of(name, image, facts)?;
         if let Some(record) = &record {
             refuse_other_host(image, record)?;
@@ -73,6 +77,9 @@ impl Leftovers {
 
     /// Examines another cache.
     fn add(&mut self, name: &str, read_only: bool, image: &dyn NamedImage, candidate: Candidate) -> Result<()> {
+        if candidate.likeness == MatchStrength::OtherAccess {
+            return refuse_other_access(image, &candidate);
+        }
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
         self.generation = self.generation.max(generation);
         let recorded = self.record.as_ref().map(|record| record.tenure);
@@ -255,6 +262,57 @@ pub(super) fn record_of(name: &str, image: &dyn NamedImage, facts: &ImageFacts) 
     }
 }
 
+/// A cache with completed writes of the file from which an image was copied, if that file no longer exists: most likely
+/// the image was moved from another file system.
+#[derive(Debug)]
+pub(super) struct MovedCache {
+    file: ArenaFile,
+    unwritten: Unwritten,
+    /// The path of the file from which the image was copied.
+    from: PathBuf,
+}
+
+impl MovedCache {
+    /// `None` if the image has no record of another file; if that file still exists; if its cache is in use, or holds
+    /// nothing; or if the image shows that it was copied before, or was changed since.
+    pub(super) fn of(image: &dyn NamedImage, facts: &ImageFacts) -> Option<Self> {
+        let LastTenure::Recorded(record) = image.last_tenure().ok()? else { return None };
+        let CachePlace::Path(path) = &record.cache else { return None };
+        if record.state != TenureState::Open || is_of(&record, facts) {
+            return None;
+        }
+        let file = ArenaFile::open_existing(path, AllowedOwner::Own).ok()?;
+        let survey = file.survey().ok()??;
+        let (header, unwritten) = (&survey.header, Unwritten::surveyed(&survey));
+        let is_its_cache = header.tenure.is_some_and(|tenure| tenure.id == record.tenure) && !header.is_set_aside;
+        let is_there = has_identity(&header.image.path, &header.image.identity);
+        let was_changed = matches!(header.last_seen.judge(&image.found_token()), ChangeVerdict::Changed(_));
+        if !survey.is_dirty() || !is_its_cache || is_there || was_changed {
+            return None;
+        }
+        Some(Self { unwritten, from: header.image.path.clone(), file })
+    }
+
+    fn refusal(&self, image: &dyn NamedImage) -> Error {
+        let Self { file, unwritten, from } = self;
+        let (image, from) = (image.path().display(), from.display());
+        let context = format!(
+            "image {image} was moved or copied from {from}, which no longer exists, and {file}, the cache of that \
+             file, holds {unwritten}"
+        );
+        let hint = format!(
+            "if it was moved, write them with \"genblk recover --force --image {image} {file}\"; if it is a copy, run \
+             \"genblk take-over {image}\" to serve it without them"
+        );
+        Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
+    }
+
+    /// What it is, and what it holds.
+    pub(super) fn describe(&self) -> String {
+        format!("{}, the cache of {}, which holds {}", self.file, self.from.display(), self.unwritten)
+    }
+}
+
 /// Refuses an image whose cache another host may hold.
 fn refuse_other_host(image: &dyn NamedImage, record: &Record) -> Result<()> {
     if record.state != TenureState::Open || Boot::current().relation_to(record.boot) != Relation::OtherHost {
@@ -294,6 +352,21 @@ fn warn_unused(name: &str, image: &dyn NamedImage, candidate: &Candidate, why: &
         Err(e) => format!("is ignored ({why}), and cannot be read ({e})"),
     };
     warn!("{name}: {file} {holds}; {}", file.removal_hint());
+}
+
+/// Refuses an image whose bytes have completed writes in a cache of another image: a loop device and its file.
+fn refuse_other_access(image: &dyn NamedImage, candidate: &Candidate) -> Result<()> {
+    let (file, unwritten) = (&candidate.file, candidate.unwritten()?);
+    if candidate.header.is_set_aside || unwritten == Unwritten::NOTHING {
+        return Ok(());
+    }
+    let (image, other) = (image.path().display(), candidate.header.image.path.display());
+    let context = format!("{file}, the cache of {other}, which has the same data as image {image}, holds {unwritten}");
+    let hint = format!(
+        "to write them, run \"genblk recover {file}\"; to serve the image without them, run \"genblk take-over \
+         {image}\""
+    );
+    Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")))
 }
 
 /// Refuses a cache of another user that holds completed writes of the image.

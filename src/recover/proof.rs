@@ -8,10 +8,11 @@
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 
+use super::write_back::Unwritten;
 use crate::arena::{Arena, Header, SAMPLES_MAX, hash_of, sectors_within};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::named::NamedImage;
-use crate::tenure::record::Record;
+use crate::tenure::record::{Record, TenureState};
 use crate::tenure::token::ChangeVerdict;
 use crate::units::{
     FrameId, FrameRecord, PAGE_BYTES, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, counted,
@@ -22,7 +23,6 @@ const SAMPLE_PAGES: usize = 200;
 /// Pages that are compared if they are in the cache, because every mount of a file system changes one of them: the
 /// superblocks of ext4 and XFS, of btrfs, and the same in a first partition at 1 MiB.
 const SUPERBLOCK_PAGES: [u64; 6] = [0, 1, 16, 256, 257, 272];
-
 /// A reason why a cache cannot be proven to belong to an image.
 pub(crate) const NOTHING_TO_COMPARE: &str = "the cache has no clean page to compare";
 
@@ -45,6 +45,9 @@ pub(super) enum Proof {
 /// How strongly a cache's header indicates that it belongs to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum MatchStrength {
+    /// It is of a loop device on the image, or of the file behind the loop device that is the image: it holds data of
+    /// the same bytes, but no daemon uses it for this image.
+    OtherAccess,
     /// It may belong: the path is the same, and nothing indicates another image.
     Similar,
     /// It belongs, by the file's identity, the name of the device, or the image's record.
@@ -75,6 +78,16 @@ pub(super) fn superseded(header: &Header, record: Option<&Record>) -> Option<Pro
     )))
 }
 
+/// Whether the image records that the tenure of `header` has ended. A daemon records that only when everything is on the
+/// image, and an operator only for a cache that is written or given up.
+fn has_ended(header: &Header, record: Option<&Record>) -> bool {
+    // If the record of a tenure that continues an ended one could not be written, the header says so.
+    let is_recorded = header.tenure.is_some_and(|tenure| {
+        tenure.is_recorded && !tenure.is_over && record.is_some_and(|record| record.tenure == tenure.id)
+    });
+    is_recorded && record.is_some_and(|record| record.state != TenureState::Open)
+}
+
 /// Whether the cache in `arena`, with this header, may be used for `image`.
 pub(super) fn prove(
     arena: &Arena,
@@ -85,6 +98,9 @@ pub(super) fn prove(
 ) -> Proof {
     if let Some(objection) = superseded(header, record) {
         return objection;
+    }
+    if has_ended(header, record) && Unwritten::of(arena) != Unwritten::NOTHING {
+        return Proof::Overtaken("it is a copy from before the end of its tenure, which the image records".to_owned());
     }
     if planted(PlantedBug::ProofSkipped) {
         return Proof::Proven;

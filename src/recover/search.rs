@@ -260,6 +260,12 @@ impl Search<'_> {
         }
         let (old, new) = (&left.identity, &image.identity);
         let is_device = self.image.kind() == ImageKind::Device;
+        let is_behind =
+            |device: &ImageFacts, file: &ImageFacts| file.alias.is_empty() && is_loop_on(device, &file.path);
+        if is_device && is_behind(image, left) && has_identity(&left.path, old) || !is_device && is_behind(left, image)
+        {
+            return Some(MatchStrength::OtherAccess);
+        }
         if !is_device && old.inode == new.inode && old.born_ns == new.born_ns && old.born_ns != 0 {
             // The file system was remounted, unless the original still exists.
             return if is_copy(left, new) { None } else { Some(MatchStrength::Same) };
@@ -271,6 +277,17 @@ impl Search<'_> {
         let was_replaced = !is_device && (old.device == new.device || are_both_born);
         (left.path == image.path && !was_replaced).then_some(MatchStrength::Similar)
     }
+}
+
+/// Whether a block device is a loop device on the file at `path`, or a partition of one.
+fn is_loop_on(device: &ImageFacts, path: &Path) -> bool {
+    let file = device.alias.strip_prefix("loop:").and_then(|rest| rest.strip_prefix(path.to_str()?));
+    file.is_some_and(|offset| offset.starts_with(':'))
+}
+
+/// Whether the path leads to this file, perhaps under another device number.
+pub(super) fn has_identity(path: &Path, identity: &ImageId) -> bool {
+    identity_and_token(path).is_ok_and(|(found, _)| (found.inode, found.born_ns) == (identity.inode, identity.born_ns))
 }
 
 /// Whether a file is in a directory of this user.

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::LOCK_PATIENCE;
+use super::left::MovedCache;
 use super::search::{Search, facts_of, is_of, whose};
 use super::write_back::Unwritten;
 use crate::arena::{ArenaFile, GuestData, Header, ImageFacts};
@@ -44,6 +45,8 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     if let Some(position) = problems.iter().position(|e| e.kind() == ErrorKind::Locked) {
         return Err(problems.into_iter().nth(position).expect("it is there"));
     }
+    // Of a file that no longer exists. The cache stays as it is, for the image that was moved.
+    let moved = MovedCache::of(&*image, &facts);
     let generation_of = |header: &Header| header.tenure.map_or(0, |tenure| tenure.id.generation);
     let newest = found.iter().map(|candidate| generation_of(&candidate.header)).max().unwrap_or(0);
     let recorded = record.filter(|record| record.state == TenureState::Open);
@@ -68,7 +71,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     if let LastTenure::Unreadable(_) = last {
         last_end = Some(TenureState::Forfeited);
     }
-    if !lossy.is_empty() {
+    if !lossy.is_empty() || moved.is_some() {
         last_end = Some(TenureState::Forfeited);
     }
     let is_free = last_end.is_none_or(|state| state == TenureState::Clean) && problems.is_empty();
@@ -90,6 +93,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
         file.set_aside()?;
         lines.push_str(&format!("set aside: {file}, which {holds}\n"));
     }
+    lines.extend(moved.map(|moved| format!("not used: {}\n", moved.describe())));
     // Check what the next daemon would find.
     let record = has_records.then_some(&new_record);
     let search = Search { image: &*image, facts: &facts, record, memory_dir, manager };

@@ -113,6 +113,26 @@ fn a_proof_that_does_not_compare_generations_is_found() {
 }
 
 #[test]
+fn an_old_copy_of_a_cache_is_not_used_after_its_tenure_has_ended() {
+    for (is_recorded, is_used) in [(true, false), (false, true)] {
+        let world = World::new();
+        world.live_and_die(SectorMask::ALL, true);
+        let image = world.open();
+        if !is_recorded {
+            // The record that the tenure goes on could not be written.
+            let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
+            arena.set_recorded(false, false);
+            arena.keep_on_drop(true);
+        }
+        let LastTenure::Recorded(record) = image.last_tenure().unwrap() else { panic!("the image has a record") };
+        image.write_record(&Record { state: TenureState::Clean, ..record }).unwrap();
+        drop(image);
+        let (_, dirty) = world.start().unwrap();
+        assert_eq!(dirty > 0, is_used, "recorded: {is_recorded}");
+    }
+}
+
+#[test]
 fn a_proof_that_does_not_compare_change_tokens_is_found() {
     // No clean page of the cache covers the write.
     let write = |world: &World| world.image().write_all_at(&[7; 512], 20 * PAGE_BYTES).unwrap();

@@ -1,7 +1,7 @@
 //! Images that are under another name, or were replaced, while a daemon or an operator removes caches that nobody uses.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
@@ -175,4 +175,87 @@ fn take_over_says_what_it_could_not_set_aside_and_sets_the_others_aside() {
     take_over(&daemon);
     daemon.restart();
     assert!(dirty.exists());
+}
+
+/// Moves the image of a killed daemon as mv(1) does between file systems, and configures the new path, unless the new
+/// file is moved to the old path. Returns the new path.
+fn move_to_another_inode(daemon: &Daemon, to: &str) -> PathBuf {
+    let moved = daemon.directory().path().join("moved");
+    copy_with_attributes(&daemon.image(), &moved);
+    if to == "the same path" {
+        fs::rename(&moved, daemon.image()).expect("a file can be renamed");
+        return daemon.image();
+    }
+    if to == "another path" {
+        fs::remove_file(daemon.image()).expect("the image can be removed");
+    }
+    let text = fs::read_to_string(daemon.config()).expect("a configuration");
+    let (old, new) = (format!("image = {:?}", daemon.image()), format!("image = {moved:?}"));
+    fs::write(daemon.config(), text.replace(&old, &new)).expect("a configuration can be written");
+    moved
+}
+
+fn copy_with_attributes(from: &Path, to: &Path) {
+    let copied = run_to_end(std::process::Command::new("cp").arg("--preserve=all").args([from, to]));
+    assert!(copied.status.success(), "{copied:?}");
+    assert_eq!(record(to), record(from), "times and extended attributes are copied");
+}
+
+#[test]
+fn an_image_that_was_moved_between_file_systems_is_refused_until_its_completed_writes_are_on_it() {
+    for to in ["another path", "the same path"] {
+        for way_out in ["recover", "take-over"] {
+            let mut daemon = start(DEVICE);
+            let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+            session.write(80, &pattern(3, 80, BYTES));
+            drop(session);
+            daemon.kill();
+            let moved = move_to_another_inode(&daemon, to);
+            let (cache, image) = (caches(&daemon).remove(0), moved.to_str().expect("UTF-8"));
+            let refused = daemon.try_restart().expect_err("the cache holds completed writes");
+            assert!(
+                refused.contains(&format!("{}, the cache of that file, holds 4 dirty", cache.display())),
+                "{refused}"
+            );
+            let (command, expected) = match way_out {
+                "recover" => (format!("recover --force --image {image} {}", cache.display()), pattern(3, 80, BYTES)),
+                _ => (format!("take-over {image}"), vec![0; BYTES]),
+            };
+            assert!(refused.contains(&format!("\"genblk {command}\"")), "{refused}");
+            let ended = run_to_end(std::process::Command::new(server_binary()).args(command.split(' ')));
+            assert!(ended.status.success(), "{ended:?}");
+            daemon.restart();
+            let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+            assert!(session.read(80, BYTES) == expected, "{to}, {way_out}: {ended:?} {}", daemon.log());
+            assert_eq!(cache.exists(), way_out == "take-over");
+        }
+    }
+}
+
+#[test]
+fn a_copy_of_an_image_whose_original_exists_or_that_was_made_before_is_served() {
+    let mut daemon = start(DEVICE);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(3, 80, BYTES));
+    daemon.kill();
+    move_to_another_inode(&daemon, "a copy");
+    daemon.restart();
+    drop(session);
+    daemon.kill();
+    // Somebody writes to the original, which is then removed: the copy is not its last state.
+    let (mut daemon, session) = killed_clean();
+    let backup = daemon.directory().path().join("backup");
+    copy_with_attributes(&daemon.image(), &backup);
+    daemon.restart();
+    drop(session);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(4, 80, BYTES));
+    session.flush();
+    session.write(80, &pattern(5, 80, BYTES));
+    drop(session);
+    daemon.kill();
+    fs::rename(&backup, daemon.image()).expect("the backup can be restored");
+    daemon.restart();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    assert!(session.read(80, BYTES) == pattern(3, 80, BYTES), "{}", daemon.log());
 }

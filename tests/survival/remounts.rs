@@ -234,3 +234,49 @@ fn a_block_device_that_is_attached_again_keeps_its_cache_unless_it_was_changed()
         std::mem::forget(device);
     }
 }
+
+/// A file and a loop device on it are the same data for a guest, and two images for the daemon.
+#[test]
+fn completed_writes_of_a_file_are_not_missed_behind_a_loop_device_nor_the_other_way_round() {
+    for (is_device_first, way_out) in [(false, "recover"), (true, "recover"), (false, "take-over")] {
+        let directory = TempDir::new("behind");
+        let (disk, image) = (directory.path().join("disk"), directory.path().join("image"));
+        sparse_file(&disk, IMAGE_BYTES);
+        let Some(device) = Loop::attach(&disk) else {
+            eprintln!("skipped: no loop devices here");
+            return;
+        };
+        let link_to = |target: &Path| {
+            let _ = fs::remove_file(&image);
+            std::os::unix::fs::symlink(target, &image).expect("a link can be created");
+        };
+        let (first, second) = match is_device_first {
+            true => (Path::new(&device.device), disk.as_path()),
+            false => (disk.as_path(), Path::new(&device.device)),
+        };
+        link_to(first);
+        let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
+        let bytes = write_and_kill(&mut daemon);
+        let cache = daemon.directory().left().into_iter().find(|path| !path.to_string_lossy().contains("/."));
+        let cache = cache.expect("a cache").to_str().expect("UTF-8").to_owned();
+        link_to(second);
+        let refused = daemon.try_restart().expect_err("a cache holds completed writes");
+        assert!(refused.contains("which has the same data as image"), "{refused}");
+        let argument = if way_out == "recover" { cache } else { image.to_str().expect("UTF-8").to_owned() };
+        assert!(refused.contains(&format!("\"genblk {way_out} {argument}\"")), "{refused}");
+        let memory = daemon.directory().memory();
+        let mut command = Command::new(server_binary());
+        command.args([way_out, &argument]);
+        if way_out == "take-over" {
+            command.arg("--memory-dir").arg(memory);
+        }
+        let ended = run_to_end(&mut command);
+        assert!(ended.status.success(), "{ended:?}");
+        daemon.restart();
+        // Without recovery, write-back may have brought them to the image before the kill.
+        assert!(way_out == "take-over" || read(&daemon) == bytes, "{ended:?}: {}", daemon.log());
+        daemon.stop();
+        drop(daemon);
+        drop(device);
+    }
+}

@@ -84,7 +84,7 @@ pub(super) mod field {
     pub const IS_SET_ASIDE: usize = 3624;
     /// Length of `ALIAS` in bytes.
     pub const ALIAS_LEN: usize = 3632;
-    /// When the daemon last started or finished a change of the image, in nanoseconds since 1970.
+    /// The last time when the daemon is known to have lived while it changed the image, in nanoseconds since 1970.
     pub const HEARTBEAT: usize = 3640;
     /// Number of changes of the image that the daemon has started.
     pub const CHANGES: usize = 3648;
@@ -94,7 +94,7 @@ pub(super) mod field {
     pub const TOKEN_SLOT: usize = 3664;
     /// Two change tokens of the image, of `TOKEN_BYTES` each: see [`super::token_field`].
     pub const TOKENS: usize = 3672;
-    /// Pages of the image with their hashes, `SAMPLES_MAX` pairs of words: see [`super::sample_at`].
+    /// Pages of the image with their hashes, `SAMPLE_SLOTS` pairs of words: see [`super::sample_at`].
     pub const SAMPLES: usize = 3800;
     /// Formats whose headers the guest has written, if the image cannot record that: `GuestState::formats`.
     pub const GUEST_FORMATS: usize = 4056;
@@ -125,8 +125,12 @@ pub(super) fn token_at(slot: u64) -> usize {
     if slot == 0 { field::TOKENS } else { field::TOKENS + TOKEN_BYTES }
 }
 
-/// Most pages of the image whose hashes fit in a header.
-pub const SAMPLES_MAX: usize = (field::GUEST_FORMATS - field::SAMPLES) / 16;
+/// Pairs of words for pages of the image with their hashes.
+pub(super) const SAMPLE_SLOTS: usize = (field::GUEST_FORMATS - field::SAMPLES) / 16;
+/// The last slots are for pages that the daemon has written last; the latest one comes first.
+pub(super) const WITNESS_SLOTS: [usize; 2] = [SAMPLE_SLOTS - 2, SAMPLE_SLOTS - 1];
+/// Most other pages whose hashes fit in a header.
+pub const SAMPLES_MAX: usize = SAMPLE_SLOTS - WITNESS_SLOTS.len();
 
 /// Offsets of the number of a page (plus 1; 0: the slot is empty) and of its hash.
 pub(super) fn sample_at(slot: usize) -> (usize, usize) {
@@ -308,7 +312,7 @@ impl Header {
             (field::CHANGES, 0),
             (field::CHANGED_BYTES, 0),
         ];
-        words.extend((0..SAMPLES_MAX).map(|slot| (sample_at(slot).0, 0)));
+        words.extend((0..SAMPLE_SLOTS).map(|slot| (sample_at(slot).0, 0)));
         words.extend(image_words(&self.image));
         if let Some(TenureFacts { id, since, is_recorded, is_over }) = self.tenure {
             words.extend(tenure_words(id));

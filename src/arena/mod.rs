@@ -51,7 +51,7 @@ pub use file::{ArenaFile, FileSummary};
 pub use handed::{ArenaParts, KeptArena, ReceivedArena};
 pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, RANGE_SLOTS, SAMPLES_MAX, TenureFacts};
 pub use populate::Populator;
-pub use samples::hash_of;
+pub use samples::{hash_of, word_hash_of};
 pub use survey::Survey;
 pub use trust::AllowedOwner;
 

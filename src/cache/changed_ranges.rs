@@ -58,6 +58,11 @@ impl ChangedRanges {
         ranges.flat_map(PageRanges::iter).any(|span| span.end() > page)
     }
 
+    /// Whether the page may be in a range.
+    pub fn contain(&self, no: PageNo) -> bool {
+        self.notes.ranges.includes(PageSpan::new(no, 1))
+    }
+
     /// Moves the ranges of list `from` to the other one.
     pub fn join_lists(&mut self, from: usize) {
         let [first, second] = &mut self.lists;

@@ -72,6 +72,8 @@ pub(super) struct FlushState {
     /// How often all unsynced pages were put in doubt. An operation that was submitted before the last time is in doubt
     /// too.
     doubts: u32,
+    /// See `witness.rs`.
+    witness: Option<PageId>,
 }
 
 impl Default for FlushState {
@@ -90,6 +92,7 @@ impl Default for FlushState {
             sync_requested: false,
             must_sync_before_retry: false,
             doubts: 0,
+            witness: None,
         }
     }
 }
@@ -164,6 +167,11 @@ impl FlushState {
     /// Number of successful Syncs; see [`StoreOp::syncs`].
     pub fn successes(&self) -> u64 {
         self.successes
+    }
+
+    /// See `witness.rs`.
+    pub fn take_witness(&mut self) -> Option<PageId> {
+        self.witness.take()
     }
 
     /// Bytes of memory that the lists take.
@@ -294,12 +302,14 @@ impl PageCache {
         // is still recorded, or the next daemon would zero it.
         self.zeroes_synced(old);
         self.changes_synced(old);
-        for id in std::mem::take(&mut self.flushing.unsynced[old]) {
+        let synced = std::mem::take(&mut self.flushing.unsynced[old]);
+        for &id in &synced {
             // The slot may be free meanwhile, or have another page.
             if self.pages[id].is(UNSYNCED[old]) {
                 self.page_synced(id, old);
             }
         }
+        self.flushing.witness = self.choose_witness(&synced);
     }
 
     /// A Sync covers the page. A page that a range operation is changing on the store must not become clean.

@@ -46,6 +46,7 @@ mod store_ops;
 mod tests;
 mod throttle;
 mod warm;
+mod witness;
 mod write;
 mod writeback;
 

@@ -222,6 +222,9 @@ impl WorkerPort {
             counters.store_completed(kind.into(), now.since_ns(since), bytes);
             cache.complete(tag, &outcome, now);
         }
+        if let Some((page, frame)) = cache.take_witness() {
+            image.arena.record_witness(page, frame);
+        }
         cache.take_notices(notices);
         let recipients = image.route_notices(*worker, notices);
         cache.set_reader(*reader);

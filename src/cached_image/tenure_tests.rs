@@ -5,11 +5,11 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::CachedImage;
 use crate::arena::{AllowedOwner, Arena, ArenaFile, ArenaSpec, GuestState, ImageFacts, TenureFacts};
-use crate::cache::{ErrorPolicy, PageCache, PolicyKind, Settings};
+use crate::cache::{Access, Admitted, CopyResult, ErrorPolicy, PageCache, PolicyKind, Settings};
 use crate::counters::worker::Counters;
 use crate::error::Result;
 use crate::image_id::ImageId;
@@ -162,6 +162,49 @@ fn the_ledger_records_each_change_of_the_image_from_before_its_start_until_after
             port.with_cache(cached.now(), |_, notices| notices.clear());
         }
         assert!(last_seen().heartbeat_ns >= before_end);
+    }
+    drop(port);
+    drop(cached);
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+#[test]
+fn the_ledger_has_the_page_that_was_written_last_before_a_sync() {
+    let (directory, arena) = arena_of("witness");
+    let path = directory.join("image");
+    File::create(&path).and_then(|file| file.set_len(IMAGE_SECTORS * 512)).unwrap();
+    let image = FileImage::open(&path, &OpenOptions { direct: false, ..OpenOptions::default() }).unwrap();
+    let cached = CachedImage::new("test", image, arena, settings());
+    let mut port = cached.port("test", Counters::new(1).unwrap().of_worker(0)).unwrap();
+    let witnesses = || cached.arena().witnesses().into_iter().map(|(page, _)| page.0).collect::<Vec<_>>();
+    // A page, a part of one, and a page that is not flushed.
+    for (number, span, is_flushed, expected) in [
+        (1, SectorSpan::new(24, 8), true, vec![3]),
+        (2, SectorSpan::new(40, 2), true, vec![3]),
+        (3, SectorSpan::new(48, 8), false, vec![3]),
+    ] {
+        let ticket = port.ticket(number);
+        let mut pieces = Vec::new();
+        port.with_cache(cached.now(), |cache, _| {
+            assert_eq!(cache.write(Access::new(ticket, span), &mut pieces), Admitted::All);
+            pieces.iter().for_each(|piece| cache.finish_write(piece, CopyResult::Complete));
+            if is_flushed {
+                cache.flush(ticket);
+            }
+        });
+        port.end_turn(cached.now(), |_| {});
+        let mut is_done = !is_flushed;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !is_done {
+            assert!(Instant::now() < deadline, "the flush completes");
+            // The notice of the flush may have come with the last turn.
+            wait_readable(port.store_fd(), Duration::from_millis(1));
+            port.set_store_ready();
+            port.reap(false);
+            port.with_cache(cached.now(), |_, notices| is_done = !std::mem::take(notices).is_empty());
+            port.end_turn(cached.now(), |_| {});
+        }
+        assert_eq!(witnesses(), expected, "write {number}");
     }
     drop(port);
     drop(cached);

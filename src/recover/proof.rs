@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 
 use super::write_back::Unwritten;
-use crate::arena::{Arena, Header, SAMPLES_MAX, hash_of, sectors_within};
+use crate::arena::{Arena, Header, SAMPLES_MAX, hash_of, sectors_within, word_hash_of};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::named::NamedImage;
 use crate::tenure::record::{Record, TenureState};
@@ -23,6 +23,9 @@ const SAMPLE_PAGES: usize = 200;
 /// Pages that are compared if they are in the cache, because every mount of a file system changes one of them: the
 /// superblocks of ext4 and XFS, of btrfs, and the same in a first partition at 1 MiB.
 const SUPERBLOCK_PAGES: [u64; 6] = [0, 1, 16, 256, 257, 272];
+/// Pages spread over the data whose hashes are recorded, besides those.
+const SPREAD_PAGES: u64 = (SAMPLES_MAX - SUPERBLOCK_PAGES.len()) as u64;
+
 /// A reason why a cache cannot be proven to belong to an image.
 pub(crate) const NOTHING_TO_COMPARE: &str = "the cache has no clean page to compare";
 
@@ -78,8 +81,8 @@ pub(super) fn superseded(header: &Header, record: Option<&Record>) -> Option<Pro
     )))
 }
 
-/// Whether the image records that the tenure of `header` has ended. A daemon records that only when everything is on the
-/// image, and an operator only for a cache that is written or given up.
+/// Whether the image records that the tenure of `header` has ended. A daemon records that only when everything is on
+/// the image, and an operator only for a cache that is written or given up.
 fn has_ended(header: &Header, record: Option<&Record>) -> bool {
     // If the record of a tenure that continues an ended one could not be written, the header says so.
     let is_recorded = header.tenure.is_some_and(|tenure| {
@@ -154,6 +157,12 @@ fn compare_pages(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> C
         differs => return differs,
     };
     let image_pages = image.limits().size_bytes.get() / PAGE_BYTES;
+    // They reveal an older copy of the image, but show nothing about other changes: so they do not count.
+    for (page, hash) in arena.witnesses().into_iter().filter(|(page, _)| page.0 < image_pages) {
+        if image.read_page(page).is_ok_and(|bytes| word_hash_of(&bytes.0) != hash) {
+            return Comparison::Differs(page);
+        }
+    }
     let mut equal = 0;
     for (page, hash) in arena.samples().into_iter().filter(|(page, _)| page.0 < image_pages) {
         match image.read_page(page) {
@@ -176,8 +185,8 @@ pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, 
         runs.push(0..image_pages);
     }
     let data_pages: u64 = runs.iter().map(|run| run.end - run.start).sum();
-    let spread = (0..SAMPLES_MAX as u64).filter_map(|n| {
-        let mut left = data_pages * (2 * n + 1) / (2 * SAMPLES_MAX as u64);
+    let spread = (0..SPREAD_PAGES).filter_map(|n| {
+        let mut left = data_pages * (4 * n + 1) / (4 * SPREAD_PAGES);
         let run = runs.iter().find(|run| {
             let is_within = left < run.end - run.start;
             left -= if is_within { 0 } else { run.end - run.start };
@@ -185,8 +194,7 @@ pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, 
         })?;
         Some(run.start + left)
     });
-    // Half of the places for each kind.
-    let (mut pages, telltale): (BTreeSet<u64>, BTreeSet<u64>) = (spread.step_by(2).collect(), SUPERBLOCK_PAGES.into());
+    let (mut pages, telltale): (BTreeSet<u64>, BTreeSet<u64>) = (spread.collect(), SUPERBLOCK_PAGES.into());
     pages.extend(telltale);
     let records = arena.records().filter(|(_, record)| !record.dirty.is_empty());
     let dirty: HashSet<u64> = records.map(|(_, record)| record.page.0).collect();

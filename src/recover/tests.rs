@@ -185,6 +185,53 @@ fn a_backup_restored_right_after_a_kill_is_noticed_by_pages_that_no_cache_holds(
     assert_eq!(world.start().unwrap(), (1, 1));
 }
 
+/// The page that was written last differs; all others that could be compared are equal.
+#[test]
+fn an_older_copy_that_is_equal_in_all_other_pages_is_noticed_by_the_last_write() {
+    for (has_last_write, is_planted) in [(true, false), (false, false), (false, true)] {
+        let world = World::new();
+        world.image().write_all_at(&[5; IMAGE_BYTES], 0).unwrap();
+        let image = world.open();
+        let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
+        let record = |page, dirty| FrameRecord { page: PageNo(page), valid: SectorMask::ALL, dirty };
+        // Page 33 is in memory with other bytes than the image has, and is on its way there: no hash has it.
+        arena.begin_change(SectorSpan::new(33 * 8, 8));
+        arena.publish(FrameId(1), record(33, SectorMask::ALL));
+        arena.record_witness(PageNo(33), FrameId(1));
+        assert_eq!(arena.witnesses().len(), 1);
+        arena.publish(FrameId(2), record(40, SectorMask::ALL));
+        arena.begin_change(SectorSpan::new(40 * 8, 8));
+        arena.keep_on_drop(true);
+        drop((arena, image));
+        if has_last_write {
+            world.image().write_all_at(&[0; PAGE_SIZE], 33 * PAGE_BYTES).unwrap();
+        }
+        let bug = is_planted.then_some(PlantedBug::SampleSkipped);
+        let started = run_with(bug, || world.start()).unwrap();
+        assert_eq!(started.is_ok(), has_last_write || is_planted, "{started:?}");
+    }
+}
+
+#[test]
+fn the_ledger_has_the_last_two_witnesses_that_the_daemon_has_not_changed_since() {
+    let world = World::new();
+    let image = world.open();
+    let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
+    let pages = |arena: &Arena| arena.witnesses().iter().map(|(page, _)| page.0).collect::<Vec<_>>();
+    for page in [3, 4, 4, 3, 5] {
+        arena.record_witness(PageNo(page), FrameId(0));
+    }
+    assert_eq!(pages(&arena), [5, 4]);
+    let samples = arena.samples();
+    arena.record_samples(&samples);
+    assert_eq!(pages(&arena), [5, 4], "a new sample leaves them");
+    arena.begin_change(SectorSpan::new(5 * 8 + 7, 1));
+    assert_eq!(pages(&arena), [4]);
+    arena.record_witness(PageNo(6), FrameId(0));
+    assert_eq!(pages(&arena), [6, 4]);
+    arena.keep_on_drop(true);
+}
+
 #[test]
 fn what_the_daemon_itself_was_writing_when_it_died_is_no_change_by_others() {
     let (page, write) = (SectorSpan::new(0, 8), [9; 512]);

@@ -109,6 +109,11 @@ impl SimulatedDisk {
         self.current[sector]
     }
 
+    /// The version that is certainly on the medium.
+    pub fn durable(&self, sector: usize) -> u32 {
+        self.durable[sector]
+    }
+
     /// Writes a sector.
     pub fn write(&mut self, sector: usize, version: u32) {
         self.current[sector] = version;

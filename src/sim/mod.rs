@@ -58,6 +58,8 @@ struct Counts {
     operations: u64,
     /// Daemons that died.
     deaths: u64,
+    /// Witnesses of Syncs.
+    witnesses: u64,
 }
 
 impl Add for Counts {
@@ -68,13 +70,14 @@ impl Add for Counts {
             requests: self.requests + other.requests,
             operations: self.operations + other.operations,
             deaths: self.deaths + other.deaths,
+            witnesses: self.witnesses + other.witnesses,
         }
     }
 }
 
 impl std::fmt::Display for Counts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { requests, operations, deaths } = self;
+        let Self { requests, operations, deaths, .. } = self;
         write!(f, "{requests} requests, {operations} operations of the disk, {deaths} deaths of the daemon")
     }
 }
@@ -88,12 +91,13 @@ fn run(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<Counts> {
     })
 }
 
-/// Runs a world of `steps` steps that takes its first decisions from `script`.
+/// Runs a small world of `steps` steps that takes its first decisions from `script`.
 ///
 /// # Panics
 /// When the oracle finds a bug.
 pub(crate) fn run_scripted(script: &[u8], steps: u64) {
-    World::with(Prng::scripted(script)).run(steps);
+    let mut prng = Prng::scripted(script);
+    World::of(scenario::small_settings(&mut prng), prng).run(steps);
 }
 
 /// Runs one seed; a failure names it.
@@ -120,6 +124,12 @@ fn random_seeds_keep_every_guarantee() {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("the clock is set");
     let first = u64::from(clock.subsec_nanos()) << 32 | clock.as_secs() & 0xffff_ffff;
     run_all(first..first + 30);
+}
+
+#[test]
+fn every_witness_of_a_sync_is_on_the_disk_as_it_is_in_its_frame() {
+    let witnesses = run_all(0..100).witnesses;
+    assert!(witnesses > 100, "only {witnesses} witnesses");
 }
 
 /// Runs one seed with a server in place of the disk, which is restarted occasionally.

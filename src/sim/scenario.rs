@@ -1,6 +1,8 @@
 //! The decisions that the seed makes before a world starts: the cache's settings, and the behaviour of guest, disk and
 //! daemon.
 
+use std::ops::Range;
+
 use crate::cache::{ErrorPolicy, PolicyKind, Settings};
 use crate::prng::Prng;
 use crate::units::{ImageHoles, OpKind};
@@ -139,8 +141,25 @@ pub(super) fn change_settings(settings: &mut Settings, prng: &mut Prng) {
     }
 }
 
+/// Most frames of a small cache, and sizes of a small image.
+const SMALL_FRAMES: u32 = 24;
+const SMALL_SECTORS: Range<u64> = 40..400;
+
 /// Sizes of caches, in frames.
 pub(super) const FRAMES: [u32; 4] = [12, 24, 48, 160];
+
+/// Random settings of a cache and an image that are so small that a run takes milliseconds, whatever the decisions are.
+pub(super) fn small_settings(prng: &mut Prng) -> Settings {
+    let settings = settings(prng);
+    let frames = settings.frames.min(SMALL_FRAMES);
+    Settings {
+        frames,
+        frames_max: frames,
+        dirty_pages_max: settings.dirty_pages_max.min(frames),
+        image_sectors: SMALL_SECTORS.start + settings.image_sectors % (SMALL_SECTORS.end - SMALL_SECTORS.start),
+        ..settings
+    }
+}
 
 /// Random settings of a cache.
 pub(super) fn settings(prng: &mut Prng) -> Settings {

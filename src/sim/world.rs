@@ -111,12 +111,12 @@ pub(super) struct World {
 impl World {
     /// The world for a seed.
     pub fn new(seed: u64) -> Self {
-        Self::with(Prng::new(seed))
+        let mut prng = Prng::new(seed);
+        Self::of(settings(&mut prng), prng)
     }
 
-    /// The world that results from these decisions.
-    pub fn with(mut prng: Prng) -> Self {
-        let mut settings = settings(&mut prng);
+    /// The world of a cache with these settings, in which all else results from `prng`.
+    pub fn of(mut settings: Settings, mut prng: Prng) -> Self {
         let sectors = settings.image_sectors as usize;
         let base = prng.pick(&[0, 0, 0, HIGH_SECTOR]);
         settings.image_sectors += base;
@@ -513,6 +513,7 @@ impl World {
             self.failures.note_failure(op.kind, fault, &self.settings, Tick::from_us(self.now_us));
         }
         self.cache.complete(tag, &outcome, Tick::from_us(self.now_us));
+        self.check_witness();
     }
 
     /// Ends a worker's turn: submits the operations that the cache requests, and handles its notices.

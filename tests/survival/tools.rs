@@ -202,3 +202,38 @@ fn a_limit_on_file_sizes_fails_a_recovery_and_does_not_kill_it() {
     let ended = run_to_end(Command::new(server_binary()).arg("recover").arg(&cache));
     assert!(ended.status.success() && ended.stdout.starts_with("wrote 4 pages"), "{ended:?}");
 }
+
+/// Restores of a backup that differs from the image in one page, as commands of a shell.
+const RESTORES: &[(&str, &str)] = &[
+    ("cp, with the times of the image", "touch -r $I $B.times; cp $B $I; touch -r $B.times $I"),
+    (
+        "dd, with the times of the image",
+        "touch -r $I $B.times; dd if=$B of=$I bs=64k status=none; touch -r $B.times $I",
+    ),
+    ("cp, and a larger size", "cp $B $I; truncate -s 20M $I"),
+];
+
+/// All pages are in memory, so a sample of them is unlikely to include the one that differs.
+#[test]
+fn a_backup_that_lacks_only_the_last_write_is_not_overwritten() {
+    for (what, line) in RESTORES {
+        let (mut daemon, mut session) = with_backup();
+        drop(session);
+        daemon.stop();
+        fs::copy(daemon.image(), daemon.directory().path().join("backup")).expect("the image can be copied");
+        daemon.restart();
+        session = Session::open(&daemon.socket(), &SessionOptions { region_bytes: 32 << 20, ..Default::default() });
+        session.read(0, 16 << 20);
+        // An odd page: a sample of every second, fourth ... page does not have it.
+        session.write(8 * 1501, &pattern(4, 8 * 1501, 4096));
+        session.flush();
+        session.write(8 * 3000, &pattern(5, 8 * 3000, 4096));
+        daemon.kill();
+        assert!(run(&daemon, line), "{what}");
+        let restored = fs::read(daemon.image()).expect("the image can be read");
+        let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
+        assert_eq!(ended.status.code(), Some(1), "{what}: {ended:?}");
+        assert!(ended.stderr.contains("page 1501 of the image differs from the cache"), "{what}: {ended:?}");
+        assert!(fs::read(daemon.image()).expect("the image can be read") == restored, "{what}: nothing is written");
+    }
+}

@@ -1,7 +1,7 @@
 //! The conditions that a simulated world must satisfy: progress, the age limit, and the state after a power cut.
 
 use crate::cache::{Attempt, Health};
-use crate::units::{SectorSpan, Tick};
+use crate::units::{SECTORS_PER_PAGE, SectorSpan, Tick};
 
 use super::{Guest, GuestOp, World};
 
@@ -17,6 +17,17 @@ const IDLE_TURNS_MAX: u32 = 200;
 const AGE_SLACK: u64 = 100;
 
 impl World {
+    /// The witness of a Sync is on the disk, durably, as it is in its frame.
+    pub(super) fn check_witness(&mut self) {
+        let Some((no, frame)) = self.cache.take_witness().filter(|_| !self.memory.has_crashed()) else { return };
+        let first = (no.0 * SECTORS_PER_PAGE - self.base) as usize;
+        for sector in 0..SECTORS_PER_PAGE as usize {
+            let (cached, durable) = (self.memory.get(frame, sector), self.disk.durable(first + sector));
+            assert_eq!(cached, durable, "sector {sector} of {no:?}, the witness, is not on the disk");
+        }
+        self.counts.witnesses += 1;
+    }
+
     pub(super) fn complete_all_requests(&mut self) {
         let mut steps_left = LIVENESS_STEPS_MAX;
         while !self.requests.is_empty() {

@@ -34,7 +34,7 @@ pub(super) enum ClientCommand {
         control: ControlSocket,
     },
     /// Show statistics of the disks of a running daemon: rates, latencies, hits
-    #[command(after_long_help = help::STAT)]
+    #[command(after_long_help = help::STAT, override_usage = "genblk stat [OPTIONS] [DEVICE] [INTERVAL [COUNT]]")]
     Stat(StatArguments),
     /// Add the disks of a file to a running daemon
     #[command(after_long_help = help::ATTACH)]

@@ -31,9 +31,9 @@ Tasks:
 
 Limitations:
   Images are raw files, block devices and NBD exports (nbd://HOST[:PORT]/EXPORT,
-  nbd+unix:///EXPORT?socket=PATH; see docs/remote.md for their guarantees).
-  genblk refuses an image that looks like another format; --format raw serves
-  its bytes unchanged.
+  nbd+unix:///EXPORT?socket=PATH; see remote.md in /usr/share/doc/genblk, or
+  docs/ in the source tree). genblk refuses an image that looks like another
+  format; --format raw serves its bytes unchanged.
   The front-end must share the guest's memory (QEMU:
   memory-backend-memfd,share=on).
   Relative paths are relative to the daemon's working directory.
@@ -46,8 +46,8 @@ Signals:
                    disks that could not be served
 
 Environment:
-  GENBLK_LOG  log level on standard error: error, warn, info (default), debug,
-              trace
+  GENBLK_LOG  log level on standard error: off, error, warn, info (default),
+              debug, trace
 
 Exit status:
   0 after a clean shutdown, 2 if the command line or the configuration is wrong
@@ -95,14 +95,14 @@ Examples:
 
 Columns:
   r/s w/s f/s    reads, writes and FLUSHes per second
-  hit%           pages found in memory, in percent of those that reads
-                 requested; holes of the image are not counted
+  hit%           percentage of the requested pages found in memory; holes of the
+                 image are not counted
   r50 r99        50th and 99th percentile of the time of a read; w50 w99 of a
                  write, f99 of a FLUSH
   dirty          data not yet written to the image
   rd/s wr/s      reads and writes of the image per second
-  busy%          time that the worker threads spent in turns with work, in
-                 percent of a processor
+  busy%          time that the worker threads spent in turns with work, as a
+                 percentage of one processor
   from memory    requests that did not wait
   waited         the others: they waited for the image, for a free page of the
                  cache, or because of the limit on dirty data
@@ -113,7 +113,7 @@ Columns:
                  requests per second that waited for a free page (or, before a
                  first write, for space of the image), because write-back was
                  behind, and for a limit of the disk
-  used%          pages that were read ahead and then used, in percent
+  used%          percentage of read-ahead pages that were then used
   stall          how often a request waited for a free page, or before a first
                  write for space of the image
   throttled      how often a write waited because of the limit on dirty data
@@ -169,6 +169,11 @@ Examples:
 
 Notes:
   If you want the daemon to run again, just start it: it restores its caches.
+
+Exit status:
+  0  done
+  1  failed or refused
+  2  the command line is wrong
 ";
 
 pub(super) const TAKE_OVER: &str = "\
@@ -179,6 +184,12 @@ Notes:
   Use this for an image whose cache is lost, is on a host that will not return,
   or no longer matches the image. Completed writes in that cache are lost: a
   guest that was running gets errors until it resets the device.
+  Afterwards, start the daemon.
+
+Exit status:
+  0  done
+  1  failed or refused
+  2  the command line is wrong
 ";
 
 pub(super) const ATTACH: &str = "\
@@ -333,6 +344,8 @@ Notes:
   replay, freeze it in the guest first (virsh domfsfreeze).
   If the freeze ends before the command or the thaw, that is an error: the copy
   is inconsistent. Without a thaw, a freeze ends after its timeout.
+  With COMMAND, genblk exits with its status, or with 1 if the freeze ended
+  early.
 ";
 
 pub(super) const THAW: &str = "\

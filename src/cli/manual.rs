@@ -55,8 +55,9 @@ fn pages() -> BTreeMap<String, String> {
 }
 
 /// The page of a command. Sections at the end of its help text become sections of the page.
-fn page(command: Command, see_also: &str, common: &str) -> String {
+fn page(mut command: Command, see_also: &str, common: &str) -> String {
     let after = command.get_after_long_help().or(command.get_after_help()).map(ToString::to_string).unwrap_or_default();
+    let usage = command.render_usage().to_string();
     let has_subcommands = command.has_subcommands();
     let man = Man::new(command.after_help("").after_long_help(""))
         .manual("genblk manual")
@@ -64,7 +65,10 @@ fn page(command: Command, see_also: &str, common: &str) -> String {
     let mut bytes = Vec::new();
     man.render_title(&mut bytes).unwrap();
     man.render_name_section(&mut bytes).unwrap();
-    man.render_synopsis_section(&mut bytes).unwrap();
+    // clap_mangen's own synopsis drops the "..." and the "--" of arguments.
+    let mut synopsis = Roff::new();
+    sections(&mut synopsis, &usage.replacen("Usage: ", "Synopsis:\n  ", 1).replace("\n       ", "\n  "));
+    bytes.extend(synopsis.to_roff().into_bytes());
     man.render_description_section(&mut bytes).unwrap();
     man.render_options_section(&mut bytes).unwrap();
     if has_subcommands {
@@ -146,11 +150,11 @@ fn configuration_page() -> String {
     let mut roff = Roff::new();
     let source = format!("genblk {}", env!("CARGO_PKG_VERSION"));
     roff.control("TH", ["genblk.toml", "5", "", &source, "genblk manual"]);
-    roff.control("SH", ["NAME"]).text([roman("genblk.toml - disks that genblk serves")]);
+    roff.control("SH", ["NAME"]).text([roman("genblk.toml - configuration file of genblk")]);
     roff.control("SH", ["SYNOPSIS"]).text([bold("genblk --config"), roman(" "), roman("/etc/genblk.toml")]);
     roff.control("SH", ["DESCRIPTION"]);
     // A reader of the page does not need this.
-    let head = comments.head.join("\n").replace("A test keeps this file\nequal to the code. ", "");
+    let head = comments.head.join("\n").replace("A test keeps this file equal to the code. ", "");
     prose(&mut roff, &head.lines().map(str::to_owned).collect::<Vec<_>>());
     for (heading, table) in [("DEVICE", ""), ("CACHE OF A DEVICE", "cache"), ("LIMITS OF A DEVICE", "limits")] {
         roff.control("SH", [heading]);
@@ -252,6 +256,8 @@ fn every_page_has_its_parts() {
         }
     }
     assert!(!pages.contains_key("man/genblk-disk-process.1"), "it is no command for people");
+    let synopsis = r"genblk freeze [OPTIONS] <DEVICE> [\-\- <COMMAND>...]";
+    assert!(pages["man/genblk-freeze.1"].contains(synopsis), "{}", pages["man/genblk-freeze.1"]);
     let keys = &pages["man/genblk.toml.5"];
     for key in documented_keys() {
         let short = short_name(key.name);

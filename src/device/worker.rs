@@ -15,8 +15,8 @@
 //! 6. **Complete**, without the lock. Write status bytes and used elements of finished requests; some writes are
 //!    delayed while the cache fills. Publish each used ring once, and interrupt its driver at most once.
 //! 7. **End the turn**, with the cache locked. Return the pieces of reads, which have completed before. Pump the cache:
-//!    write-back, syncs, eviction, readahead, stalled requests. Submit all store operations, deliver notices to other
-//!    workers, and reply to commands that waited for rings to drain.
+//!    write-back, syncs, eviction, continued readahead, stalled requests. Submit all store operations, deliver notices
+//!    to other workers, and reply to commands that waited for rings to drain.
 //!
 //! A cached read passes steps 2 to 6 in one turn; a missed one waits in step 3. The lock is taken two or three times a
 //! turn, however many requests it serves.

@@ -17,8 +17,8 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
 	@echo
-	@echo "  variables: SEED=n, N=n, FIRST=n (simulator), BUG=text, SAMPLE=n, SKIP=file (mutants; the file is the output of a"
-	@echo "             run whose finds are skipped), FUZZ_SECONDS=n, SOAK_MINUTES=n, ROWS=name,name (of make bench),"
+	@echo "  variables: SEED=n, N=n, FIRST=n (simulator), BUG=text, SAMPLE=n, SKIP=file (mutants; output of an earlier run;"
+	@echo "             bugs that it found are skipped), FUZZ_SECONDS=n, SOAK_MINUTES=n, ROWS=name,name (of make bench),"
 	@echo "             ARGS=\"--peer 'name=command with {sock} {img}'\" (another server for make bench),"
 	@echo "             BASE=commit (of make bench: compares with that commit, interleaved)"
 
@@ -51,10 +51,10 @@ deb: ## build the Debian package, into target/debian (needs cargo-deb: cargo ins
 package-test: ## build the package, check it with lintian, install and purge it in a clean Debian (root, debootstrap, lintian)
 	$(CARGO) test --locked --test package -- --ignored --nocapture
 
-manual: ## write the manual pages and the shell completions anew, from the command line and the table of keys
+manual: ## regenerate the manual pages and shell completions from the command line and the table of keys
 	GENBLK_WRITE_MANUAL=1 $(CARGO) test --locked --lib cli::manual
 
-sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that many (100 unless given), FIRST=n on
+sim: ## both simulators, cache and daemon: SEED=n replays one seed; N=n runs n seeds (default 100), starting at FIRST=n
 	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100) GENBLK_SIM_FIRST=$(or $(FIRST),1000)) \
 		$(CARGO) test --release --locked --lib seeds_from_the_environment -- --nocapture
 
@@ -74,10 +74,10 @@ miri: ## units of guest memory, rings, ledger and cache under Miri (a nightly co
 sanitize: ## Miri; tests under AddressSanitizer, and under ThreadSanitizer with four workers (a nightly compiler)
 	@scripts/sanitize.sh
 
-bystander: ## what a neighbour of a hostile guest notices, against the promised bounds, in a release build on an idle machine
+bystander: ## how much a hostile guest slows its neighbours, against the promised bounds (release build, idle machine)
 	GENBLK_STRICT=1 $(CARGO) test --release --locked --test bystander --test disk_processes -- --nocapture --test-threads=1
 
-soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop, SOAK_MINUTES long
+soak: setup ## simulators, kills, guests, fuzzers, package test (root), ten planted bugs: rounds of about 2 hours, until SOAK_MINUTES
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \
 	while [ $$(date +%s) -lt $$end ]; do \
 		round=$$((round + 1)); echo "soak: round $$round"; \
@@ -104,5 +104,5 @@ bench-policy: ## replacement against LRU, CLOCK, ARC and OPT, and readahead; fai
 bench-turn: ## CPU time of a cached request in a worker, in nanoseconds
 	$(CARGO) bench --locked --bench turn_cost
 
-bench-page: ## CPU time of the cache itself for a page, in nanoseconds: sees changes that a whole machine hides
+bench-page: ## CPU time of the cache itself for a page, in nanoseconds: shows changes that are lost in the noise of a whole machine
 	$(CARGO) bench --locked --bench page_cost

@@ -30,5 +30,20 @@ for unit in genblk.service genblk@.service; do
 done
 cp packaging/systemd/genblk-exporter.socket packaging/systemd/genblk-exporter.service "$units/"
 
+# The documents lie in one directory, and link to each other and to other files of the package.
+doc=target/package/doc
+mkdir -p "$doc"
+cp src/control/io.genblk.Control.varlink "$doc/"
+for page in ARCHITECTURE.md SECURITY.md docs/*.md; do
+    sed -e 's#](\(\.\./\)*configs/genblk\.service#](/usr/lib/systemd/system/genblk.service#g' \
+        -e 's#](\.\./packaging/systemd/#](/usr/lib/systemd/system/#g' \
+        -e 's#](\(\.\./\)*configs/#](examples/#g' \
+        -e 's#](\.\./packaging/\(grafana\|prometheus\)/#](\1/#g' \
+        -e 's#](\.\./src/control/#](#g' \
+        -e 's#](docs/#](#g' \
+        -e 's#](\.\./#](#g' \
+        "$page" >"$doc/${page##*/}"
+done
+
 [ "$profile" = dev ] || cargo build --quiet --locked --profile "$profile"
 cargo deb --quiet --locked --no-build --profile "$profile"

@@ -37,7 +37,7 @@ check_rust() {
     wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
     if ! has cargo; then
         die "there is no Rust toolchain, and genblk needs Rust $wanted or newer.
-       Your distribution's rustup will do:  apt-get install rustup && rustup default stable
+       Debian 13, Ubuntu 24.04 or newer:  apt-get install rustup && rustup default stable
        Otherwise follow https://rustup.rs"
     fi
     # In the repository, because rust-toolchain.toml chooses the toolchain there.
@@ -157,7 +157,7 @@ install_qemu() { # PACKAGE...
     say "fetching the lists of packages, with those of $backports, for this installation only"
     set -- -o "Dir::Etc::SourceParts=$work/sources" -o "Dir::State::Lists=$work/lists" -t "$backports" "$@"
     as_root apt-get -qq -o "Dir::Etc::SourceParts=$work/sources" -o "Dir::State::Lists=$work/lists" update
-    can_install "$@" || die "apt finds no QEMU for this machine that fits to the installed version $newest.
+    can_install "$@" || die "apt finds no QEMU packages that match the installed version $newest.
        Install qemu-system-x86 of the same version by hand."
     install "$@"
 }
@@ -231,14 +231,14 @@ unpack_prometheus() {
 
 check_rust
 
-[ -r /etc/os-release ] || die "this is neither Debian nor Ubuntu; the list of what to install is in $0"
+[ -r /etc/os-release ] || die "this is neither Debian nor Ubuntu; install by hand what $0 lists"
 id=$(sed -n 's/^ID=//p' /etc/os-release | tr -d '"')
 like=$(sed -n 's/^ID_LIKE=//p' /etc/os-release | tr -d '"')
 codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release | tr -d '"')
 case " $id $like " in
     *" ubuntu "*) kernel_meta=linux-image-virtual ;;
     *" debian "*) kernel_meta=linux-image-cloud-amd64 ;;
-    *) die "this is neither Debian nor Ubuntu; the list of what to install is in $0" ;;
+    *) die "this is neither Debian nor Ubuntu; install by hand what $0 lists" ;;
 esac
 
 need qemu-system-x86 "the virtual machine of the guest tests" has qemu-system-x86_64
@@ -299,7 +299,7 @@ fi
 if [ -n "$prometheus" ] && ! unpack_prometheus; then
     # The lists may be missing, or older than the mirror.
     update_lists
-    unpack_prometheus || say "prometheus cannot be had: the tests that need it will be skipped"
+    unpack_prometheus || say "prometheus is not available: the tests that need it will be skipped"
 fi
 guest_kernel >/dev/null
 say "done"

@@ -67,6 +67,9 @@ fn the_package_passes_lintian_and_is_installed_used_and_purged_in_a_clean_root()
         "usr/share/zsh/vendor-completions/_genblk",
         "usr/share/fish/vendor_completions.d/genblk.fish",
         "usr/share/doc/genblk/prometheus/genblk.rules.yml",
+        "usr/share/doc/genblk/operating.md",
+        "usr/share/doc/genblk/SECURITY.md",
+        "usr/share/doc/genblk/io.genblk.Control.varlink",
     ] {
         assert!(listed.lines().any(|line| line.ends_with(&format!("./{path}"))), "{path} is not in\n{listed}");
     }

@@ -199,8 +199,11 @@ fn start(directory: TempDir, control: &Path) -> Daemon {
         .and_then(|image| image.set_len(OTHER_BYTES))
         .expect("an image can be created");
     let memory = directory.memory();
-    let device =
-        format!("num_queues = 4\ncache.size = \"6M\"\ncache.memory_dir = {memory:?}\n[control]\nsocket = {control:?}");
+    // Many kills in a minute are part of the test.
+    let device = format!(
+        "num_queues = 4\nrestart_burst = 1000\ncache.size = \"6M\"\ncache.memory_dir = {memory:?}\n[control]\n\
+         socket = {control:?}"
+    );
     Daemon::start_configured(directory, &[&device])
 }
 

@@ -138,9 +138,11 @@ impl Frames {
     }
 
     /// Uses fewer frames, while `spare` of them stay free: at best only the first `limit` ones. The others leave.
+    ///
+    /// => Spare frames that are in use do not leave: they would not become free again.
     pub(super) fn lower_limit(&mut self, limit: u32, spare: u32) {
         assert!(limit > 0, "a cache has 1 to 2^31 frames");
-        while self.limit > limit {
+        while self.limit > limit && self.free_count >= spare {
             let is_held = self.words[self.limit as usize - 1] & FREE == 0;
             if is_held {
                 self.leaving_held += 1;

@@ -6,6 +6,8 @@ mod drain;
 mod growth;
 mod limits;
 mod server_deaths;
+mod turns;
+mod warming;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,6 +31,7 @@ use control::{FrontEndConnection, LAST_FLUSHES_MAX};
 use growth::Growth;
 use limits::LimitedRate;
 use server_deaths::ServerDeaths;
+use warming::Warming;
 
 /// Rounds of the last phase after which a request in flight counts as stuck.
 const ROUNDS_MAX: u32 = 100_000;
@@ -80,6 +83,8 @@ pub(super) struct World {
     /// The image grows. Not in worlds in which backups are restored, because only a sample distinguishes an image of
     /// another size from a restored one.
     growth: Option<Growth>,
+    /// The operator warms the cache, and lists what is in it.
+    warming: Option<Warming>,
     /// The image is on a server that dies with the daemon.
     server_deaths: Option<ServerDeaths>,
     /// The contents of the image at some time.
@@ -134,6 +139,7 @@ impl World {
             deaths: 0,
             restores: Some(Prng::new(seed ^ 0xbac4)).filter(|_| (seed / 4).is_multiple_of(2)),
             growth: Some(Growth::new(seed, image_sectors)).filter(|_| seed / 4 % 4 == 1),
+            warming: Warming::new(seed),
             server_deaths: ServerDeaths::new(seed),
             backup: None,
             is_restored: false,
@@ -186,6 +192,7 @@ impl World {
         }
         self.grow_or_apply();
         self.change_limits();
+        self.warm_or_list();
         self.kill_server_and_daemon();
         self.frozen_steps = self.frozen_steps.saturating_sub(1);
         match self.prng.below(100) {

@@ -111,13 +111,18 @@ impl World {
         }
         // With requests in flight the region stays the same.
         if self.session.inflight.is_none() && self.prng.percent(self.scenario.inflight_percent) {
-            let bytes = self.rings.len() * ring_bytes(self.scenario.queue_size);
-            self.session.inflight = Some(Arc::new(MmapRegion::new(bytes).expect("memory for an inflight region")));
+            self.add_inflight_region();
         }
         self.start_rings(&(0..self.rings.len()).collect::<Vec<_>>());
     }
 
-    fn start_rings(&mut self, indices: &[usize]) {
+    /// The front-end sends an inflight region, which rings use that start from now on.
+    pub fn add_inflight_region(&mut self) {
+        let bytes = self.rings.len() * ring_bytes(self.scenario.queue_size);
+        self.session.inflight = Some(Arc::new(MmapRegion::new(bytes).expect("memory for an inflight region")));
+    }
+
+    pub fn start_rings(&mut self, indices: &[usize]) {
         let mut receivers = Vec::new();
         for &index in indices {
             let ring = &mut self.rings[index];

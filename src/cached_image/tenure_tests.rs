@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::CachedImage;
@@ -17,6 +17,7 @@ use crate::store::file::{FileImage, OpenOptions};
 use crate::store::{Backing, Limits, StoreQueue};
 use crate::sys::poll::wait_readable;
 use crate::tenure::TenureId;
+use crate::tenure::record::CachePlace;
 use crate::tenure::token::wall_clock_ns;
 use crate::units::{FrameId, FrameRecord, ImageHoles, PageNo, SectorMask, SectorSpan, Unmap};
 
@@ -40,6 +41,44 @@ impl Backing for Recorded {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
+}
+
+/// An image in a file that ends its tenure with success or an error. Notes what the ledger in a file says before.
+#[derive(Debug)]
+struct EndingImage {
+    image: Arc<FileImage>,
+    ledger: Option<PathBuf>,
+    fails: bool,
+    /// For each end: what the ledger said of the tenure.
+    ends: Mutex<Vec<Option<TenureFacts>>>,
+}
+
+impl Backing for EndingImage {
+    fn limits(&self) -> &Limits {
+        self.image.limits()
+    }
+
+    fn attach(&self) -> Result<Box<dyn StoreQueue>> {
+        self.image.attach()
+    }
+
+    fn end_tenure(&self) -> io::Result<bool> {
+        self.ends.lock().unwrap().push(self.ledger.as_deref().and_then(tenure_in));
+        if self.fails { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(true) }
+    }
+}
+
+/// The tenure in the header of a cache file.
+fn tenure_in(path: &Path) -> Option<TenureFacts> {
+    ArenaFile::peek(path, AllowedOwner::Own).unwrap().expect("it has a header").tenure
+}
+
+/// An image in `directory`, with the ledger of its cache.
+fn ending_image(directory: &Path, ledger: Option<PathBuf>, fails: bool) -> Arc<EndingImage> {
+    let path = directory.join("image");
+    File::create(&path).and_then(|file| file.set_len(IMAGE_SECTORS * 512)).unwrap();
+    let image = FileImage::open(&path, &OpenOptions { direct: false, ..OpenOptions::default() }).unwrap();
+    Arc::new(EndingImage { image, ledger, fails, ends: Mutex::default() })
 }
 
 fn settings() -> Settings {
@@ -103,6 +142,55 @@ fn a_tenure_is_over_only_when_the_image_has_everything_and_each_loss_was_reporte
     assert!(!is_over("tenure-dirty", &|arena| arena.publish(FrameId(0), page(SectorMask::run(2, 1)))));
     assert!(!is_over("tenure-zeroes", &|arena| arena.note_zero(0, Some(SectorSpan::new(8, 8)))));
     assert!(!is_over("tenure-lost", &Arena::set_data_loss));
+}
+
+/// If the daemon dies in between, or the image cannot record the end, the cache must not look like one that can be
+/// removed: the next daemon would report it as missing.
+#[test]
+fn the_ledger_says_that_a_tenure_is_over_only_after_the_image_has_recorded_it() {
+    for fails in [false, true] {
+        let (directory, arena) = arena_of("tenure-order");
+        let CachePlace::Path(ledger) = arena.place() else { panic!("it is in a file") };
+        arena.keep_on_drop(true);
+        let image = ending_image(&directory, Some(ledger.clone()), fails);
+        drop(CachedImage::new("test", image.clone(), arena, settings()));
+        let ends = image.ends.lock().unwrap().clone();
+        assert!(matches!(ends[..], [Some(TenureFacts { is_recorded: true, is_over: false, .. })]), "{ends:?}");
+        assert_eq!(tenure_in(&ledger).unwrap().is_over, !fails);
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+}
+
+#[test]
+fn the_tenure_of_a_cache_without_a_file_is_over_only_when_all_is_durable_and_no_loss_is_to_be_reported() {
+    for (is_flushed, is_lost) in [(false, false), (true, false), (true, true)] {
+        let directory = std::env::temp_dir().join(format!("genblk-tenure-anonymous-{}", std::process::id()));
+        std::fs::create_dir(&directory).unwrap();
+        let image = ending_image(&directory, None, false);
+        let arena = Arena::anonymous(FRAMES as usize).unwrap();
+        if is_lost {
+            arena.set_data_loss();
+        }
+        let cached = CachedImage::new("test", image.clone(), arena, settings());
+        let mut port = cached.port("test", Counters::new(1).unwrap().of_worker(0)).unwrap();
+        if is_flushed {
+            let ticket = port.ticket(1);
+            port.with_cache(cached.now(), |cache, _| cache.flush(ticket));
+            port.end_turn(cached.now(), |_| {});
+            while cached.has_unstable_data() {
+                assert!(wait_readable(port.store_fd(), Duration::from_secs(30)), "the Sync completes");
+                port.set_store_ready();
+                port.reap(false);
+                port.with_cache(cached.now(), |_, notices| notices.clear());
+                port.end_turn(cached.now(), |_| {});
+            }
+        }
+        drop(port);
+        drop(cached);
+        let expected = usize::from(is_flushed && !is_lost);
+        assert_eq!(image.ends.lock().unwrap().len(), expected, "flushed {is_flushed}, lost {is_lost}");
+        std::fs::remove_dir_all(directory).unwrap();
+    }
 }
 
 #[test]

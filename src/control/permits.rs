@@ -142,7 +142,7 @@ mod tests {
         let permits = Arc::new(Permits::default());
         let operators: Vec<_> = (0..CONNECTIONS_MAX).map_while(|_| permits.stream(OPERATOR)).collect();
         assert_eq!(operators.len(), CONNECTIONS_MAX);
-        let held: Vec<_> = from_fn(|| permits.stream(user(1))).collect();
+        let held: Vec<_> = from_fn(|| permits.stream(user(1))).take(2 * STREAMS_MAX).collect();
         assert_eq!(held.len(), STREAMS_OF_USER_MAX);
         let others: Vec<_> = (2..9).flat_map(|uid| permits.stream(user(uid))).collect();
         assert_eq!(held.len() + others.len(), STREAMS_MAX);

@@ -297,6 +297,14 @@ mod tests {
     }
 
     #[test]
+    fn flushes_and_identification_are_never_limited() {
+        let limited = [RequestKind::Read, RequestKind::Write, RequestKind::Discard, RequestKind::WriteZeroes];
+        assert!(limited.into_iter().all(|kind| LimitedKind::of(kind).is_some()));
+        let unlimited = [RequestKind::Flush, RequestKind::GetId, RequestKind::Unknown(99)];
+        assert!(unlimited.into_iter().all(|kind| LimitedKind::of(kind).is_none()));
+    }
+
+    #[test]
     fn a_rate_is_kept_however_late_the_worker_wakes_up() {
         for rate in [1, 3, 100, 1000, 7919, 250_000, 3_000_000] {
             for late_us in [0, 1, 999, 20_000] {

@@ -1,7 +1,7 @@
 //! Warming: pages that were cached earlier are read in, with a lower priority than everything else.
 
 use super::*;
-use crate::units::PageSpan;
+use crate::units::{Fault, PageSpan, Urgency};
 
 fn settings(frames: u32) -> Settings {
     Settings { readahead_pages_max: 0, ..Settings::of(frames, 1 << 20) }
@@ -105,4 +105,68 @@ fn warming_takes_the_frames_of_cold_pages_and_not_those_of_hot_ones() {
     assert_eq!((0..100).filter(|page| resident.contains(&PageNo(*page))).count(), 100);
     let stats = cache.stats();
     assert_eq!((stats.readahead_used_pages, stats.readahead_wasted_pages), (0, 0), "warming is no readahead");
+}
+
+#[test]
+fn only_whole_pages_are_listed_and_each_of_them_in_one_part() {
+    let mut cache = cache_with(settings(256));
+    (0..50).for_each(|page| write(&mut cache, page * 8, 8));
+    write(&mut cache, 200 * 8, 3);
+    let (mut pages, mut from) = (Vec::new(), Some(0));
+    while let Some(slot) = from {
+        let (part, next) = cache.resident(slot, 7);
+        pages.extend(part);
+        from = next;
+    }
+    pages.sort_unstable();
+    assert_eq!(pages, (0..50).map(PageNo).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_page_whose_map_is_unknown_is_warmed_once_it_is_known() {
+    let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..settings(1024) });
+    let span = PageSpan::new(PageNo(3), 2);
+    assert_eq!(cache.warm(span), (PageNo(3), WarmStep::Busy));
+    let mut maps = Vec::new();
+    cache.take_ops(|op| maps.push((op.tag, op.kind, op.span.count)));
+    let [(tag, OpKind::Map, sectors)] = maps[..] else { panic!("a Map comes first: {maps:?}") };
+    cache.complete(tag, &Outcome::Mapped(vec![(sectors, ExtentKind::Data)]), Tick::from_us(1));
+    assert_eq!(cache.warm(span), (span.end(), WarmStep::Done));
+    complete_all(&mut cache, Tick::from_us(2));
+    assert!(read(&mut cache, 24, 16));
+}
+
+/// The operations that the cache has queued.
+fn queued(cache: &mut PageCache) -> Vec<(u32, OpKind, Urgency)> {
+    let mut ops = Vec::new();
+    cache.take_ops(|op| ops.push((op.tag, op.kind, op.urgency)));
+    ops
+}
+
+#[test]
+fn pages_of_a_range_operation_are_not_warmed() {
+    let mut cache = cache_with(settings(1024));
+    assert!(cache.discard(Ticket(7), SectorSpan::new(0, 64)));
+    cache.pump(Tick::from_us(1));
+    assert!(matches!(queued(&mut cache)[..], [(_, OpKind::Discard, _)]));
+    assert_eq!(cache.warm(PageSpan::new(PageNo(0), 8)), (PageNo(8), WarmStep::Done));
+    assert_eq!(queued(&mut cache), []);
+    cache.check(&[]);
+}
+
+#[test]
+fn a_warming_that_fails_costs_a_guest_that_waits_for_it_nothing() {
+    let mut cache = cache_with(settings(1024));
+    cache.warm(PageSpan::new(PageNo(5), 1));
+    let [(tag, OpKind::Read, Urgency::Background)] = queued(&mut cache)[..] else { panic!("a read") };
+    assert!(!read(&mut cache, 40, 8));
+    cache.complete(tag, &Outcome::Failed(Fault::Media), Tick::from_us(1));
+    let [(tag, OpKind::Read, Urgency::Demand)] = queued(&mut cache)[..] else { panic!("a read for the guest") };
+    cache.complete(tag, &Outcome::Done, Tick::from_us(2));
+    assert_eq!(return_pieces(&mut cache), 1);
+    // Later misses are the guest's own.
+    cache.warm(PageSpan::new(PageNo(7), 1));
+    queued(&mut cache);
+    assert!(!read(&mut cache, 4000, 8));
+    assert!(matches!(queued(&mut cache)[..], [(_, OpKind::Read, Urgency::Demand)]));
 }

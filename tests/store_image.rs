@@ -14,7 +14,11 @@ use std::time::{Duration, Instant};
 use genblk::error::ErrorKind;
 use genblk::store::Backing;
 use genblk::store::file::{FileImage, IoEngine, NbdOptions, OpenOptions};
+use genblk::tenure::TenureId;
+use genblk::tenure::host::Boot;
+use genblk::tenure::record::{CachePlace, Record, TenureState};
 use genblk::units::ImageHoles;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use store_kit::{Buffer, Driver, Image, MIB, pattern};
 
 const NBD: NbdOptions = NbdOptions { trusts_without_flush: false, give_up: None, quarantine: Duration::ZERO };
@@ -233,4 +237,43 @@ fn an_image_too_large_for_page_numbers_is_refused() {
     drop(opened);
     file.set_len(1 << 59).unwrap();
     assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Image);
+}
+
+/// Makes the syncs of this thread fail from now on.
+fn fail_syncs() {
+    let calls = [libc::SYS_fsync, libc::SYS_fdatasync].map(|call| (call, Vec::new()));
+    let error = SeccompAction::Errno(u32::try_from(libc::EIO).unwrap());
+    let architecture = std::env::consts::ARCH.try_into().unwrap();
+    let filter = SeccompFilter::new(calls.into_iter().collect(), SeccompAction::Allow, error, architecture).unwrap();
+    apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+}
+
+/// After a power cut the image must carry the record of the daemon that had it: otherwise an older cache looks like the
+/// newest one.
+#[test]
+fn a_record_of_a_tenure_that_is_not_durable_is_an_error() {
+    let image = Image::file("record", MIB);
+    let record = Record {
+        tenure: TenureId::new(1).unwrap(),
+        state: TenureState::Open,
+        since: 0,
+        boot: Boot::current(),
+        inode: 1,
+        born_ns: 0,
+        cache: CachePlace::Memory,
+    };
+    let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
+    if !opened.begin_tenure(record.clone()).unwrap() {
+        return println!("skipped: this file system has no extended attributes");
+    }
+    let other = Record { since: 1, ..record };
+    std::thread::spawn(move || {
+        fail_syncs();
+        assert!(opened.begin_tenure(other.clone()).is_err());
+        assert!(opened.write_record(&other).is_err());
+        assert!(opened.lose_cache().is_err());
+        assert!(opened.end_tenure().is_err());
+    })
+    .join()
+    .unwrap();
 }

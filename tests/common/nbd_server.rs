@@ -1,4 +1,5 @@
-//! A real NBD server on a Unix socket: nbdkit or qemu-nbd. It is killed by its process ID, and never outlives its test.
+//! An NBD server on a Unix socket: nbdkit, qemu-nbd, or that of the tests (`forgetful_nbd.rs`). It is killed by its
+//! process ID, and never outlives its test.
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
@@ -14,7 +15,12 @@ pub struct NbdServer {
     child: Option<Child>,
     socket: PathBuf,
     arguments: Vec<String>,
+    /// The image of a server of the tests.
+    image: Option<PathBuf>,
 }
+
+/// The variables with socket and image that a server of the tests gets.
+pub const SERVER_VARIABLES: [&str; 2] = ["GENBLK_TEST_NBD_SOCKET", "GENBLK_TEST_NBD_IMAGE"];
 
 /// Whether a program can be started; if not, says that a test is skipped.
 pub fn is_installed(program: &str) -> bool {
@@ -34,9 +40,21 @@ impl NbdServer {
         let socket = socket.to_path_buf();
         let shown = socket.to_str().expect("test paths are UTF-8");
         let arguments = arguments.iter().map(|argument| argument.replace("SOCKET", shown)).collect();
-        let mut server = Self { child: None, socket, arguments };
+        let mut server = Self { child: None, socket, arguments, image: None };
         server.restart();
         Some(server)
+    }
+
+    /// A server that forgets what was not flushed when it is killed, discards included. `test` is the name of the test
+    /// that calls `forgetful_nbd::serve_if_requested`, in the same test binary.
+    pub fn of_the_tests(socket: &Path, image: &Path, test: &str) -> Self {
+        let program = std::env::current_exe().expect("the path of the test");
+        let program = program.to_str().expect("test paths are UTF-8").to_owned();
+        let arguments = vec![program, test.to_owned(), "--exact".to_owned(), "--nocapture".to_owned()];
+        let (socket, image) = (socket.to_path_buf(), Some(image.to_path_buf()));
+        let mut server = Self { child: None, socket, arguments, image };
+        server.restart();
+        server
     }
 
     /// nbdkit in the foreground with these further arguments.
@@ -57,6 +75,10 @@ impl NbdServer {
         assert!(self.child.is_none(), "it runs");
         let _ = std::fs::remove_file(&self.socket);
         let mut command = Command::new(&self.arguments[0]);
+        if let Some(image) = &self.image {
+            let [socket_name, image_name] = SERVER_VARIABLES;
+            command.env(socket_name, &self.socket).env(image_name, image);
+        }
         command.args(&self.arguments[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         self.child = Some(command.spawn().expect("it is installed"));
         let until = Instant::now() + Duration::from_secs(20);

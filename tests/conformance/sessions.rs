@@ -1,6 +1,8 @@
 //! Front-ends that connect, disconnect, crash or reset their device, and clients that do not speak vhost-user.
 
+use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use vhost::VhostBackend;
@@ -17,7 +19,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use crate::common::SECTOR_BYTES;
 use crate::common::daemon::{Daemon, DaemonOptions};
 use crate::common::prng::{Prng, seed};
-use crate::common::raw_message::{FLAG_NEED_REPLY, exchange_with_length, number};
+use crate::common::raw_message::{FLAG_NEED_REPLY, Reply, exchange, exchange_with_length, number};
 use crate::common::raw_ring::Ring;
 use crate::common::request::{OK, Payload, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions, connect, feature};
@@ -73,6 +75,25 @@ fn a_guest_of_an_earlier_version_keeps_its_features() {
     session.start_ring(0);
     session.write(0, &pattern(1, 0, 4096));
     assert_eq!(session.read(0, 4096), pattern(1, 0, 4096));
+}
+
+/// A front-end that sets features which were not offered gets only the others. LOG_SHMFD would let it pass a log of
+/// dirty pages, into which nothing is written.
+#[test]
+fn protocol_features_that_were_not_offered_have_no_effect() {
+    let daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let all = u64::MAX.to_le_bytes();
+    let reply = exchange(&session.socket, number::SET_PROTOCOL_FEATURES, FLAG_NEED_REPLY, &all, &[]);
+    assert!(reply.is_acknowledged(), "{reply:?}");
+    assert_eq!(session.read(0, 512), [0; 512], "the features that were offered are in effect");
+    let log = daemon.directory().path().join("dirty-log");
+    let log = File::options().read(true).write(true).create(true).truncate(true).open(log).expect("a file for the log");
+    log.set_len(1 << 20).expect("it can grow");
+    let body = [(1_u64 << 20).to_le_bytes(), [0; 8]].concat();
+    let reply = exchange(&session.socket, number::SET_LOG_BASE, 0, &body, &[log.as_raw_fd()]);
+    assert_eq!(reply, Reply::Closed);
+    assert_serves(&daemon.socket(), SPARE_SECTOR);
 }
 
 /// T16. Fifty front-ends crash with requests in flight. The next one is served like the first, and the daemon leaks no

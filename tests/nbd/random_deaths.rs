@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use super::common::daemon::{Daemon, send};
+use super::common::forgetful_nbd::serve_if_requested;
 use super::common::nbd_server::NbdServer;
 use super::common::prng::{Prng, seed};
 use super::guest::{FrontEnd, Guest};
@@ -13,6 +14,8 @@ use super::{device, directory_with_image, image_of, socket_of};
 
 /// Sectors that the guest uses.
 const SECTORS: u64 = 16_384;
+/// The test that runs the server.
+const SERVER: &str = "random_deaths::the_server_of_this_test";
 const KEYS: &str = "num_queues = 4\nworkers = 2\nrestart_burst = 1000\nnbd_quarantine_ms = 100\n\
                     cache.dirty_age_max_ms = 200";
 
@@ -26,6 +29,12 @@ fn replace(daemon: &mut Daemon, guest: &mut Guest, signal: i32, between: impl Fn
     });
 }
 
+/// The server, in a process of its own; without its variables this does nothing.
+#[test]
+fn the_server_of_this_test() {
+    serve_if_requested();
+}
+
 #[test]
 fn deaths_of_server_disk_process_and_daemon_in_any_order_lose_no_data() {
     let events = std::env::var("GENBLK_EVENTS").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
@@ -33,13 +42,9 @@ fn deaths_of_server_disk_process_and_daemon_in_any_order_lose_no_data() {
     let mut prng = Prng::new(seed);
     let directory = directory_with_image("nbd-random");
     let image = image_of(&directory);
-    // It forgets what was not flushed when it is killed.
-    let Some(mut server) = NbdServer::forgetful(&socket_of(&directory), &image) else { return };
+    let mut server = NbdServer::of_the_tests(&socket_of(&directory), &image, SERVER);
     let mut daemon = Daemon::start_configured(directory, &[&device(&server, KEYS)]);
     let mut guest = Guest::attach(FrontEnd::Qemu, &daemon, SECTORS, seed);
-    // The server still reads what a TRIM has freed, and zeros after its death, also after a FLUSH
-    // (docs/guarantees.md, "What is not guaranteed").
-    guest.discards = false;
     for event in 0..events {
         guest.run(Instant::now() + Duration::from_micros(prng.below(200_000)));
         let kind = prng.below(5);

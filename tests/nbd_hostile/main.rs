@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod fake;
+#[path = "../common/nbd_protocol.rs"]
+mod nbd_protocol;
 #[path = "../store_kit/mod.rs"]
 mod store_kit;
 
@@ -17,7 +19,8 @@ use genblk::store::nbd::NbdImage;
 use genblk::store::{Backing, Event, IoRequest};
 use genblk::units::{ExtentKind, Fault, OpKind, Urgency};
 
-use fake::{Act, BLOCK_STATUS, FakeServer, Request, chunk, is_read, is_write};
+use fake::{Act, BLOCK_STATUS, FakeServer, chunk, is_read, is_write};
+use nbd_protocol::Request;
 use store_kit::{Buffer, Driver, pattern};
 
 const SIZE: u64 = 1 << 20;

@@ -90,8 +90,6 @@ pub struct Guest {
     disk: Vec<Known>,
     prng: Prng,
     marks: u64,
-    /// It sends DISCARD.
-    pub discards: bool,
     pub completed: u64,
 }
 
@@ -124,7 +122,7 @@ impl Guest {
         }
         let Memory { sectors: disk, marks } = memory;
         let prng = Prng::new(seed);
-        Self { front_end, session: Some(session), inflight, slots, disk, prng, marks, discards: true, completed: 0 }
+        Self { front_end, session: Some(session), inflight, slots, disk, prng, marks, completed: 0 }
     }
 
     /// Powers the guest off after its last request and a FLUSH; returns what its disk holds.
@@ -249,8 +247,7 @@ impl Guest {
                 GuestOp::Write { mark: self.marks }
             }
             85..90 => GuestOp::Zero,
-            90..94 if self.discards => GuestOp::Discard,
-            90..94 => GuestOp::Zero,
+            90..94 => GuestOp::Discard,
             _ => return self.submit(slot, GuestOp::Flush, 0, 0),
         };
         // Overlapping requests in flight leave undefined data.

@@ -23,10 +23,13 @@ mod tools;
 mod zeroes;
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::SECTOR_BYTES;
@@ -257,6 +260,44 @@ fn after_data_loss_every_request_fails_until_the_guest_resets_the_device() {
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(0, &pattern(8, 0, 512));
     assert_eq!(session.read(0, 512), pattern(8, 0, 512));
+}
+
+/// The base of a ring is 0 also after its indices have wrapped. The inflight region shows that the guest was running.
+#[test]
+fn a_ring_of_a_running_guest_that_starts_at_0_does_not_end_a_data_loss() {
+    let mut daemon = start("cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000");
+    let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+    session.share_memory();
+    session.add_ring(128);
+    let wish = VhostUserInflight { num_queues: 1, queue_size: 128, ..VhostUserInflight::default() };
+    let (region, file) = session.frontend.get_inflight_fd(&wish).expect("GET_INFLIGHT_FD");
+    session.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
+    session.start_ring(0);
+    session.write(80, &pattern(7, 80, 512));
+    daemon.kill();
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
+    session.set_up_ring(0, 0);
+    session.enable_ring(0, true);
+    let status = session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status;
+    assert_eq!(status, IOERR, "the guest must not read stale data");
+}
+
+/// QEMU stops the rings of a guest that reboots, and starts them again at 0, on the same connection.
+#[test]
+fn a_guest_that_reboots_on_its_connection_ends_a_data_loss() {
+    let mut daemon = start("cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000");
+    let (session, _) = write_and_kill(&mut daemon);
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    assert_eq!(session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status, IOERR);
+    session.stop_ring(0);
+    session.rings.clear();
+    session.add_ring(128);
+    session.start_ring(0);
+    assert_eq!(session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status, OK);
 }
 
 #[test]

@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn a_uri_that_cannot_be_meant_is_refused_with_the_reason() {
         let cases = [
-            ("nbd:///disk", "no host"),
+            ("nbd:///disk", "invalid host name"),
             ("nbd://host:0/", "port"),
             ("nbd://host:99999/", "port"),
             ("nbd://host/?x=1", "no parameters"),

@@ -131,7 +131,7 @@ fn workers(interval: &Interval<'_>) -> Option<String> {
 fn memory(device: &DeviceStatus) -> Option<String> {
     let wanted = device.cache_wanted_bytes.filter(|wanted| *wanted < device.cache_bytes)?;
     let [wanted, size] = [wanted, device.cache_bytes].map(|bytes| Numbers::Short.bytes(bytes));
-    Some(format!("memory is short: its cache has {wanted} of {size} for now"))
+    Some(format!("memory pressure: its cache is reduced to {wanted} of {size} for now"))
 }
 
 #[cfg(test)]

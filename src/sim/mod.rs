@@ -60,6 +60,19 @@ struct Counts {
     deaths: u64,
     /// Witnesses of Syncs.
     witnesses: u64,
+    /// Times that the cache was frozen.
+    freezes: u64,
+    /// Growths of the image that a daemon applied while it served it.
+    growths: u64,
+    /// Daemons that found a larger image than their predecessor's.
+    found_larger: u64,
+    /// Times that the image was cut, and that it was not, after the daemon had stopped using its end.
+    cuts: u64,
+    uncut: u64,
+    /// Changes of the cache's size.
+    resizes: u64,
+    /// Pages that the last daemon of a world has moved for them.
+    moved_pages: u64,
 }
 
 impl Add for Counts {
@@ -71,6 +84,13 @@ impl Add for Counts {
             operations: self.operations + other.operations,
             deaths: self.deaths + other.deaths,
             witnesses: self.witnesses + other.witnesses,
+            freezes: self.freezes + other.freezes,
+            growths: self.growths + other.growths,
+            found_larger: self.found_larger + other.found_larger,
+            cuts: self.cuts + other.cuts,
+            uncut: self.uncut + other.uncut,
+            resizes: self.resizes + other.resizes,
+            moved_pages: self.moved_pages + other.moved_pages,
         }
     }
 }
@@ -82,13 +102,52 @@ impl std::fmt::Display for Counts {
     }
 }
 
-/// Runs one seed.
-fn run(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<Counts> {
-    run_with(planted, || {
-        let mut world = World::new(seed);
-        world.run(STEPS);
-        world.counts
-    })
+/// What happens to a world beside the requests of its guest, faults and crashes.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// Nothing.
+    Plain,
+    /// The disk is a server, which is restarted occasionally.
+    Restarts,
+    /// An operator freezes the cache between any two steps.
+    Freezes,
+    /// The image grows and shrinks between any two steps.
+    Growth,
+    /// An operator changes the size of the cache between any two steps.
+    Sizes,
+}
+
+impl Kind {
+    const ALL: [Self; 5] = [Self::Plain, Self::Restarts, Self::Freezes, Self::Growth, Self::Sizes];
+
+    /// The world for a seed.
+    fn world(self, seed: u64) -> World {
+        match self {
+            Self::Plain => World::new(seed),
+            Self::Restarts => World::with_restarts(seed),
+            Self::Freezes => World::with_freezes(seed),
+            Self::Growth => World::with_growth(seed),
+            Self::Sizes => World::with_sizes(seed),
+        }
+    }
+
+    /// Runs one seed.
+    fn run(self, seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<Counts> {
+        run_with(planted, || {
+            let mut world = self.world(seed);
+            world.run(STEPS);
+            world.counts
+        })
+    }
+
+    /// Runs seeds; a failure names its seed.
+    fn run_all(self, seeds: impl Iterator<Item = u64>) -> Counts {
+        let run = |seed| {
+            self.run(seed, None)
+                .unwrap_or_else(|_| panic!("seed {seed} failed ({self:?}): replay it with `make sim SEED={seed}`"))
+        };
+        seeds.map(run).fold(Counts::default(), Counts::add)
+    }
 }
 
 /// Runs a small world of `steps` steps that takes its first decisions from `script`.
@@ -100,19 +159,9 @@ pub(crate) fn run_scripted(script: &[u8], steps: u64) {
     World::of(scenario::small_settings(&mut prng), prng).run(steps);
 }
 
-/// Runs one seed; a failure names it.
-fn run_named(seed: u64) -> Counts {
-    run(seed, None).unwrap_or_else(|_| panic!("seed {seed} failed: replay it with `make sim SEED={seed}`"))
-}
-
-/// Runs seeds.
-fn run_all(seeds: impl Iterator<Item = u64>) -> Counts {
-    seeds.map(run_named).fold(Counts::default(), Counts::add)
-}
-
 #[test]
 fn fixed_seeds_keep_every_guarantee() {
-    let counts = run_all(0..FIXED_SEEDS);
+    let counts = Kind::Plain.run_all(0..FIXED_SEEDS);
     assert!(
         counts.requests > 100_000 && counts.deaths > 10_000,
         "too little happened in {FIXED_SEEDS} worlds: {counts}"
@@ -123,94 +172,40 @@ fn fixed_seeds_keep_every_guarantee() {
 fn random_seeds_keep_every_guarantee() {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("the clock is set");
     let first = u64::from(clock.subsec_nanos()) << 32 | clock.as_secs() & 0xffff_ffff;
-    run_all(first..first + 30);
+    Kind::Plain.run_all(first..first + 30);
 }
 
 #[test]
 fn every_witness_of_a_sync_is_on_the_disk_as_it_is_in_its_frame() {
-    let witnesses = run_all(0..100).witnesses;
+    let witnesses = Kind::Plain.run_all(0..100).witnesses;
     assert!(witnesses > 100, "only {witnesses} witnesses");
-}
-
-/// Runs one seed with a server in place of the disk, which is restarted occasionally.
-fn run_with_restarts(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<()> {
-    run_with(planted, || World::with_restarts(seed).run(STEPS))
 }
 
 #[test]
 fn a_server_that_is_restarted_loses_nothing_and_fails_nothing() {
-    for seed in 0..FIXED_SEEDS / 4 {
-        assert!(run_with_restarts(seed, None).is_ok(), "seed {seed} with restarts failed");
-    }
-    let finds = |seed: &u64| run_with_restarts(*seed, Some(PlantedBug::LostIsNotDoubted)).is_err();
+    Kind::Restarts.run_all(0..FIXED_SEEDS / 4);
+    let finds = |seed: &u64| Kind::Restarts.run(*seed, Some(PlantedBug::LostIsNotDoubted)).is_err();
     assert!((0..FIXED_SEEDS).any(|seed| finds(&seed)), "no seed finds a loss that is not repaired");
-}
-
-/// Runs one seed with an operator that freezes the cache between any two steps.
-fn run_with_freezes(seed: u64) -> std::thread::Result<u64> {
-    run_with(None, || {
-        let mut world = World::with_freezes(seed);
-        world.run(STEPS);
-        world.freezes
-    })
-}
-
-/// Runs seeds with freezes. Returns how often a cache was frozen.
-fn freeze_all(seeds: std::ops::Range<u64>) -> u64 {
-    seeds.map(|seed| run_with_freezes(seed).unwrap_or_else(|_| panic!("seed {seed} with freezes failed"))).sum()
 }
 
 #[test]
 fn a_frozen_disk_does_not_change_and_is_what_a_flush_leaves() {
-    let freezes = freeze_all(0..FREEZE_SEEDS);
-    // A Sync fails, and its daemon dies before the failure is reported to it.
-    freeze_all(80_000_931..80_000_932);
-    assert!(freezes > FREEZE_SEEDS, "only {freezes} freezes");
-}
-
-/// Runs one seed with an image that grows and shrinks between any two steps.
-fn run_with_growth(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<[u64; 4]> {
-    run_with(planted, || {
-        let mut world = World::with_growth(seed);
-        world.run(STEPS);
-        world.growths()
-    })
-}
-
-/// Runs seeds with growth. Returns the sums of [`World::growths`].
-fn grow_all(seeds: std::ops::Range<u64>) -> [u64; 4] {
-    let run = |seed| run_with_growth(seed, None).unwrap_or_else(|_| panic!("seed {seed} with growth failed"));
-    seeds.map(run).fold([0; 4], |sums, counts| std::array::from_fn(|index| sums[index] + counts[index]))
+    // In the last one, a Sync fails, and its daemon dies before the failure is reported to it.
+    let counts = Kind::Freezes.run_all((0..FREEZE_SEEDS).chain([80_000_931]));
+    assert!(counts.freezes > FREEZE_SEEDS, "only {} freezes", counts.freezes);
 }
 
 #[test]
 fn an_image_that_grows_and_shrinks_keeps_every_guarantee() {
-    let counts = grow_all(0..GROWTH_SEEDS);
-    assert!(counts.iter().all(|count| *count > 100), "too little happened: {counts:?}");
-}
-
-/// Runs one seed with an operator that changes the size of the cache between any two steps. Returns the number of
-/// changes, and the number of pages that have moved for them.
-fn run_with_sizes(seed: u64) -> std::thread::Result<(u64, u64)> {
-    run_with(None, || {
-        let mut world = World::with_sizes(seed);
-        world.run(STEPS);
-        (world.sizes.sizes, world.sizes.moved_pages)
-    })
-}
-
-/// Runs seeds with changes of size. Returns the number of changes, and the number of pages that have moved.
-fn resize_all(seeds: std::ops::Range<u64>) -> (u64, u64) {
-    seeds.fold((0, 0), |(sizes, pages), seed| {
-        let (more, moved) = run_with_sizes(seed).unwrap_or_else(|_| panic!("seed {seed} with sizes failed"));
-        (sizes + more, pages + moved)
-    })
+    let counts = Kind::Growth.run_all(0..GROWTH_SEEDS);
+    let Counts { growths, found_larger, cuts, uncut, .. } = counts;
+    assert!([growths, found_larger, cuts, uncut].iter().all(|count| *count > 100), "too little happened: {counts:?}");
 }
 
 #[test]
 fn a_cache_whose_size_changes_between_any_two_steps_keeps_every_guarantee() {
-    let (sizes, moved) = resize_all(0..SIZE_SEEDS);
-    assert!(sizes > 10 * SIZE_SEEDS && moved > SIZE_SEEDS, "only {sizes} changes of size, {moved} pages moved");
+    let counts = Kind::Sizes.run_all(0..SIZE_SEEDS);
+    assert!(counts.resizes > 10 * SIZE_SEEDS && counts.moved_pages > SIZE_SEEDS, "too little happened: {counts:?}");
 }
 
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from `GENBLK_SIM_FIRST` (1000) on; without these
@@ -218,20 +213,14 @@ fn a_cache_whose_size_changes_between_any_two_steps_keeps_every_guarantee() {
 #[test]
 fn seeds_from_the_environment() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
-    if let Some(seed) = number("GENBLK_SIM_SEED") {
-        println!("cache: seed {seed}: {}", run_named(seed));
-        println!("cache: seed {seed} with freezes: {:?}", run_with_freezes(seed));
-        println!("cache: seed {seed} with growth: {:?}", run_with_growth(seed, None));
-        println!("cache: seed {seed} with sizes: {:?}", run_with_sizes(seed));
-    }
-    if let Some(count) = number("GENBLK_SIM_COUNT") {
-        let first = number("GENBLK_SIM_FIRST").unwrap_or(1000);
-        println!("cache: {count} seeds: {}", run_all(first..first + count));
-        println!("cache: {count} seeds with an operator: {} freezes", freeze_all(first..first + count));
-        let [applied, found, cut, uncut] = grow_all(first..first + count);
-        println!("cache: {count} seeds with growth: applied {applied} times, found by {found} daemons");
-        println!("cache: {count} seeds with growth: {cut} images cut, {uncut} not cut after all");
-        println!("cache: {count} seeds with sizes: {:?} changes and moved pages", resize_all(first..first + count));
+    for kind in Kind::ALL {
+        if let Some(seed) = number("GENBLK_SIM_SEED") {
+            println!("cache ({kind:?}): seed {seed}: {:?}", kind.run_all(seed..seed + 1));
+        }
+        if let Some(count) = number("GENBLK_SIM_COUNT") {
+            let first = number("GENBLK_SIM_FIRST").unwrap_or(1000);
+            println!("cache ({kind:?}): {count} seeds: {}", kind.run_all(first..first + count));
+        }
     }
 }
 
@@ -263,7 +252,7 @@ const FOUND_BY: [(PlantedBug, u64); 20] = [
 #[test]
 fn the_simulator_finds_every_planted_bug_within_2000_seeds() {
     for (bug, known) in FOUND_BY {
-        let finds = |seed: &u64| run(*seed, Some(bug)).is_err();
+        let finds = |seed: &u64| Kind::Plain.run(*seed, Some(bug)).is_err();
         let seed = Some(known).filter(finds).or_else(|| (0..2000).find(finds));
         let seed = seed.unwrap_or_else(|| panic!("2000 seeds do not find {bug:?}"));
         println!("seed {seed} finds {bug:?}");

@@ -27,7 +27,6 @@ use super::operations::{DiskOp, GuestOp, GuestRequest};
 use super::oracle::Oracle;
 use super::scenario::{BREAKAGES, Scenario, settings};
 use growth::Growth;
-use sizes::SizeChanges;
 
 /// In some worlds page numbers exceed 32 bits. (A multiple of the regions by which the cache requests hole maps and
 /// space.)
@@ -98,14 +97,10 @@ pub(super) struct World {
     /// A Sync has failed, and its daemon died before the failure was reported to it: no daemon can know which data the
     /// disk has lost.
     failed_unreported: bool,
-    /// How often the cache was frozen.
-    pub freezes: u64,
     /// The image grows.
     growth: Option<Growth>,
     /// The image shrinks.
     shrinks: shrinks::Shrinks,
-    /// Changes of its size.
-    pub sizes: SizeChanges,
 }
 
 impl World {
@@ -152,10 +147,8 @@ impl World {
             counts: Counts::default(),
             frozen_disk: None,
             failed_unreported: false,
-            freezes: 0,
             growth: None,
             shrinks: shrinks::Shrinks::default(),
-            sizes: SizeChanges::default(),
         }
     }
 

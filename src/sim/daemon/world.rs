@@ -100,7 +100,12 @@ pub(super) struct World {
 impl World {
     /// The counts of all events so far.
     pub fn counts(&self) -> Counts {
-        Counts { requests: self.completed, operations: self.image.submitted(), deaths: self.deaths, witnesses: 0 }
+        Counts {
+            requests: self.completed,
+            operations: self.image.submitted(),
+            deaths: self.deaths,
+            ..Counts::default()
+        }
     }
 
     pub fn new(seed: u64) -> Self {

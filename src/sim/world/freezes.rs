@@ -53,7 +53,7 @@ impl World {
                 let lost = left.iter().zip(&current).position(|(left, current)| left != current);
                 let is_durable = lost.is_none() || self.failures.has_failed() || self.failed_unreported;
                 assert!(is_durable, "a frozen disk is not durable in sector {lost:?} at step {}", self.step);
-                self.freezes += 1;
+                self.counts.freezes += 1;
                 self.frozen_disk = Some(current);
             }
         }

@@ -27,16 +27,13 @@ pub(super) struct Growth {
     times_left: u32,
     /// First sector of the part that was added last.
     added_at: u64,
-    /// How often a daemon has applied a growth, and how often one started with another size.
-    applied: u64,
-    found: u64,
 }
 
 impl Growth {
     pub fn new(seed: u64) -> Self {
         let mut prng = Prng::new(seed ^ 0x6772_6f77);
         let hole_percent = prng.pick(&[0, 50, 100]);
-        Self { prng, hole_percent, times_left: TIMES_MAX, added_at: 0, applied: 0, found: 0 }
+        Self { prng, hole_percent, times_left: TIMES_MAX, added_at: 0 }
     }
 }
 
@@ -50,14 +47,6 @@ impl World {
     pub fn with_growth(seed: u64) -> Self {
         let world = if seed.is_multiple_of(4) { Self::with_freezes(seed) } else { Self::new(seed) };
         Self { growth: Some(Growth::new(seed)), ..world }
-    }
-
-    /// How often a daemon has applied a growth of the image, and how often one found a larger image; how often it was
-    /// cut, and how often it was not, after the daemon had stopped using its end.
-    pub fn growths(&self) -> [u64; 4] {
-        let [applied, found] = self.growth.as_ref().map_or([0; 2], |growth| [growth.applied, growth.found]);
-        let [cut, uncut] = self.shrinks.counts();
-        [applied, found, cut, uncut]
     }
 
     /// In some cases, the start of a request of this many sectors near the former end of the image.
@@ -111,7 +100,7 @@ impl World {
         if !self.shrinks.is_shrinking() && present > served && is_whole_pages(served) && is_whole_pages(present) {
             self.settings.image_sectors = self.base + present;
             self.cache.grow(self.settings.image_sectors);
-            self.growth.as_mut().expect("the disk has grown").applied += 1;
+            self.counts.growths += 1;
         }
     }
 
@@ -126,7 +115,7 @@ impl World {
         if present > served {
             self.memory.forget_beyond(self.settings.image_sectors);
             self.settings.image_sectors = self.base + present;
-            self.growth.as_mut().expect("the disk has grown").found += 1;
+            self.counts.found_larger += 1;
         }
     }
 }

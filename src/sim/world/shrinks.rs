@@ -33,9 +33,6 @@ struct Shrink {
 #[derive(Debug, Default)]
 pub(super) struct Shrinks {
     current: Option<Shrink>,
-    /// How often the image was cut, and how often it was not, after the daemon had stopped using its end.
-    cuts: u64,
-    uncut: u64,
     /// Number of daemons that have started.
     pub daemons: u64,
 }
@@ -43,11 +40,6 @@ pub(super) struct Shrinks {
 impl Shrinks {
     pub fn is_shrinking(&self) -> bool {
         self.current.is_some()
-    }
-
-    /// How often the image was cut, and how often it was not, after the daemon had stopped using its end.
-    pub fn counts(&self) -> [u64; 2] {
-        [self.cuts, self.uncut]
     }
 }
 
@@ -117,13 +109,13 @@ impl World {
         self.shrinks.current = None;
         let before = self.settings.image_sectors;
         if self.prng.percent(CUT_FAILS_PERCENT) {
-            self.shrinks.uncut += 1;
+            self.counts.uncut += 1;
             return self.cache.grow(before);
         }
         self.disk.cut(to as usize);
         self.oracle.cut(to as usize);
         self.requests.values_mut().for_each(|request| request.known.cut(to as usize));
         self.settings.image_sectors = self.base + to;
-        self.shrinks.cuts += 1;
+        self.counts.cuts += 1;
     }
 }

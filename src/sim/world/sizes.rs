@@ -11,13 +11,6 @@ const SIZES: [u32; 6] = [12, 13, 24, 48, 100, 160];
 /// Most turns that a change of size may take while nothing is in flight.
 const TURNS_MAX: u32 = 10_000;
 
-/// Number of changes of the size, and number of pages that have moved for them in the last daemon.
-#[derive(Clone, Copy, Debug, Default)]
-pub(in super::super) struct SizeChanges {
-    pub sizes: u64,
-    pub moved_pages: u64,
-}
-
 impl World {
     /// The world for a seed, with an operator that changes the size of the cache.
     pub fn with_sizes(seed: u64) -> Self {
@@ -44,7 +37,7 @@ impl World {
         self.settings.frames = frames;
         self.settings.dirty_pages_max = self.prng.pick(&[frames / 4, frames / 2]);
         self.cache.reconfigure(&self.settings);
-        self.sizes.sizes += 1;
+        self.counts.resizes += 1;
     }
 
     /// Nothing is in flight, and the disk is healthy: the size must soon be the requested one.
@@ -58,7 +51,7 @@ impl World {
                 self.cache.resume();
             }
             if self.cache.is_resized() {
-                self.sizes.moved_pages += self.cache.moved_pages();
+                self.counts.moved_pages += self.cache.moved_pages();
                 let stats = self.cache.stats();
                 return assert_eq!(stats.frames, u64::from(self.settings.frames), "{stats:?}");
             }

@@ -204,11 +204,14 @@ impl CachedImage {
         let (name, backing) = (self.name.clone(), Arc::clone(&self.backing));
         let record = move || {
             if !backing.lose_cache().is_ok_and(|is_recorded| is_recorded) {
-                error!("{name}: a loss of completed writes would go undetected ({cause})");
+                error!(
+                    "{name}: cannot record that the cache file is gone ({cause}): a crash of the daemon would lose \
+                     writes unnoticed; stop the daemon with SIGTERM and start it again"
+                );
             }
         };
         if let Err(e) = thread::Builder::new().name("lost cache".to_owned()).spawn(record) {
-            error!("{}: a loss of completed writes would go undetected ({e})", self.name);
+            error!("{}: cannot record that the cache file is gone: {e}", self.name);
         }
     }
 

@@ -87,7 +87,7 @@ fn tcp(authority: &str) -> Result<ServerAddress, String> {
     };
     let port = port.ok_or("has extra characters between the address and its port")?;
     if host.is_empty() || !host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:%".contains(&b)) {
-        return Err(format!("has no host that could be looked up: {host:?}"));
+        return Err(format!("has an invalid host name: {host:?}"));
     }
     let port = if port.is_empty() { Some(DEFAULT_PORT) } else { port.parse().ok().filter(|port| *port != 0) };
     Ok(ServerAddress::Tcp(host.to_ascii_lowercase(), port.ok_or("has a port that is not a number from 1 to 65535")?))

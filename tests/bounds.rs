@@ -66,7 +66,7 @@ fn reads_of_4_gib_keep_neither_another_queue_nor_a_control_message_waiting() {
     assert!(stopped < WAIT_MAX, "GET_VRING_BASE of the flooded ring takes {stopped:?}");
     // Requests that were not completed count as not taken: the ring resumes there, and each request completes once.
     assert_eq!(base, session.rings[0].used_idx());
-    flood.make_small(&session);
+    flood.shrink_pending_chains(&session);
     session.start_ring(0);
     session.rings[0].notify();
     poll_until("all requests to complete", PATIENCE, || (session.rings[0].used_idx() == 128).then_some(()));
@@ -89,7 +89,7 @@ fn a_ring_with_a_request_of_4_gib_changes_memory_and_features_at_once() {
         assert!(taken < WAIT_MAX, "SET_MEM_TABLE takes {taken:?}");
     }
     assert!(session.rings[0].used_idx() < 4, "the requests are long");
-    flood.make_small(&session);
+    flood.shrink_pending_chains(&session);
     session.stop_ring(0);
     session.start_ring(0);
     session.rings[0].notify();

@@ -178,7 +178,7 @@ fn assert_undisturbed(
     panic!("{name}: the best of {ROUNDS} rounds moved the percentile by {best:?}, or a control message took as long");
 }
 
-fn wait_until_over(is_over: &AtomicBool, each: Duration, mut act: impl FnMut()) {
+fn repeat_until_over(is_over: &AtomicBool, each: Duration, mut act: impl FnMut()) {
     while !is_over.load(Ordering::Acquire) {
         act();
         thread::sleep(each);
@@ -195,7 +195,7 @@ fn the_death_and_the_stop_of_another_disks_process_move_a_bystanders_reads_by_le
     let mut daemon = two_disks();
     let mut bystander = open(&daemon, 1, 1);
     assert_undisturbed("kill -9", &mut bystander, |is_over| {
-        wait_until_over(is_over, Duration::from_millis(10), || {
+        repeat_until_over(is_over, Duration::from_millis(10), || {
             let mut session = open(&daemon, 0, 1);
             (0..50).for_each(|n| session.write(n * 8, &[7; 4096]));
             let process = daemon.disk_process("d0");
@@ -205,7 +205,7 @@ fn the_death_and_the_stop_of_another_disks_process_move_a_bystanders_reads_by_le
         Vec::new()
     });
     assert_undisturbed("SIGBUS", &mut bystander, |is_over| {
-        wait_until_over(is_over, Duration::from_millis(10), || {
+        repeat_until_over(is_over, Duration::from_millis(10), || {
             let mut session = open(&daemon, 0, 1);
             session.write(0, &[7; 4096]);
             let process = daemon.disk_process("d0");
@@ -218,7 +218,7 @@ fn the_death_and_the_stop_of_another_disks_process_move_a_bystanders_reads_by_le
     assert_undisturbed("SIGSTOP", &mut bystander, |is_over| {
         let process = daemon.disk_process("d0");
         send(process, libc::SIGSTOP);
-        wait_until_over(is_over, Duration::from_millis(10), || {});
+        repeat_until_over(is_over, Duration::from_millis(10), || {});
         send(process, libc::SIGCONT);
         Vec::new()
     });
@@ -230,7 +230,7 @@ fn the_death_and_the_stop_of_another_disks_process_move_a_bystanders_reads_by_le
 /// Control messages of the hostile guest's front-end meanwhile, and the stop of its rings.
 fn control_messages(session: &mut Session, is_over: &AtomicBool) -> Vec<Duration> {
     let mut found = Vec::new();
-    wait_until_over(is_over, Duration::from_millis(50), || {
+    repeat_until_over(is_over, Duration::from_millis(50), || {
         let begun = Instant::now();
         session.share_memory();
         found.push(begun.elapsed());

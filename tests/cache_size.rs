@@ -301,7 +301,7 @@ fn a_cache_shrinks_under_memory_pressure_and_comes_back_and_loses_nothing() {
     use_until(&mut contents, &mut session, &control, [16, 4, 4]);
     await_memory(&daemon, 4);
     let shown = stdout_of(&genblk(&control, &["list"]));
-    assert!(shown.contains("memory is short: its cache has 4.0M for now"), "{shown}");
+    assert!(shown.contains("memory pressure: its cache is reduced to 4.0M for now"), "{shown}");
     // What the operator changes meanwhile does not give it its size again.
     stdout_of(&genblk(&control, &["set", "d0", "poll_us=0"]));
     // Nor does the death of its process.

@@ -83,7 +83,7 @@ fn list_shows_each_disk_and_why_one_is_not_served() {
 }
 
 #[test]
-fn stat_shows_exactly_what_a_disk_has_done_and_a_disk_that_did_nothing_has_dashes() {
+fn stat_counts_every_request_and_shows_dashes_for_an_idle_disk() {
     let (daemon, control) = start("control-stat", false);
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     for _ in 0..10 {

@@ -204,7 +204,7 @@ fn status_of_write(session: &mut Session) -> u8 {
 }
 
 #[test]
-fn resuming_one_disk_of_a_group_leaves_the_others_as_they_were_stopped() {
+fn resuming_one_disk_of_a_group_leaves_the_others_stopped() {
     let directory = TempDir::new("resume-group");
     let fails = directory.path().join("fails");
     let file = format!("error-file={}", fails.display());

@@ -247,7 +247,7 @@ fn an_orderly_end_names_a_disk_that_could_not_be_opened_if_its_cache_holds_compl
 }
 
 #[test]
-fn a_volatile_cache_that_dies_with_its_process_is_a_data_loss_until_the_guest_resets() {
+fn requests_fail_after_the_loss_of_a_volatile_cache_until_the_guest_resets() {
     let mut daemon = start("volatile", 1, &format!("{SMALL}\ncache.survive = \"never\""));
     let mut session = open(&daemon, 0);
     session.write(8, &pattern(1, 8, 4096));

@@ -153,7 +153,7 @@ fn random_io_with_two_workers_on_four_queues() {
 }
 
 #[test]
-fn random_io_with_two_workers_and_no_cache() {
+fn two_workers_without_a_cache_read_and_write_the_right_data() {
     check_random_io_on_a_configured_device(
         "num_queues = 4\nworkers = 2\ncache.size = \"6M\"\ncache.mode = \"none\"",
         114,

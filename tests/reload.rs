@@ -107,7 +107,7 @@ fn a_key_that_cannot_be_set_changes_nothing() {
 }
 
 #[test]
-fn the_advice_for_a_key_that_takes_effect_after_detach_and_attach_can_be_followed() {
+fn the_commands_suggested_for_a_pending_key_apply_it() {
     let (mut daemon, control) = start("reload-advice");
     poll_until("the disk to be served", PATIENCE, || (state(&control) == json!("serving")).then_some(()));
     let refused = genblk(&control, &["set", "d0", "workers=2"]);

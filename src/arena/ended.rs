@@ -43,7 +43,7 @@ pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: Tenu
     let mut file = dir.open_file(name, OpenMode::Append, &shown)?;
     let metadata = file.metadata().map_err(failed)?;
     if metadata.len() >= BYTES_MAX {
-        return Err(failed(io::Error::other("it is full")));
+        return Err(failed(io::Error::other("it has reached its maximum of 1 MiB")));
     }
     file.write_all(line_of(tenure, state).as_bytes()).map_err(failed)
 }

@@ -272,7 +272,7 @@ impl ArenaFile {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) && self.owner() == effective_uid() => map(),
             result => result,
         };
-        written.map_err(|e| Error::io(ErrorKind::Memory, format!("cannot change {self}"), e))
+        written.map_err(|e| Error::io(ErrorKind::Memory, format!("cannot mark {self} as set aside"), e))
     }
 
     /// Checks that no other user could have put a file into a directory.

@@ -30,13 +30,13 @@ const FILES_MAX: usize = 2;
 /// Longest name of a process in bytes (TASK_COMM_LEN).
 const NAME_BYTES_MAX: usize = 16;
 
-/// A question: its kind, a byte of padding, its number, a process ID, and an address.
-const QUESTION_BYTES: usize = 16;
-/// An answer: its kind, the length of a name, the number of the question, and the name.
-const ANSWER_BYTES: usize = NAME_AT + NAME_BYTES_MAX;
-/// Where the number is in a question and in an answer.
+/// A query: its kind, a byte of padding, its number, a process ID, and an address.
+const QUERY_BYTES: usize = 16;
+/// A response: its kind, the length of a name, the number of the query, and the name.
+const RESPONSE_BYTES: usize = NAME_AT + NAME_BYTES_MAX;
+/// Where the number is in a query and in a response.
 const NUMBER_AT: std::ops::Range<usize> = 2..4;
-/// Where the name is in an answer.
+/// Where the name is in a response.
 const NAME_AT: usize = 4;
 
 /// Kinds of questions.
@@ -103,8 +103,11 @@ impl Broker {
     }
 
     /// Whether a descriptor is that of an eventfd.
-    pub fn is_eventfd(&self, file: &impl AsRawFd) -> bool {
-        self.query(&question(IS_EVENTFD, 0, 0), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
+    ///
+    /// # Errors
+    /// The broker did not reply.
+    pub fn is_eventfd(&self, file: &impl AsRawFd) -> io::Result<bool> {
+        self.query(&question(IS_EVENTFD, 0, 0), Some(file.as_raw_fd())).map(|answer| answer.is_yes())
     }
 
     /// A listener with one connection in its backlog, and the other end of that connection.
@@ -119,15 +122,22 @@ impl Broker {
         }
     }
 
-    fn query(&self, question: &[u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
+    fn query(&self, question: &[u8; QUERY_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
         let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         let answer = link.as_mut().ok_or(io::ErrorKind::NotConnected)?.query(*question, file);
         match &answer {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                warn!("{}: the broker does not answer: the daemon is stopped or has no processor time", self.name);
+                warn!(
+                    "{}: the broker thread does not reply (the daemon is stopped, or starved of CPU time): a request \
+                     of the front-end fails",
+                    self.name
+                );
             }
             Err(e) => {
-                warn!("{}: the broker no longer answers ({e}): no further front-end can be served", self.name);
+                warn!(
+                    "{}: the broker thread has ended ({e}): no further front-end can be served; restart the daemon",
+                    self.name
+                );
                 *link = None;
             }
             Ok(_) => {}
@@ -137,15 +147,15 @@ impl Broker {
 }
 
 impl BrokerLink {
-    /// Asks, and waits for the answer. Skips answers that come too late.
-    fn query(&mut self, mut question: [u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
+    /// Sends a query, and waits for its response. Skips late responses to earlier queries.
+    fn query(&mut self, mut question: [u8; QUERY_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
         self.number = self.number.wrapping_add(1);
         question[NUMBER_AT].copy_from_slice(&self.number.to_ne_bytes());
         send(&self.socket, &question, file.as_slice())?;
         loop {
-            let mut bytes = [0; ANSWER_BYTES];
+            let mut bytes = [0; RESPONSE_BYTES];
             let (received, files) = receive_with_files::<FILES_MAX>(&self.socket, &mut bytes)?;
-            if received != ANSWER_BYTES {
+            if received != RESPONSE_BYTES {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             if bytes[NUMBER_AT] == question[NUMBER_AT] {
@@ -163,8 +173,8 @@ fn send(socket: &UnixStream, message: &[u8], files: &[RawFd]) -> io::Result<()> 
     }
 }
 
-fn question(kind: u8, pid: u32, address: u64) -> [u8; QUESTION_BYTES] {
-    let mut bytes = [0; QUESTION_BYTES];
+fn question(kind: u8, pid: u32, address: u64) -> [u8; QUERY_BYTES] {
+    let mut bytes = [0; QUERY_BYTES];
     bytes[0] = kind;
     bytes[4..8].copy_from_slice(&pid.to_ne_bytes());
     bytes[8..].copy_from_slice(&address.to_ne_bytes());
@@ -173,7 +183,7 @@ fn question(kind: u8, pid: u32, address: u64) -> [u8; QUESTION_BYTES] {
 
 #[derive(Debug)]
 struct Answer {
-    bytes: [u8; ANSWER_BYTES],
+    bytes: [u8; RESPONSE_BYTES],
     files: Vec<File>,
 }
 
@@ -183,7 +193,7 @@ impl Answer {
     }
 
     fn of(is_yes: bool) -> Self {
-        let mut bytes = [0; ANSWER_BYTES];
+        let mut bytes = [0; RESPONSE_BYTES];
         bytes[0] = if is_yes { YES } else { NO };
         Self { bytes, files: Vec::new() }
     }
@@ -212,9 +222,9 @@ pub fn spawn(name: &str) -> io::Result<OwnedFd> {
 
 /// Answers one question of the control plane of a device.
 fn answer_next(device: &str, socket: &UnixStream) -> io::Result<()> {
-    let mut question = [0; QUESTION_BYTES];
+    let mut question = [0; QUERY_BYTES];
     let (received, files) = receive_with_files::<FILES_MAX>(socket, &mut question)?;
-    if received != QUESTION_BYTES {
+    if received != QUERY_BYTES {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     let pid = u32::from_ne_bytes(question[4..8].try_into().expect("four bytes"));
@@ -262,7 +272,7 @@ mod tests {
         assert_eq!(broker.name_of(0), None);
         let file = memfd::create(c"test").unwrap();
         assert!(!broker.is_private(own, 4096, &file), "nothing is mapped there");
-        assert!(broker.is_eventfd(&EventFd::new(0).unwrap()) && !broker.is_eventfd(&file));
+        assert!(broker.is_eventfd(&EventFd::new(0).unwrap()).unwrap() && !broker.is_eventfd(&file).unwrap());
         for _ in 0..3 {
             let (listener, mut ours) = broker.connection().unwrap();
             let mut accepted = listener.accept().unwrap().0;
@@ -293,7 +303,7 @@ mod tests {
         thread::scope(|scope| {
             // The two that nobody waits for any more, and one that asks now.
             scope.spawn(|| (0..3).for_each(|_| answer_next("test", &server).unwrap()));
-            assert!(!broker.is_eventfd(&memfd::create(c"test").unwrap()));
+            assert!(!broker.is_eventfd(&memfd::create(c"test").unwrap()).unwrap());
         });
         drop(server);
         assert_eq!(broker.connection().unwrap_err().kind(), io::ErrorKind::BrokenPipe);

@@ -173,7 +173,7 @@ impl PageCache {
         self.stats.read_miss_pages += 1;
         self.enqueue_waiter(id, Waiter::new(ticket, part));
         // A hole is filled with zeros immediately.
-        self.settle_waiters(id);
+        self.deliver_to_waiters(id);
         true
     }
 
@@ -357,11 +357,11 @@ impl PageCache {
 
     /// Delivers a page to the waiting reads whose sectors are now valid. If other reads still wait and neither a
     /// read-in nor a writer will make their sectors valid, starts a read-in.
-    pub(super) fn settle_waiters(&mut self, id: PageId) {
+    pub(super) fn deliver_to_waiters(&mut self, id: PageId) {
         self.deliver_ready(id, self.pages[id].valid);
     }
 
-    /// Like [`PageCache::settle_waiters`], but the frame has the sectors `ready` only now.
+    /// Like [`PageCache::deliver_to_waiters`], but the frame has the sectors `ready` only now.
     fn deliver_ready(&mut self, id: PageId, ready: SectorMask) {
         let mut chain = self.pages.replace_waiters(id, NONE);
         while chain != NONE {
@@ -407,7 +407,7 @@ impl PageCache {
             self.unfilled.push(id);
         } else if self.pages[id].valid == SectorMask::ALL {
             // A hole was filled immediately: no read-in follows whose end would deliver it.
-            self.settle_waiters(id);
+            self.deliver_to_waiters(id);
         }
     }
 
@@ -415,7 +415,7 @@ impl PageCache {
     pub(super) fn retry_unfilled(&mut self) {
         for id in std::mem::take(&mut self.unfilled) {
             if self.pages[id].waiters() != NONE {
-                self.settle_waiters(id);
+                self.deliver_to_waiters(id);
             }
         }
         self.submit_run();
@@ -430,7 +430,7 @@ impl PageCache {
     /// page that it reads in gets the marker, if that is due.
     ///
     /// => It never waits, and leaves half of the free reserve to requests.
-    pub(super) fn prefetch(&mut self, window: PageSpan, marker_due: &mut bool) -> PageNo {
+    pub(super) fn read_ahead_window(&mut self, window: PageSpan, marker_due: &mut bool) -> PageNo {
         self.run.is_readahead = true;
         let mut next = window.first;
         while self.health.stopped().is_none()
@@ -439,7 +439,7 @@ impl PageCache {
             && !self.ranges.contain(next)
         {
             if self.pages.find(next).is_none() {
-                let room = self.pages.frames().free() > self.reserve() / 2 && self.streams.may_prefetch();
+                let room = self.pages.frames().free() > self.reserve() / 2 && self.streams.may_read_ahead();
                 match if room { self.begin_read_in(next) } else { Err(CannotRead::Wait) } {
                     Ok(id) => {
                         self.stats.readahead_pages += 1;

@@ -79,10 +79,10 @@ impl PageCache {
             let mut first = no;
             if start.is_multiple_of(SECTORS_PER_PAGE) {
                 let lowest = region.max((no + 1).saturating_sub(length_max));
-                first = self.reach_down(no, lowest);
+                first = self.extend_down(no, lowest);
                 start = first * SECTORS_PER_PAGE;
                 if first > lowest
-                    && let Some(sectors) = self.last_run(first - 1)
+                    && let Some(sectors) = self.trailing_dirty_run(first - 1)
                 {
                     first -= 1;
                     start -= sectors;
@@ -90,8 +90,8 @@ impl PageCache {
             }
             if end.is_multiple_of(SECTORS_PER_PAGE) {
                 let highest = (region + REGION_PAGES).min(first + length_max);
-                let last = self.reach_up(no + 1, highest);
-                let sectors = if last < highest { self.first_run(last) } else { None };
+                let last = self.extend_up(no + 1, highest);
+                let sectors = if last < highest { self.leading_dirty_run(last) } else { None };
                 end = last * SECTORS_PER_PAGE + sectors.unwrap_or(0);
             }
         }
@@ -99,7 +99,7 @@ impl PageCache {
     }
 
     /// The first page of a cluster that includes page `no`, and none below `lowest`.
-    fn reach_down(&self, no: u64, lowest: u64) -> u64 {
+    fn extend_down(&self, no: u64, lowest: u64) -> u64 {
         let (mut first, mut reach) = (no, no);
         while reach > lowest && first - reach <= BRIDGE_PAGES && self.can_bridge(reach - 1) {
             reach -= 1;
@@ -111,7 +111,7 @@ impl PageCache {
     }
 
     /// The page after a cluster that includes the page before `end`, and none from `highest` on.
-    fn reach_up(&self, mut end: u64, highest: u64) -> u64 {
+    fn extend_up(&self, mut end: u64, highest: u64) -> u64 {
         let mut reach = end;
         while reach < highest && reach - end <= BRIDGE_PAGES && self.can_bridge(reach) {
             reach += 1;
@@ -123,7 +123,7 @@ impl PageCache {
     }
 
     /// The length of the leading dirty run of a partially valid page, if a cluster may end with it.
-    fn first_run(&self, no: u64) -> Option<u64> {
+    fn leading_dirty_run(&self, no: u64) -> Option<u64> {
         let dirty = self.dirty_part(no)?;
         dirty.first_run().filter(|(first, _)| *first == 0).map(|(_, count)| u64::from(count)).filter(|count| {
             // The end of a run is the end of a block.
@@ -132,7 +132,7 @@ impl PageCache {
     }
 
     /// The length of the trailing dirty run of a partially valid page, if a cluster may begin with it.
-    fn last_run(&self, no: u64) -> Option<u64> {
+    fn trailing_dirty_run(&self, no: u64) -> Option<u64> {
         let count = u64::from(self.dirty_part(no)?.0.leading_ones());
         (count > 0 && count.is_multiple_of(u64::from(self.settings.block_sectors))).then_some(count)
     }
@@ -196,7 +196,7 @@ impl PageCache {
             }
             self.pages.release_frame(frame);
             if self.pages[id].waiters() != NONE {
-                self.settle_waiters(id);
+                self.deliver_to_waiters(id);
             }
         }
         self.submit_run();

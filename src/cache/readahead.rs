@@ -178,7 +178,7 @@ impl Streams {
     }
 
     /// Whether one more page may be read ahead.
-    pub fn may_prefetch(&self) -> bool {
+    pub fn may_read_ahead(&self) -> bool {
         self.room() > 0
     }
 
@@ -216,7 +216,7 @@ impl Streams {
         self.lookup = self.lookup.wrapping_add(1).max(1);
         let (first, end, lookup) = (span.first.0, span.end().0, self.lookup);
         let window_max = self.window_max_now();
-        // If several streams match, take the one that expects the request most.
+        // If several streams match, take the one whose next page is nearest to the request.
         let distance = |stream: &Stream| stream.expects(first, lookup).then(|| stream.next.abs_diff(first));
         if let Some(at) = self.nearest(first, distance) {
             let ready = self.change(at, |stream| {
@@ -420,12 +420,12 @@ impl PageCache {
         let Stream { ahead, wanted, mut marker_due, .. } = self.streams.table[at];
         let wanted = wanted.min(self.readable_pages());
         if ahead < wanted {
-            let end = self.prefetch(PageSpan::new(PageNo(ahead), wanted - ahead), &mut marker_due);
+            let end = self.read_ahead_window(PageSpan::new(PageNo(ahead), wanted - ahead), &mut marker_due);
             let stream = &mut self.streams.table[at];
             stream.marker_due = marker_due;
             stream.ahead = stream.ahead.max(end.0);
             // If too many pages are unread, the stream tries again at its reader's next miss.
-            self.streams.cut |= stream.ahead < wanted && self.streams.may_prefetch();
+            self.streams.cut |= stream.ahead < wanted && self.streams.may_read_ahead();
         }
     }
 }

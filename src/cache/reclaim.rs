@@ -51,7 +51,7 @@ impl PageCache {
                 return;
             };
             if let Some(period) = page.unread_since() {
-                self.count_wasted_prefetch(page.no(), period);
+                self.count_wasted_readahead(page.no(), period);
             }
             self.stats.evicted_pages += 1;
         }
@@ -73,7 +73,7 @@ impl PageCache {
     pub(super) fn remove_page(&mut self, id: PageId) {
         let page = self.pages.remove(id);
         if let Some(period) = page.unread_since() {
-            self.count_wasted_prefetch(page.no(), period);
+            self.count_wasted_readahead(page.no(), period);
         }
     }
 
@@ -86,7 +86,7 @@ impl PageCache {
     }
 
     /// A page that was read ahead in `period` is evicted, removed or overwritten before a guest read it.
-    pub(super) fn count_wasted_prefetch(&mut self, no: PageNo, period: Period) {
+    pub(super) fn count_wasted_readahead(&mut self, no: PageNo, period: Period) {
         if period == Period::WARMED {
             return;
         }

@@ -117,7 +117,7 @@ impl Throttle {
     }
 
     /// Background write-back starts above this cost.
-    pub fn start_pages(&self) -> u32 {
+    pub fn start_threshold_pages(&self) -> u32 {
         self.percent(START_PERCENT)
     }
 
@@ -129,7 +129,7 @@ impl Throttle {
     /// Above this cost the completions of writes are delayed: halfway from start to limit, like Linux's freerun
     /// ceiling, so that background write-back reaches full speed first.
     pub fn setpoint_pages(&self) -> u32 {
-        (self.start_pages() + self.limit) / 2
+        (self.start_threshold_pages() + self.limit) / 2
     }
 
     fn percent(&self, percent: u32) -> u32 {
@@ -290,7 +290,7 @@ mod tests {
             throttle.write_started(now);
             throttle.write_ended(256, 0, now.plus_us(1000));
         }
-        assert!(throttle.start_pages() > 4 * 256, "{throttle:?}");
+        assert!(throttle.start_threshold_pages() > 4 * 256, "{throttle:?}");
     }
 
     #[test]

@@ -125,7 +125,7 @@ impl PageCache {
             }
         };
         if let Some(period) = self.pages.take_unread(id) {
-            self.count_wasted_prefetch(no, period);
+            self.count_wasted_readahead(no, period);
             self.pages.first_touch(id, no);
         } else if found.is_none() {
             self.pages.first_touch(id, no);
@@ -204,7 +204,7 @@ impl PageCache {
     fn writer_left(&mut self, id: PageId) {
         let page = &self.pages[id];
         if page.waiters() != NONE {
-            self.settle_waiters(id);
+            self.deliver_to_waiters(id);
             self.submit_run();
         } else if page.valid.is_empty() && page.writers == 0 && !page.is(READING) {
             self.remove_page(id);

@@ -52,7 +52,7 @@ pub(super) struct Writeback {
     aged: Option<Epoch>,
     next_aging: Tick,
     /// The last page of each region that a sequential writer has filled.
-    filled_regions: Vec<PageNo>,
+    filled_region_ends: Vec<PageNo>,
 }
 
 impl Writeback {
@@ -96,7 +96,7 @@ impl Writeback {
         if no.0 % REGION_PAGES == REGION_PAGES - 1 {
             let first = PageNo(no.0 + 1 - REGION_PAGES);
             if (0..REGION_PAGES / GROUP_PAGES).all(|group| dirty.group_is_full(first.plus(group * GROUP_PAGES))) {
-                self.filled_regions.push(no);
+                self.filled_region_ends.push(no);
             }
         }
     }
@@ -129,7 +129,7 @@ impl PageCache {
         if self.pages.dirty().dirty_pages() == 0 {
             self.writeback.running = false;
             self.writeback.pressure = false;
-            self.writeback.filled_regions.clear();
+            self.writeback.filled_region_ends.clear();
             return;
         }
         if let Some(upto) = self.flushing.unwritten_up_to() {
@@ -139,7 +139,7 @@ impl PageCache {
         // the FLUSH.
         let flush_needs_store = self.writeback.more || self.store_ops.writes() >= DEPTH_MAX;
         if self.flushing.unwritten_up_to().is_none() || !flush_needs_store {
-            for last in std::mem::take(&mut self.writeback.filled_regions) {
+            for last in std::mem::take(&mut self.writeback.filled_region_ends) {
                 self.write_behind(last);
             }
         }
@@ -171,7 +171,7 @@ impl PageCache {
     fn write_back_in_background(&mut self) {
         let idle = self.now.since_us(self.writeback.last_guest_io) >= IDLE_US;
         let cost = self.write_back_cost();
-        let start = self.throttle.start_pages();
+        let start = self.throttle.start_threshold_pages();
         if cost > start {
             self.writeback.running = true;
         } else if cost < self.throttle.stop_pages() {

@@ -90,7 +90,7 @@ impl CachedImage {
     pub fn follow_size(&self, frames: usize) {
         let mut state = self.memory.lock().expect("no thread panics with the state locked");
         if frames != state.frames || state.thread.is_none() {
-            // The last thread ends before the next one starts.
+            // The previous thread ends before the next one starts.
             drop(state.thread.take());
             // The process has confined threads, and a new thread inherits that.
             *state = MemoryKeeper::start(&self.name, &self.arena, &self.mailboxes, frames, false);

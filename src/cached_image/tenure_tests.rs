@@ -205,7 +205,7 @@ fn the_begin_of_a_change_is_a_heartbeat() {
 }
 
 #[test]
-fn a_clean_cache_that_a_daemon_has_only_looked_at_stays() {
+fn a_clean_cache_is_kept_by_a_daemon_that_only_attaches_it() {
     let (directory, arena) = arena_of("attached");
     arena.publish(FrameId(0), FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty: SectorMask::NONE });
     arena.keep_on_drop(true);

@@ -106,7 +106,7 @@ fn sections(roff: &mut Roff, text: &str) {
 /// The comments of configs/default.toml: at its head, above each key, and at its end.
 struct CommentedDefaults {
     head: Vec<String>,
-    of_keys: BTreeMap<String, Vec<String>>,
+    by_key: BTreeMap<String, Vec<String>>,
     end: Vec<String>,
 }
 
@@ -114,14 +114,14 @@ impl CommentedDefaults {
     fn parse_embedded() -> Self {
         let text = include_str!("../../configs/default.toml");
         let (mut comments, mut prefix) = (Vec::new(), "");
-        let (mut head, mut of_keys) = (Vec::new(), BTreeMap::new());
+        let (mut head, mut by_key) = (Vec::new(), BTreeMap::new());
         for line in text.lines() {
             match line {
                 "[[device]]" => head = std::mem::take(&mut comments),
                 "[device.cache]" => prefix = "cache.",
                 "[device.limits]" => {
                     prefix = "limits.";
-                    of_keys.insert("limits".to_owned(), std::mem::take(&mut comments));
+                    by_key.insert("limits".to_owned(), std::mem::take(&mut comments));
                 }
                 _ if line.starts_with('[') => panic!("{line}: no page has this table"),
                 "" if comments.is_empty() => {}
@@ -129,13 +129,13 @@ impl CommentedDefaults {
                 _ => match (line.strip_prefix('#'), line.split_once(" = ")) {
                     (Some(comment), _) => comments.push(comment.strip_prefix(' ').unwrap_or(comment).to_owned()),
                     (None, Some((key, _))) => {
-                        of_keys.insert(format!("{prefix}{key}"), std::mem::take(&mut comments));
+                        by_key.insert(format!("{prefix}{key}"), std::mem::take(&mut comments));
                     }
                     (None, None) => panic!("{line}: neither a comment nor a key"),
                 },
             }
         }
-        Self { head, of_keys, end: comments }
+        Self { head, by_key, end: comments }
     }
 }
 
@@ -160,9 +160,9 @@ fn configuration_page() -> String {
         roff.control("SH", [heading]);
         let shown = if table.is_empty() { "[[device]]".to_owned() } else { format!("[device.{table}]") };
         roff.text([roman("Keys of a "), bold(shown), roman(" table:")]);
-        prose(&mut roff, comments.of_keys.get(table).map_or(&[], Vec::as_slice));
+        prose(&mut roff, comments.by_key.get(table).map_or(&[], Vec::as_slice));
         for key in documented_keys().filter(|key| key.name.split_once('.').map_or("", |(first, _)| first) == table) {
-            let text = comments.of_keys.get(key.name).unwrap_or_else(|| panic!("{}: no comment", key.name));
+            let text = comments.by_key.get(key.name).unwrap_or_else(|| panic!("{}: no comment", key.name));
             let short = short_name(key.name);
             roff.control("SS", [short]);
             prose(&mut roff, text);

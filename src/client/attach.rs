@@ -43,7 +43,7 @@ fn devices(table: &toml::Table) -> std::result::Result<Vec<Value>, String> {
             match object.remove("device") {
                 Some(_) if !object.is_empty() => {
                     let names: Vec<_> = object.keys().map(String::as_str).collect();
-                    return Err(format!("has {} outside the [[device]] tables", names.join(", ")));
+                    return Err(format!("{} must be in a [[device]] table", names.join(", ")));
                 }
                 Some(Value::Array(devices)) => devices,
                 Some(_) => return Err("write [[device]] above each device".to_owned()),
@@ -92,7 +92,7 @@ mod tests {
         let here = env::current_dir().unwrap().join("a.img");
         assert_eq!(read("image = \"a.img\"").unwrap()[0]["image"], json!(here));
         assert_eq!(read("image = \"nbd://host/a\"").unwrap()[0]["image"], json!("nbd://host/a"));
-        assert!(read("x = 1\n[[device]]\nname = \"a\"").unwrap_err().contains("has x outside"));
+        assert!(read("x = 1\n[[device]]\nname = \"a\"").unwrap_err().contains("x must be in"));
     }
 
     #[test]

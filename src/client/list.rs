@@ -53,7 +53,7 @@ fn table(devices: &[DeviceStatus]) -> String {
         }
         if let Some(wanted) = device.cache_wanted_bytes.filter(|wanted| *wanted < device.cache_bytes) {
             let wanted = Numbers::Short.bytes(wanted);
-            reasons += &format!("{}: memory is short: its cache has {wanted} for now\n", device.name);
+            reasons += &format!("{}: memory pressure: its cache is reduced to {wanted} for now\n", device.name);
         }
         if let Some(us) = device.oldest_operation_us.filter(|us| *us >= SLOW_US) {
             reasons += &format!("{}: its image has not answered for {} s\n", device.name, us / 1_000_000);
@@ -114,7 +114,7 @@ db    failed   -          /srv/vm1.img      -   256M     -      -  writeback
 vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
 db: no such ?[2Jfile
 vm1: pending until detach and attach: workers, cache.size
-vm1: memory is short: its cache has 64.0M for now
+vm1: memory pressure: its cache is reduced to 64.0M for now
 vm1: its image has not answered for 12 s
 ";
         assert_eq!(table(&[served, failed, slow]), expected);

@@ -519,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn the_types_have_the_fields_of_the_interface() {
+    fn the_wire_types_match_the_varlink_interface() {
         let device = DeviceStatus {
             name: String::new(),
             state: DeviceState::Serving,

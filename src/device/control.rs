@@ -169,7 +169,7 @@ impl Workers {
     }
 
     /// The worker of a ring.
-    pub fn of_ring(&self, ring: u16) -> &WorkerControl {
+    pub fn worker_for(&self, ring: u16) -> &WorkerControl {
         &self.controls[usize::from(ring) % self.controls.len()]
     }
 
@@ -290,7 +290,7 @@ impl Workers {
         replied.recv().unwrap_or(Err(Fault::Gone))
     }
 
-    /// Like [`Workers::thaw`], and rejects later freezes: rings that stop complete their requests.
+    /// Like [`Workers::thaw`], and rejects later freezes, so that a vring that stops can complete its requests.
     pub fn close_freezes(&self) {
         let thawed = {
             let mut ends = self.freezes_closed.lock().expect("no thread panics with the freezes locked");
@@ -306,7 +306,7 @@ impl Workers {
         self.controls[0].call(WorkerCommand::Thaw).unwrap_or(false)
     }
 
-    /// Ends the threads. Store operations in flight get `patience` to complete; then they are left to the kernel.
+    /// Ends the threads. Waits up to `patience` for store operations in flight, then leaves them to the kernel.
     pub fn exit(&self, patience: Duration) {
         for control in &self.controls {
             control.send(WorkerCommand::Exit(patience));

@@ -72,7 +72,7 @@ impl InflightTracker {
         }
         // The previous daemon may have died after publishing its last batch and before clearing the batch's flags.
         let recorded = self.field::<AtomicU16>(USED_IDX).load(Ordering::Acquire);
-        self.settle_batch(used.wrapping_sub(recorded), used);
+        self.clear_in_flight_flags(used.wrapping_sub(recorded), used);
         let mut in_flight: Vec<(u64, u16)> = (0..self.size)
             .filter(|&head| self.inflight(head).load(Ordering::Acquire) != 0)
             .map(|head| (self.counter_of(head).load(Ordering::Relaxed), head))
@@ -113,13 +113,13 @@ impl InflightTracker {
     /// Records that the used index was published as `used`, and with it the chains of the batch.
     pub fn end_completion(&mut self, used: u16) {
         let batch = std::mem::take(&mut self.batch);
-        self.settle_batch(batch, used);
+        self.clear_in_flight_flags(batch, used);
     }
 
     /// Clears the flags of the last `count` chains that were pushed onto the used ring, whose index is `used`.
     ///
     /// => The front-end can write to the region, so the list may contain a loop: at most `size` entries are followed.
-    fn settle_batch(&self, count: u16, used: u16) {
+    fn clear_in_flight_flags(&self, count: u16, used: u16) {
         let mut head = self.field::<AtomicU16>(LAST_BATCH_HEAD).load(Ordering::Acquire);
         for _ in 0..count.min(self.size) {
             if head >= self.size {

@@ -14,7 +14,7 @@ use crate::virtio::request::RequestKind;
 use super::pending::Pending;
 
 /// A worker that does not sleep counts its turns at least once in this many turns.
-const TURNS_MAX: u64 = 64;
+const UNCOUNTED_TURNS_MAX: u64 = 64;
 
 /// See the documentation of the module.
 #[derive(Debug)]
@@ -53,11 +53,11 @@ impl Tally {
     /// Starts a turn.
     #[inline]
     pub fn begin_turn(&mut self, now: Tick) {
-        self.settle(now);
+        self.count_requests(now);
         if std::mem::take(&mut self.has_work) {
             self.turns += 1;
             self.busy_ns += now.since_ns(self.turn);
-            if self.turns == TURNS_MAX {
+            if self.turns == UNCOUNTED_TURNS_MAX {
                 self.count_turns();
             }
         }
@@ -128,7 +128,7 @@ impl Tally {
     }
 
     /// Counts the completed requests, with `now` as the time of their completion.
-    pub fn settle(&mut self, now: Tick) {
+    pub fn count_requests(&mut self, now: Tick) {
         let ns = now.since_ns(self.turn);
         let mut operations = std::mem::take(&mut self.quick_operations);
         while operations != 0 {
@@ -183,7 +183,7 @@ mod tests {
         table[flush].status = Status::IoErr;
         tally.completed(&table[flush]);
         assert!(tally.has_waited());
-        tally.settle(Tick::from_ns(4000));
+        tally.count_requests(Tick::from_ns(4000));
         assert!(!tally.is_open());
         let snapshot = Snapshot::read(&counters);
         let of = |operation, served| snapshot.requests(Class::new(operation, served));

@@ -338,7 +338,7 @@ impl Worker {
     /// Counts the completed requests, with the present time.
     fn settle_tally(&mut self) {
         let now = self.port.image().now();
-        self.requests.tally.settle(now);
+        self.requests.tally.count_requests(now);
     }
 
     /// Takes requests from the rings, as far as the limits allow. Returns whether one had any.

@@ -33,7 +33,7 @@ use crate::sys::fd::close_inherited;
 use crate::sys::poll::wait_any_readable_for;
 use crate::sys::privileges::User;
 use crate::sys::process::{raise_descriptor_limit, set_thread_name};
-use crate::sys::regions::{self, Region};
+use crate::sys::regions::{self, TruncatableMemory};
 use crate::sys::signal;
 use crate::waker::Waker;
 
@@ -227,7 +227,7 @@ impl Control {
         let (image, io_mode) = store::received(file, image)?;
         let received = crate::arena::ReceivedArena::new(cache, cache_files)?;
         let (is_cache_removed, arena) = (received.is_removed, received.arena);
-        regions::note(Region::Cache, &arena.mapped());
+        regions::note(TruncatableMemory::Cache, &arena.mapped());
         // The image may have grown since the cache was opened.
         arena.set_image_size(image.limits().size_bytes.get());
         let (name, image) = (settings.name.clone(), cached_image(settings, image, arena)?);
@@ -352,8 +352,8 @@ static BUS_ERROR_PAGES: device::StatsPages = device::StatsPages::new();
 /// Records which memory was accessed, so that the supervisor can log it. Runs in a signal handler.
 fn note_bus_error(address: usize) {
     let memory = match regions::of(address) {
-        Some(Region::Cache) => TruncatedMemory::Cache,
-        Some(Region::Inflight) => TruncatedMemory::Inflight,
+        Some(TruncatableMemory::Cache) => TruncatedMemory::Cache,
+        Some(TruncatableMemory::Inflight) => TruncatedMemory::Inflight,
         // No other mapping is shared with another process.
         None => TruncatedMemory::Guest,
     };

@@ -21,7 +21,7 @@ const FILES_MAX: usize = 8;
 
 /// A message on the wire.
 #[derive(Debug, Serialize, Deserialize)]
-struct Frame<M> {
+struct Envelope<M> {
     version: u32,
     message: M,
 }
@@ -120,7 +120,7 @@ impl<Out, In> AsRawFd for Channel<Out, In> {
 
 /// A message as bytes.
 pub(crate) fn encode<M: Serialize>(message: &M) -> io::Result<Vec<u8>> {
-    serde_json::to_vec(&Frame { version: VERSION, message }).map_err(io::Error::other)
+    serde_json::to_vec(&Envelope { version: VERSION, message }).map_err(io::Error::other)
 }
 
 /// The message of these bytes.
@@ -129,7 +129,7 @@ pub(crate) fn decode<M: DeserializeOwned>(bytes: &[u8]) -> io::Result<M> {
     if version != VERSION {
         return Err(invalid(&format!("it has version {version}, but this process uses version {VERSION}")));
     }
-    let frame: Frame<M> = serde_json::from_slice(bytes).map_err(|e| invalid(&e.to_string()))?;
+    let frame: Envelope<M> = serde_json::from_slice(bytes).map_err(|e| invalid(&e.to_string()))?;
     Ok(frame.message)
 }
 

@@ -77,7 +77,7 @@ impl Leftovers {
 
     /// Examines another cache.
     fn add(&mut self, name: &str, read_only: bool, image: &dyn NamedImage, candidate: Candidate) -> Result<()> {
-        if candidate.likeness == MatchStrength::OtherAccess {
+        if candidate.match_strength == MatchStrength::OtherAccess {
             return refuse_other_access(image, &candidate);
         }
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
@@ -97,9 +97,9 @@ impl Leftovers {
             warn_unused(name, image, &candidate, SET_ASIDE);
             return Ok(());
         }
-        let Candidate { file, header, likeness, .. } = candidate;
+        let Candidate { file, header, match_strength, .. } = candidate;
         let arena = Arena::attach(file, &header)?;
-        let proof = prove(&arena, &header, likeness, image, self.record.as_ref());
+        let proof = prove(&arena, &header, match_strength, image, self.record.as_ref());
         let unwritten = Unwritten::of(&arena);
         let file = arena.into_file().expect(super::HAS_FILE);
         match proof {
@@ -107,11 +107,11 @@ impl Leftovers {
                 name,
                 read_only,
                 image,
-                Candidate { file, header, likeness, foreign: None },
+                Candidate { file, header, match_strength, foreign: None },
                 unwritten,
             ),
             Proof::Overtaken(why) if unwritten != Unwritten::NOTHING => {
-                warn_unused(name, image, &Candidate { file, header, likeness, foreign: None }, &why);
+                warn_unused(name, image, &Candidate { file, header, match_strength, foreign: None }, &why);
                 Ok(())
             }
             Proof::Refuted(why) | Proof::Unproven(why) if unwritten != Unwritten::NOTHING => {
@@ -119,15 +119,15 @@ impl Leftovers {
             }
             Proof::Overtaken(why) | Proof::Refuted(why) | Proof::Unproven(why) => {
                 self.guest = self.guest.or(header.guest);
-                if read_only || likeness == MatchStrength::Similar {
+                if read_only || match_strength == MatchStrength::Similar {
                     return Ok(());
                 }
                 info!("{name}: dropped the cache in {file}, which held no unwritten data: {why}");
-                self.settle(name, image, header.tenure.map(|tenure| tenure.id));
+                self.close_tenure(name, image, header.tenure.map(|tenure| tenure.id));
                 // Its record of the guest's state must stay, in case this daemon dies, until the new cache has it.
                 file.shrink_to_header()?;
                 if let Some(header) = file.header()? {
-                    self.add_marker(read_only, Candidate { file, header, likeness, foreign: None });
+                    self.add_marker(read_only, Candidate { file, header, match_strength, foreign: None });
                 }
                 Ok(())
             }
@@ -173,7 +173,7 @@ impl Leftovers {
 
     /// Records a file without pages, which holds only the guest's state.
     fn add_marker(&mut self, read_only: bool, candidate: Candidate) {
-        if candidate.likeness == MatchStrength::Similar {
+        if candidate.match_strength == MatchStrength::Similar {
             return;
         }
         self.guest = self.guest.or(candidate.header.guest);
@@ -185,7 +185,7 @@ impl Leftovers {
     }
 
     /// Records that the tenure of a cache without unwritten data has ended.
-    fn settle(&mut self, name: &str, image: &dyn NamedImage, tenure: Option<TenureId>) {
+    fn close_tenure(&mut self, name: &str, image: &dyn NamedImage, tenure: Option<TenureId>) {
         let Some(record) = &mut self.record else { return };
         if record.state != TenureState::Open || Some(record.tenure) != tenure {
             return;

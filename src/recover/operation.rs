@@ -30,7 +30,7 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
     };
     let (memory_dir, manager) = (&MemoryDir::Systemd, &Arc::new(ServiceManager::default()));
     let search = Search { image, facts: &facts, record: record.as_ref(), memory_dir, manager };
-    let Some(likeness) = search.likeness(header) else {
+    let Some(match_strength) = search.match_strength(header) else {
         let (file, shown) = (arena.file().expect(super::HAS_FILE), image.path().display());
         let context = format!("{file} belongs to an image that {shown} has replaced");
         let hint = format!(
@@ -42,10 +42,10 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
     if force {
         return Ok(());
     }
-    match prove(arena, header, likeness, image, record.as_ref()) {
+    match prove(arena, header, match_strength, image, record.as_ref()) {
         Proof::Proven => Ok(()),
         // The operator has named both the cache and the image, which is stronger evidence than a path.
-        Proof::Unproven(_) if likeness == MatchStrength::Similar => Ok(()),
+        Proof::Unproven(_) if match_strength == MatchStrength::Similar => Ok(()),
         Proof::Unproven(why) | Proof::Refuted(why) | Proof::Overtaken(why) => {
             let file = arena.file().expect(super::HAS_FILE);
             Err(refusal(image, file, Unwritten::of(arena), header.last_seen.heartbeat_ns, &why))

@@ -77,7 +77,7 @@ pub(super) fn superseded(header: &Header, record: Option<&Record>) -> Option<Pro
     }
     let (ours, later) = (tenure.id.generation, record.tenure.generation);
     Some(Proof::Overtaken(format!(
-        "it is from generation {ours}; the image has since been in use as generation {later}"
+        "its generation is {ours}; a later daemon has opened the image, as generation {later}"
     )))
 }
 
@@ -95,7 +95,7 @@ fn has_ended(header: &Header, record: Option<&Record>) -> bool {
 pub(super) fn prove(
     arena: &Arena,
     header: &Header,
-    likeness: MatchStrength,
+    match_strength: MatchStrength,
     image: &dyn NamedImage,
     record: Option<&Record>,
 ) -> Proof {
@@ -117,9 +117,9 @@ pub(super) fn prove(
     let doubt = match verdict {
         ChangeVerdict::Unchanged => return Proof::Proven,
         ChangeVerdict::Changed(why) => return Proof::Refuted(why),
-        ChangeVerdict::Plausible if likeness == MatchStrength::Same => None,
+        ChangeVerdict::Plausible if match_strength == MatchStrength::Same => None,
         ChangeVerdict::Plausible => Some("it may be another file at the same path".to_owned()),
-        ChangeVerdict::Unknown(_) if is_known_image && likeness == MatchStrength::Same => None,
+        ChangeVerdict::Unknown(_) if is_known_image && match_strength == MatchStrength::Same => None,
         ChangeVerdict::Unknown(why) => Some(why),
     };
     let known_bytes = header.image.size_bytes.min(image.limits().size_bytes.get());

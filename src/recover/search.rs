@@ -53,7 +53,7 @@ fn is_of_original(record: &Record, facts: &ImageFacts) -> bool {
 pub(super) struct Candidate {
     pub(super) file: ArenaFile,
     pub(super) header: Header,
-    pub(super) likeness: MatchStrength,
+    pub(super) match_strength: MatchStrength,
     /// Unwritten data in a cache of another user. Such a file is read but not mapped, because that user can truncate
     /// it.
     pub(super) foreign: Option<Unwritten>,
@@ -116,9 +116,9 @@ impl Search<'_> {
 
     fn in_fdstore(&self, name: &str) -> Result<Option<Candidate>> {
         let peeked = ArenaFile::peek_in_fdstore(self.manager, name);
-        let Some(likeness) = self.likeness_of(peeked, OsStr::new(name))? else { return Ok(None) };
+        let Some(match_strength) = self.likeness_of(peeked, OsStr::new(name))? else { return Ok(None) };
         let Some(file) = ArenaFile::take_named_from_fdstore(self.manager, name)? else { return Ok(None) };
-        self.candidate(file, likeness)
+        self.candidate(file, match_strength)
     }
 
     fn at(&self, path: &PathBuf) -> Result<Option<Candidate>> {
@@ -136,37 +136,37 @@ impl Search<'_> {
             peeked => peeked,
         };
         let name = path.file_name().unwrap_or_default();
-        let likeness = match self.likeness_of(peeked, name) {
+        let match_strength = match self.likeness_of(peeked, name) {
             Err(e) if !is_recorded && !is_own(path) && !e.is_lack_of_resources() => return Ok(None),
-            likeness => likeness?,
+            match_strength => match_strength?,
         };
-        let Some(likeness) = likeness else { return Ok(None) };
-        self.open(path, likeness, is_recorded)
+        let Some(match_strength) = match_strength else { return Ok(None) };
+        self.open(path, match_strength, is_recorded)
     }
 
-    fn open(&self, path: &Path, likeness: MatchStrength, is_recorded: bool) -> Result<Option<Candidate>> {
+    fn open(&self, path: &Path, match_strength: MatchStrength, is_recorded: bool) -> Result<Option<Candidate>> {
         match ArenaFile::open_within(path, whose(), LOCK_PATIENCE) {
-            Ok(file) => self.candidate(file, likeness),
+            Ok(file) => self.candidate(file, match_strength),
             Err(e) if e.kind() == ErrorKind::Locked && is_recorded => Err(e),
             // A running daemon uses it for another image: this image's lock is ours.
-            Err(e) if e.kind() == ErrorKind::Locked && likeness == MatchStrength::Similar => Ok(None),
+            Err(e) if e.kind() == ErrorKind::Locked && match_strength == MatchStrength::Similar => Ok(None),
             Err(_) if !path.exists() => Ok(None),
             Err(e) if e.kind() == ErrorKind::Memory => Err(self.unreachable(path, &e)),
             Err(e) => Err(e),
         }
     }
 
-    fn candidate(&self, file: ArenaFile, likeness: MatchStrength) -> Result<Option<Candidate>> {
+    fn candidate(&self, file: ArenaFile, match_strength: MatchStrength) -> Result<Option<Candidate>> {
         if !file.is_in_fdstore() && file.owner() != effective_uid() {
             let survey = file.survey().ok().flatten().filter(|survey| survey.is_of_this_boot);
             return Ok(survey.map(|survey| {
                 let unwritten = Unwritten::surveyed(&survey);
-                Candidate { file, header: survey.header, likeness, foreign: Some(unwritten) }
+                Candidate { file, header: survey.header, match_strength, foreign: Some(unwritten) }
             }));
         }
         // Read again: before it was locked, another process could change it.
         let header = file.header()?;
-        Ok(header.map(|header| Candidate { file, header, likeness, foreign: None }))
+        Ok(header.map(|header| Candidate { file, header, match_strength, foreign: None }))
     }
 
     fn unreachable(&self, path: &Path, error: &Error) -> Error {
@@ -240,7 +240,7 @@ impl Search<'_> {
         let first_name = self.facts.identity.file_name(0, 0);
         let prefix = first_name.trim_end_matches('0');
         match peeked {
-            Ok(header) => Ok(header.and_then(|header| self.likeness(&header))),
+            Ok(header) => Ok(header.and_then(|header| self.match_strength(&header))),
             Err(e) if e.is_lack_of_resources() || name.to_string_lossy().contains(prefix) => Err(e),
             Err(e) => {
                 log::debug!("{}: {e}", name.display());
@@ -250,7 +250,7 @@ impl Search<'_> {
     }
 
     /// How strongly a header indicates that its cache belongs to the image; `None`: it does not.
-    pub(super) fn likeness(&self, header: &Header) -> Option<MatchStrength> {
+    pub(super) fn match_strength(&self, header: &Header) -> Option<MatchStrength> {
         let (left, image) = (&header.image, self.facts);
         let recorded = self.record.map(|record| record.tenure);
         if recorded.is_some() && recorded == header.tenure.map(|tenure| tenure.id)

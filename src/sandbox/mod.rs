@@ -77,14 +77,14 @@ impl ThreadKind {
 
 /// A fence, for messages and for tests that remove one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fence {
+enum Confinement {
     Capabilities,
     Dumping,
     Landlock,
     Seccomp,
 }
 
-impl fmt::Display for Fence {
+impl fmt::Display for Confinement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Capabilities => "capabilities",
@@ -118,10 +118,10 @@ pub fn prepare(user: Option<&User>) -> Result<()> {
         privileges::become_user(user).map_err(|e| Error::io(ErrorKind::System, context(), e))?;
     }
     memory::prepare_allocator();
-    if is_applied(Fence::Dumping)
+    if is_applied(Confinement::Dumping)
         && let Err(e) = privileges::forbid_dumping()
     {
-        warn_once(Fence::Dumping, &e);
+        warn_once(Confinement::Dumping, &e);
     }
     violation::report_violations().map_err(|e| Error::io(ErrorKind::System, "cannot set the handler of SIGSYS", e))?;
     IS_ON.store(true, Ordering::Release);
@@ -135,21 +135,21 @@ pub fn confine(kind: ThreadKind) {
         return;
     }
     violation::name_thread(thread::current().name().unwrap_or("without a name"));
-    if is_applied(Fence::Capabilities)
+    if is_applied(Confinement::Capabilities)
         && let Err(e) = privileges::forbid_new_privileges().and_then(|()| privileges::drop_capabilities())
     {
-        warn_once(Fence::Capabilities, &e);
+        warn_once(Confinement::Capabilities, &e);
     }
-    if is_applied(Fence::Landlock) {
+    if is_applied(Confinement::Landlock) {
         match forbid_paths() {
-            Ok(lacks) => lacks.into_iter().for_each(|lacks| warn_once(Fence::Landlock, &lacks)),
-            Err(e) => warn_once(Fence::Landlock, &e),
+            Ok(lacks) => lacks.into_iter().for_each(|lacks| warn_once(Confinement::Landlock, &lacks)),
+            Err(e) => warn_once(Confinement::Landlock, &e),
         }
     }
-    if is_applied(Fence::Seccomp)
+    if is_applied(Confinement::Seccomp)
         && let Err(e) = filter_calls(kind)
     {
-        warn_once(Fence::Seccomp, &e);
+        warn_once(Confinement::Seccomp, &e);
     }
     debug!("the thread is confined ({kind:?})");
     #[cfg(debug_assertions)]
@@ -157,7 +157,7 @@ pub fn confine(kind: ThreadKind) {
 }
 
 /// Whether to apply a fence: always, except in a test that removes one to test the others.
-fn is_applied(fence: Fence) -> bool {
+fn is_applied(fence: Confinement) -> bool {
     #[cfg(debug_assertions)]
     if probe::takes_away(fence) {
         return false;
@@ -167,7 +167,7 @@ fn is_applied(fence: Fence) -> bool {
 }
 
 /// Logs once for each fence that the kernel lacks it, or a part of it.
-fn warn_once(fence: Fence, why: &dyn fmt::Display) {
+fn warn_once(fence: Confinement, why: &dyn fmt::Display) {
     static WARNINGS: [Once; 4] = [const { Once::new() }; 4];
     WARNINGS[fence as usize].call_once(|| {
         warn!("sandbox: {fence} is only partly available on this host: {why}; the other layers stay active");

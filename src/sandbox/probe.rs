@@ -12,11 +12,11 @@ use std::sync::Once;
 
 use log::info;
 
-use super::{Fence, ThreadKind};
+use super::{Confinement, ThreadKind};
 use crate::sys::trespass;
 
 /// Whether a test removes a fence.
-pub(super) fn takes_away(fence: Fence) -> bool {
+pub(super) fn takes_away(fence: Confinement) -> bool {
     let fences = env::var("GENBLK_SANDBOX_WITHOUT").unwrap_or_default();
     fences.split(' ').any(|name| name == fence.to_string())
 }

@@ -56,7 +56,7 @@ impl FailureOracle {
     }
 
     /// The daemon was stopped from `before` to `now`: half of the hold time remains of a hold that had not ended.
-    pub fn note_stop(&mut self, before: Tick, settings: &Settings, now: Tick) {
+    pub fn note_sigstop(&mut self, before: Tick, settings: &Settings, now: Tick) {
         if let Some(since) = &mut self.held_since
             && before.since_us(*since) < settings.hold_us
         {

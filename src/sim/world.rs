@@ -90,7 +90,7 @@ pub(super) struct World {
     /// Requests that the cache has completed, but that have not completed for the guest, and whether they succeeded.
     pending_completions: Vec<(u64, bool)>,
     /// Prints the events on this sector: `GENBLK_SIM_TRACE`.
-    traced: Option<u64>,
+    traced_sector: Option<u64>,
     pub counts: Counts,
     /// The disk's contents since the cache was frozen.
     frozen_disk: Option<Vec<u32>>,
@@ -143,7 +143,7 @@ impl World {
             copies: Vec::new(),
             resumable: Vec::new(),
             pending_completions: Vec::new(),
-            traced: std::env::var("GENBLK_SIM_TRACE").ok().and_then(|sector| sector.parse().ok()),
+            traced_sector: std::env::var("GENBLK_SIM_TRACE").ok().and_then(|sector| sector.parse().ok()),
             counts: Counts::default(),
             frozen_disk: None,
             failed_unreported: false,
@@ -561,7 +561,7 @@ impl World {
             _ => {}
         }
         self.trace(op.span, || {
-            let at = self.traced.and_then(|sector| sector.checked_sub(op.span.start)).unwrap_or(0) as usize;
+            let at = self.traced_sector.and_then(|sector| sector.checked_sub(op.span.start)).unwrap_or(0) as usize;
             format!("cache submits {tag}: {:?} {:?}, content {:?}", op.kind, op.span, op.content.get(at))
         });
         op.effect_at = self.now_us + self.prng.between(1, self.scenario.latency_us_max);

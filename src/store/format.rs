@@ -107,7 +107,7 @@ pub fn detect(bytes: u64, head: &[u8], tail: &[u8], read: &dyn Fn(u64) -> Option
 /// The number of its `bytes` that a LUKS container of version 1 has for data. Version 2 stores that in a text that is
 /// not parsed.
 fn luks_bytes(head: &[u8], bytes: u64) -> Option<u64> {
-    let payload = (big(head, 6, 2)? == 1).then(|| big(head, 104, 4))??;
+    let payload = (read_be(head, 6, 2)? == 1).then(|| read_be(head, 104, 4))??;
     bytes.checked_sub(payload * SECTOR_BYTES)
 }
 
@@ -135,12 +135,12 @@ pub fn at_end(tail: &[u8]) -> Option<Format> {
         return Some(VHD);
     }
     // The length of the trailer follows its magic number.
-    (tail.starts_with(b"koly") && big(tail, 8, 4) == Some(512)).then_some(DMG)
+    (tail.starts_with(b"koly") && read_be(tail, 8, 4) == Some(512)).then_some(DMG)
 }
 
 /// Whether a VHD footer starts here: its cookie, and a type from fixed (2) to differencing (4).
 fn is_vhd_footer(bytes: &[u8]) -> bool {
-    bytes.starts_with(b"conectix") && matches!(big(bytes, 60, 4), Some(2..=4))
+    bytes.starts_with(b"conectix") && matches!(read_be(bytes, 60, 4), Some(2..=4))
 }
 
 /// Whether it is the text file that describes a VMDK: its first line after comments and empty lines is the version.
@@ -152,12 +152,12 @@ fn is_vmdk_descriptor(head: &[u8]) -> bool {
 }
 
 /// A big-endian number of `len` bytes.
-fn big(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
+fn read_be(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     Some(bytes.get(at..at + len)?.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
 }
 
 /// A little-endian number of `len` bytes.
-fn little(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
+fn read_le(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     Some(bytes.get(at..at + len)?.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
 }
 
@@ -165,23 +165,23 @@ fn little(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
 fn virtual_bytes(format: Format, head: &[u8], tail: &[u8], read: &dyn Fn(u64) -> Option<u64>) -> Option<u64> {
     let sectors = |count: Option<u64>| count?.checked_mul(SECTOR_BYTES);
     match format {
-        QCOW2 | QCOW1 => big(head, 24, 8),
-        QED => little(head, 48, 8),
-        VMDK if head.starts_with(b"KDMV") => sectors(little(head, 12, 8)),
-        VMDK if head.starts_with(b"COWD") => sectors(little(head, 12, 4)),
+        QCOW2 | QCOW1 => read_be(head, 24, 8),
+        QED => read_le(head, 48, 8),
+        VMDK if head.starts_with(b"KDMV") => sectors(read_le(head, 12, 8)),
+        VMDK if head.starts_with(b"COWD") => sectors(read_le(head, 12, 4)),
         VMDK if head.starts_with(b"#") => sectors(vmdk_sectors(head)),
-        VMDK => sectors(little(head, 16, 8)),
+        VMDK => sectors(read_le(head, 16, 8)),
         VHDX => vhdx_bytes(read),
         // The current size, in the footer or its copy at the start. An old footer of 511 bytes starts one byte later.
-        VHD if head.starts_with(b"conectix") => big(head, 48, 8),
-        VHD => big(tail, if tail.starts_with(b"conectix") { 48 } else { 49 }, 8),
-        VDI => little(head, 0x170, 8),
+        VHD if head.starts_with(b"conectix") => read_be(head, 48, 8),
+        VHD => read_be(tail, if tail.starts_with(b"conectix") { 48 } else { 49 }, 8),
+        VDI => read_le(head, 0x170, 8),
         // Only the newer variant has more than 32 bits.
-        PARALLELS => sectors(little(head, 36, if head.starts_with(b"WithouFreSpacExt") { 8 } else { 4 })),
-        CLOOP => big(head, 128, 4)?.checked_mul(big(head, 132, 4)?),
-        BOCHS => little(head, if little(head, 64, 4)? == 0x1_0000 { 84 } else { 88 }, 8),
-        DMG if tail.starts_with(b"koly") => sectors(big(tail, 492, 8)),
-        AndroidSparse => little(head, 12, 4)?.checked_mul(little(head, 16, 4)?),
+        PARALLELS => sectors(read_le(head, 36, if head.starts_with(b"WithouFreSpacExt") { 8 } else { 4 })),
+        CLOOP => read_be(head, 128, 4)?.checked_mul(read_be(head, 132, 4)?),
+        BOCHS => read_le(head, if read_le(head, 64, 4)? == 0x1_0000 { 84 } else { 88 }, 8),
+        DMG if tail.starts_with(b"koly") => sectors(read_be(tail, 492, 8)),
+        AndroidSparse => read_le(head, 12, 4)?.checked_mul(read_le(head, 16, 4)?),
         Disk { .. } | Luks | Packed { .. } | Archive { .. } => None,
     }
 }
@@ -327,7 +327,7 @@ mod tests {
 
     fn found(head: &[u8], tail: &[u8]) -> Option<(&'static str, Option<u64>)> {
         let file = head.to_vec();
-        let read = |at: u64| little(&file, usize::try_from(at).ok()?, 8);
+        let read = |at: u64| read_le(&file, usize::try_from(at).ok()?, 8);
         let head = &head[..head.len().min(HEAD_BYTES)];
         detect(1 << 30, head, tail, &read).map(|found| (found.format.name(), found.virtual_bytes))
     }

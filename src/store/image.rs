@@ -376,7 +376,10 @@ impl OpenImage {
             log::warn!("{label} has {now} bytes; it had {opened} when it was opened");
         }
         if links == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
-            log::error!("{label} was deleted: it is still served, but its data is lost when this daemon ends");
+            log::error!(
+                "{label} was deleted: it is still served, but its data is lost when this daemon ends; copy \
+                 it from inside the guest before"
+            );
         }
         request.offset + request.len <= now
     }

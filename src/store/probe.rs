@@ -184,7 +184,10 @@ fn enable_direct(file: &File, geometry: &BlockGeometry) -> Result<Alignment, Str
 fn supported(reported: Alignment, size_bytes: u64) -> Result<Alignment, String> {
     let Alignment { block, memory } = Alignment { memory: reported.memory.max(reported.block), ..reported };
     if !block.is_power_of_two() || !memory.is_power_of_two() || memory > BLOCK_MAX {
-        return Err(format!("it needs blocks of {block} bytes and memory aligned to {memory} bytes"));
+        return Err(format!(
+            "it requires blocks of {block} bytes and memory aligned to {memory} bytes; genblk supports powers \
+             of two up to {BLOCK_MAX}"
+        ));
     }
     if !size_bytes.is_multiple_of(u64::from(block)) {
         return Err(format!("the image's size is not a multiple of the {block}-byte blocks that it needs"));

@@ -257,7 +257,7 @@ impl Disk {
     }
 
     /// Whether it is served, or cannot be served soon: the start of the daemon need not wait for it.
-    pub fn is_settled(&self) -> bool {
+    pub fn is_start_decided(&self) -> bool {
         match self.phase {
             DevicePhase::Opening => self.keeper.step().since.elapsed() >= FIRST,
             DevicePhase::Open => false,
@@ -450,7 +450,7 @@ impl Disk {
     /// As [`Disk::check_while_ending`]. `advice`: how to end the wait, for the log; `None`: the wait has no deadline.
     fn check_end(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
         if let Some((at, is_killed)) = self.abandoned_hung {
-            return self.finish_giving_up(at, is_killed);
+            return self.kill_hung(at, is_killed);
         }
         let (age, step, state) = (since.elapsed(), self.keeper.step(), self.state());
         if self.step_reminder.is_due(age) {
@@ -506,8 +506,8 @@ impl Disk {
     fn give_up_hung(&mut self, ending: Ending) {
         let (name, image, step) = (&self.name, self.image.display(), self.keeper.step().what);
         let context = match step {
-            keeper::PREPARING => format!("{name}: ended while {step} of image {image}"),
-            _ => format!("{name}: ended while {step}: image {image} does not answer"),
+            keeper::PREPARING => format!("{name}: ended without waiting any longer, while {step} of image {image}"),
+            _ => format!("{name}: ended without waiting any longer for image {image}, while {step}"),
         };
         let has_volatile_dirty_data = self.state().has_volatile_dirty_data;
         let loses = match &self.handle {
@@ -533,7 +533,7 @@ impl Disk {
     }
 
     /// Kills the process of a device that was given up, and waits briefly for its exit.
-    fn finish_giving_up(&mut self, at: Instant, is_killed: bool) {
+    fn kill_hung(&mut self, at: Instant, is_killed: bool) {
         if !is_killed && at.elapsed() >= CLOSE_PATIENCE {
             let is_killed = self.handle.as_ref().is_some_and(DeviceHandle::kill);
             if is_killed {

@@ -31,7 +31,7 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// If this much time lies between two checks, the process was stopped (SIGSTOP, the cgroup freezer): a busy host delays
 /// it less. That time is not counted against an image.
-const FREEZE_MIN: Duration = Duration::from_secs(2);
+const STOPPED_MIN: Duration = Duration::from_secs(2);
 
 /// The end of the process, once it has begun.
 #[derive(Clone, Copy, Debug)]
@@ -143,12 +143,12 @@ impl Fleet {
             }
             let since_last = mem::replace(&mut checked_at, Instant::now()).elapsed();
             match &mut self.end {
-                Some(end) if since_last >= FREEZE_MIN => {
+                Some(end) if since_last >= STOPPED_MIN => {
                     end.since += since_last;
                     self.disks.values_mut().for_each(|disk| disk.exclude_stopped_time(since_last));
                 }
-                // The next check will see which operations the image has completed.
-                None if since_last >= FREEZE_MIN => {}
+                // The process itself was stopped, so the ages are stale: judge at the next check.
+                None if since_last >= STOPPED_MIN => {}
                 None => self.check_while_serving(),
                 Some(end) => {
                     let end = *end;
@@ -276,9 +276,9 @@ impl Fleet {
         self.disks.values_mut().for_each(|disk| disk.check(&remaining));
         self.finish_quiesced();
         let served = self.disks.values().filter(|disk| disk.phase() == DevicePhase::Served).count();
-        let is_settled = self.disks.values().all(Disk::is_settled);
+        let is_decided = self.disks.values().all(Disk::is_start_decided);
         let is_empty = self.disks.is_empty() && self.runtime.is_some();
-        if served == 0 && !is_empty || !self.is_ready && !is_settled {
+        if served == 0 && !is_empty || !self.is_ready && !is_decided {
             return;
         }
         if let Some(config) = self.unused_caches_check.take() {

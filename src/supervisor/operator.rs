@@ -177,7 +177,7 @@ impl Operator {
         let entry = self.overview.entry(device)?;
         let (waiter, ended) = channel();
         if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester, waiter))? {
-            info!("{device}: the operator discards the dirty data that its image does not accept");
+            info!("{device}: discarding the dirty data that cannot be written to its image, as requested");
             // The client that began the detach gets the same result.
             return ended.recv().unwrap_or_else(|_| Err(daemon_ends())).map(drop);
         }
@@ -206,8 +206,7 @@ impl Operator {
         }
     }
 
-    /// Writes the dirty pages that a device that is being detached would lose if it ended. No guest writes to it any
-    /// more.
+    /// During a detach, writes the dirty pages that would be lost with the process. The guest no longer writes.
     fn write_kept_data(&self, device: &str, client: &ChangeClient) {
         let Ok(entry) = self.overview.entry(device) else { return };
         if entry.progress.keeps_data

@@ -30,7 +30,7 @@ const FENCE_POLL: Duration = Duration::from_millis(2);
 /// How long a disk process that has ended cleanly may take to close the descriptor of a block device.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long the path of a cache file must not lead to it before the file counts as lost.
+/// A cache file counts as lost once its path has not led to it for this long.
 const MISSED_MIN: Duration = Duration::from_millis(500);
 
 /// A step of a change of an image's size.

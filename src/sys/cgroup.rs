@@ -46,8 +46,8 @@ fn indicators_of(groups: &str, mounts: &str) -> (Vec<MemoryLimit>, Option<PathBu
     (limits, pressure.filter(|file| file.exists()))
 }
 
-/// The names of a version's files.
-struct Names {
+/// The control files of one cgroup version.
+struct ControlFiles {
     limit: &'static str,
     used: &'static str,
     /// Keys of `memory.stat` whose sum the kernel can reclaim.
@@ -56,24 +56,24 @@ struct Names {
     has_pressure: bool,
 }
 
-const V1: Names = Names {
+const V1: ControlFiles = ControlFiles {
     limit: "memory.limit_in_bytes",
     used: "memory.usage_in_bytes",
     reclaimable: ["total_inactive_file", "total_active_file"],
     has_pressure: false,
 };
-const V2: Names = Names {
+const V2: ControlFiles = ControlFiles {
     limit: "memory.max",
     used: "memory.current",
     reclaimable: ["inactive_file", "active_file"],
     has_pressure: true,
 };
 /// The limit above which the kernel throttles a group of version 2.
-const HIGH: Names = Names { limit: "memory.high", ..V2 };
+const HIGH: ControlFiles = ControlFiles { limit: "memory.high", ..V2 };
 
 /// The directories of the groups in `groups` (the text of /proc/self/cgroup) and of their parents, with each group
 /// before its parent, found through `mounts` (the text of /proc/self/mountinfo).
-fn groups_of(groups: &str, mounts: &str) -> Vec<(PathBuf, &'static Names)> {
+fn groups_of(groups: &str, mounts: &str) -> Vec<(PathBuf, &'static ControlFiles)> {
     let mut found = Vec::new();
     for line in groups.lines() {
         // hierarchy-ID:controllers:path
@@ -112,7 +112,7 @@ fn mount_of(mounts: &str, controllers: &str) -> Option<(PathBuf, PathBuf)> {
 }
 
 /// The limit of the group at `directory`; `None` if it has none.
-fn limit_in(directory: &Path, names: &Names) -> Option<MemoryLimit> {
+fn limit_in(directory: &Path, names: &ControlFiles) -> Option<MemoryLimit> {
     let number = |name: &str| fs::read_to_string(directory.join(name)).ok()?.trim().parse::<u64>().ok();
     let file = directory.join(names.limit);
     // "max" is not a number. Version 1 reports a number near 2^63 instead.

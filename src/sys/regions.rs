@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Memory whose file other processes can truncate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Region {
+pub enum TruncatableMemory {
     /// The cache.
     Cache,
     /// An inflight region.
@@ -46,19 +46,19 @@ static CACHE: RangeTable = RangeTable::new();
 static INFLIGHT: RangeTable = RangeTable::new();
 
 /// Records where memory of this kind is mapped.
-pub fn note(region: Region, range: &Range<usize>) {
+pub fn note(region: TruncatableMemory, range: &Range<usize>) {
     match region {
-        Region::Cache => CACHE.note(range),
-        Region::Inflight => INFLIGHT.note(range),
+        TruncatableMemory::Cache => CACHE.note(range),
+        TruncatableMemory::Inflight => INFLIGHT.note(range),
     }
 }
 
 /// The kind of memory that an address belongs to, if that was recorded.
-pub fn of(address: usize) -> Option<Region> {
+pub fn of(address: usize) -> Option<TruncatableMemory> {
     if CACHE.contains(address) {
-        return Some(Region::Cache);
+        return Some(TruncatableMemory::Cache);
     }
-    INFLIGHT.contains(address).then_some(Region::Inflight)
+    INFLIGHT.contains(address).then_some(TruncatableMemory::Inflight)
 }
 
 #[cfg(test)]
@@ -68,8 +68,11 @@ mod tests {
     #[test]
     fn an_address_belongs_to_the_range_that_was_noted() {
         // Addresses that no mapping has.
-        note(Region::Cache, &(16..32));
-        note(Region::Inflight, &(32..40));
-        assert_eq!((of(15), of(16), of(32), of(40)), (None, Some(Region::Cache), Some(Region::Inflight), None));
+        note(TruncatableMemory::Cache, &(16..32));
+        note(TruncatableMemory::Inflight, &(32..40));
+        assert_eq!(
+            (of(15), of(16), of(32), of(40)),
+            (None, Some(TruncatableMemory::Cache), Some(TruncatableMemory::Inflight), None)
+        );
     }
 }

@@ -215,7 +215,7 @@ pub fn receive_with_files<const FILES_MAX: usize>(
     let received =
         retry_eintr(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) })?;
     let mut files = Vec::new();
-    // SAFETY: the kernel has filled the control buffer, of which `message` has the length.
+    // SAFETY: the kernel has filled the control buffer and stored its length in `message`.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     while !header.is_null() {
         // SAFETY: the macros return null or a header within the control buffer, with its data after it.

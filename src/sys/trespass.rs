@@ -63,7 +63,7 @@ pub fn attempt(action: &str) -> io::Result<()> {
             memory::free_much();
             Ok(())
         }
-        "runtime" => use_runtime(),
+        "runtime" => exercise_libraries(),
         "stat" => std::fs::metadata("/etc/passwd").map(drop),
         "code" => executable_memory(),
         // SAFETY: a plain system call.
@@ -80,7 +80,7 @@ fn check(result: libc::c_long) -> io::Result<()> {
 }
 
 /// Uses those parts of the C library and the standard library that make further system calls late or rarely.
-fn use_runtime() -> io::Result<()> {
+fn exercise_libraries() -> io::Result<()> {
     // Memory in blocks of every size, which grow: from the heap, from arenas, and in mappings of their own.
     for bits in 4..27 {
         let mut block: Vec<u8> = Vec::with_capacity(1 << bits);
@@ -102,7 +102,7 @@ fn use_runtime() -> io::Result<()> {
     // time.
     io::stderr().as_fd().try_clone_to_owned().map(File::from)?.metadata()?;
     let (path, buffer) = (std::ptr::null::<libc::c_char>(), std::ptr::null_mut::<libc::statx>());
-    // SAFETY: the kernel gets no memory, and fails with EFAULT.
+    // SAFETY: both pointers are null, so the kernel accesses no memory and returns EFAULT.
     let asked = check(unsafe { libc::syscall(libc::SYS_statx, 0, path, 0, libc::STATX_BASIC_STATS, buffer) });
     match asked {
         Err(e) if e.raw_os_error() == Some(libc::EFAULT) => Ok(()),

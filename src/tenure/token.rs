@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_in_flight_end_soon_after_the_last_heartbeat() {
+    fn a_modification_long_after_the_last_heartbeat_is_a_change_by_others() {
         let at = |modified_ns| ChangeToken { modified_ns, changed_ns: modified_ns, ..TOKEN };
         assert_eq!(IN_FLIGHT.judge(&at(109 * SECOND)), ChangeVerdict::Plausible);
         assert_eq!(IN_FLIGHT.judge(&at(111 * SECOND)), ChangeVerdict::Plausible);

@@ -15,7 +15,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use super::wire::Message;
 use crate::device::inflight::{InflightTracker, ring_bytes};
 use crate::sys::memfd;
-use crate::sys::regions::{Region, note};
+use crate::sys::regions::{TruncatableMemory, note};
 
 /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: size and offset of the region, number of queues, queue size. Some
 /// front-ends append the four bytes of padding of the C structure.
@@ -92,7 +92,7 @@ impl Inflight {
         let memory = MmapRegion::from_file(FileOffset::new(file, offset), shape.bytes())
             .map_err(|e| invalid(format!("inflight region: cannot map it: {e}")))?;
         let first = memory.as_ptr().addr();
-        note(Region::Inflight, &(first..first + memory.size()));
+        note(TruncatableMemory::Inflight, &(first..first + memory.size()));
         *self.0.lock().expect("no thread panics with the region locked") =
             Some(InflightRegion { memory: Arc::new(memory), shape });
         Ok(())
@@ -100,7 +100,7 @@ impl Inflight {
 
     /// The part of ring `index`; `None` without a region, or if the region has no room for such a ring. The log then
     /// warns that requests in flight at a crash of the daemon are lost.
-    pub fn of_ring(&self, device: &str, index: u16, size: u16) -> Option<InflightTracker> {
+    pub fn tracker_for(&self, device: &str, index: u16, size: u16) -> Option<InflightTracker> {
         let slot = self.0.lock().expect("no thread panics with the region locked");
         let InflightRegion { memory, shape } = slot.as_ref()?;
         if index >= shape.queues || size > shape.queue_size {
@@ -146,7 +146,7 @@ mod tests {
         let file = reply.files[0].try_clone().unwrap();
         inflight.set_region(reply).unwrap();
         for (index, size) in [(0, 256), (1, 128)] {
-            let mut tracker = inflight.of_ring("disk", index, size).unwrap();
+            let mut tracker = inflight.tracker_for("disk", index, size).unwrap();
             assert_eq!(tracker.recover(0), None);
             tracker.take(size - 1);
             let mut mark = [0];
@@ -154,7 +154,7 @@ mod tests {
             file.read_exact_at(&mut mark, at as u64).unwrap();
             assert_eq!(mark, [1], "ring {index}");
         }
-        assert!(inflight.of_ring("disk", 0, 512).is_none(), "there is no room for so large a ring");
-        assert!(inflight.of_ring("disk", 2, 256).is_none());
+        assert!(inflight.tracker_for("disk", 0, 512).is_none(), "there is no room for so large a ring");
+        assert!(inflight.tracker_for("disk", 2, 256).is_none());
     }
 }

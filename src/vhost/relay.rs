@@ -213,7 +213,7 @@ impl<'a> Relay<'a> {
                 self.check_regions(&message)?;
                 self.regions += 1;
                 if self.regions > REGIONS_MAX {
-                    return Err(invalid(format!("more than {REGIONS_MAX} memory regions")));
+                    return Err(invalid(format!("the front-end added more than {REGIONS_MAX} memory regions")));
                 }
             }
             REM_MEM_REG => self.regions = self.regions.saturating_sub(1),

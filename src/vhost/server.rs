@@ -230,7 +230,7 @@ impl Server {
         if !failed_before || text.is_some() && text != self.failure_of(peer) {
             match failure {
                 Some(e) if e.kind() == io::ErrorKind::Unsupported => error!("{name}: refused pid {}: {e}", peer.pid),
-                Some(e) => warn!("{name}: front-end disconnected: {e}"),
+                Some(e) => warn!("{name}: closed the connection of the front-end: {e}"),
                 None => info!("{name}: front-end disconnected"),
             }
         }

@@ -216,10 +216,10 @@ impl VringControl {
             call_fd,
             err_fd,
             memory: Arc::new(GuestRam::new(self.shared.memory.memory().into_inner())),
-            tracker: self.shared.session.inflight.of_ring(&self.shared.session.device.name, index, queue.size()),
+            tracker: self.shared.session.inflight.tracker_for(&self.shared.session.device.name, index, queue.size()),
         };
         self.shared.session.on_ring_start(index, &setup);
-        let worker = self.shared.session.workers.of_ring(index);
+        let worker = self.shared.session.workers.worker_for(index);
         worker.call(|reply| WorkerCommand::Start(index, Box::new(setup), reply)).is_some()
     }
 
@@ -233,7 +233,7 @@ impl VringControl {
     /// Stops the vring, and stores its position in vhost-user-backend's state, which GET_VRING_BASE reads.
     fn stop(&self) {
         let index = self.shared.index;
-        let stopped = self.shared.session.workers.of_ring(index).call(|reply| WorkerCommand::Stop(index, reply));
+        let stopped = self.shared.session.workers.worker_for(index).call(|reply| WorkerCommand::Stop(index, reply));
         if let Some(Some(position)) = stopped {
             self.state.set_queue_next_avail(position.next_avail);
             self.state.set_queue_next_used(position.next_used);
@@ -252,13 +252,17 @@ impl VringControl {
 }
 
 /// Kick, call and error descriptors must be eventfds: a write to a full pipe would block a worker.
-fn eventfd_or_none(session: &Session, file: Option<File>) -> Option<File> {
+fn eventfd_or_none(shared: &VringShared, file: Option<File>) -> Option<File> {
     let file = file?;
-    let is_eventfd = session.broker.is_eventfd(&file);
-    if !is_eventfd {
-        error!("{}: ignored a kick, call or error descriptor that is not an eventfd", session.device.name);
+    match shared.session.broker.is_eventfd(&file) {
+        Ok(true) => return Some(file),
+        Ok(false) => error!(
+            "{shared}: ignored a kick, call or error descriptor that is not an eventfd: the front-end is \
+             faulty"
+        ),
+        Err(e) => error!("{shared}: ignored a descriptor that could not be checked: {e}"),
     }
-    is_eventfd.then_some(file)
+    None
 }
 
 impl<'a> VringStateGuard<'a, BackendMemory> for VringControl {
@@ -304,7 +308,7 @@ impl VringT<BackendMemory> for VringControl {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let file = eventfd_or_none(&self.shared.session, file);
+        let file = eventfd_or_none(&self.shared, file);
         // vhost-user-backend marks a vring ready when it has a kick descriptor.
         let copy = self.duplicate(file.as_ref());
         self.change_stopped(|config| config.kick = file);
@@ -312,12 +316,12 @@ impl VringT<BackendMemory> for VringControl {
     }
 
     fn set_call(&self, file: Option<File>) {
-        let file = eventfd_or_none(&self.shared.session, file);
+        let file = eventfd_or_none(&self.shared, file);
         let mut config = self.config();
         if config.running {
             let index = self.shared.index;
             let copy = self.duplicate(file.as_ref());
-            self.shared.session.workers.of_ring(index).call(|reply| WorkerCommand::SetCallFd(index, copy, reply));
+            self.shared.session.workers.worker_for(index).call(|reply| WorkerCommand::SetCallFd(index, copy, reply));
         }
         config.call_fd = file;
     }
@@ -365,12 +369,12 @@ impl VringT<BackendMemory> for VringControl {
     }
 
     fn set_err(&self, file: Option<File>) {
-        let file = eventfd_or_none(&self.shared.session, file);
+        let file = eventfd_or_none(&self.shared, file);
         let mut config = self.config();
         if config.running {
             let index = self.shared.index;
             let copy = self.duplicate(file.as_ref());
-            self.shared.session.workers.of_ring(index).call(|reply| WorkerCommand::SetErrFd(index, copy, reply));
+            self.shared.session.workers.worker_for(index).call(|reply| WorkerCommand::SetErrFd(index, copy, reply));
         }
         config.err_fd = file;
     }

@@ -49,7 +49,7 @@ impl Flood {
     }
 
     /// Makes every chain that was not taken yet a read of one sector.
-    pub fn make_small(&self, session: &Session) {
+    pub fn shrink_pending_chains(&self, session: &Session) {
         let data = Descriptor { len: 512, next: self.descriptors.len() as u16 - 1, ..self.descriptors[1] };
         session.memory.write(self.table + 16, &descriptor_bytes(data));
     }

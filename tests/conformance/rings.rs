@@ -216,7 +216,7 @@ fn a_busy_ring_does_not_delay_another() {
 
 /// Each ring works on its own data.
 #[test]
-fn four_rings_work_side_by_side() {
+fn four_vrings_serve_requests_concurrently() {
     const QUEUES: usize = 4;
     const DEPTH: u64 = 16;
     let daemon = start(QUEUES);

@@ -192,7 +192,7 @@ pub fn command_line(job: &str, seed: &str) -> String {
 /// The disk of most machines.
 const DISK: &str = "vhost-user-blk-pci,chardev=blk,num-queues=2";
 
-/// What distinguishes a machine.
+/// The parts of the QEMU command line in which machines differ.
 #[derive(Debug)]
 pub struct Machine {
     /// The memory: options of `-object` for a backend called `ram`; empty for memory without a backend.

@@ -42,7 +42,7 @@ use mount::Mount;
 
 const IMAGE_BYTES: usize = 4 << 20;
 /// How long a wait may take that the daemon bounds at some seconds.
-const LIMIT: Duration = Duration::from_secs(20);
+const WAIT_LIMIT: Duration = Duration::from_secs(20);
 /// A buffer of a page.
 const READ: Payload<'static> = Payload::Receive(4096);
 
@@ -161,7 +161,7 @@ fn sigterm_ends_the_other_disks_and_a_second_one_ends_the_wait() {
     daemon.terminate();
     ward.wait_until_the_others_end();
     daemon.assert_alive();
-    poll_until("a line about the wait", LIMIT, || {
+    poll_until("a line about the wait", WAIT_LIMIT, || {
         let log = daemon.log();
         let line = log.lines().find(|line| line.contains("sick: image ") && line.contains(" s so far"))?.to_owned();
         let parts = ["a write of", "in flight", "repeat the signal"];
@@ -212,7 +212,7 @@ fn an_upgrade_leaves_a_disk_whose_image_hangs_to_the_next_daemon() {
             daemon.restart_for(&[ward.socket("good1"), ward.socket("good2")]);
             drop((guest, session));
         }
-        poll_until("the sick disk to be served", LIMIT, || is_listening(&ward.socket("sick")).then_some(()));
+        poll_until("the sick disk to be served", WAIT_LIMIT, || is_listening(&ward.socket("sick")).then_some(()));
         let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
         assert_eq!(session.read(0, 8192), pattern(3, 0, 8192), "{engine}: no completed write is lost");
         drop(session);
@@ -224,7 +224,7 @@ fn an_upgrade_leaves_a_disk_whose_image_hangs_to_the_next_daemon() {
 fn a_disk_whose_image_hangs_does_not_keep_the_others_from_starting() {
     let Some(mut ward) = Ward::new("") else { return };
     let notified = UnixDatagram::bind(ward.paths.join("notify")).expect("a socket can be bound");
-    notified.set_read_timeout(Some(LIMIT)).expect("a timeout can be set");
+    notified.set_read_timeout(Some(WAIT_LIMIT)).expect("a timeout can be set");
     ward.disk.hold(OpClass::Read);
     let mut daemon = ward.start(&["good1", "good2"]);
     assert_serves(&ward.socket("good1"), 0);
@@ -250,8 +250,8 @@ fn a_daemon_ends_while_a_disk_is_still_being_opened() {
     daemon.terminate();
     ward.wait_until_the_others_end();
     let started = Instant::now();
-    poll_until("the daemon to give up the disk", LIMIT, || {
-        daemon.log().contains("sick: ended while opening the image").then_some(())
+    poll_until("the daemon to give up the disk", WAIT_LIMIT, || {
+        daemon.log().contains("sick: ended without waiting any longer for image").then_some(())
     });
     assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
     // The thread that opens it hangs in the kernel.
@@ -268,7 +268,7 @@ fn an_image_that_does_not_answer_is_named_in_the_log_and_so_is_its_recovery() {
     let mut other = Session::open(&ward.socket("good2"), &SessionOptions::default());
     other.write(0, &pattern(5, 0, 4096));
     other.flush();
-    poll_until("a line about the image", LIMIT, || {
+    poll_until("a line about the image", WAIT_LIMIT, || {
         let log = daemon.log();
         let line = log.lines().find(|line| line.contains("does not answer: a write of"))?.to_owned();
         assert!(line.contains("sick: image ") && line.contains("in flight for 5 s"), "{line}");
@@ -276,7 +276,7 @@ fn an_image_that_does_not_answer_is_named_in_the_log_and_so_is_its_recovery() {
     });
     ward.disk.release(OpClass::Write);
     session.wait_for(0, 1);
-    poll_until("the image to answer", LIMIT, || daemon.log().contains("answers again").then_some(()));
+    poll_until("the image to answer", WAIT_LIMIT, || daemon.log().contains("answers again").then_some(()));
     drop((session, other));
     daemon.stop();
 }
@@ -333,7 +333,7 @@ fn a_worker_serves_cached_reads_and_its_front_end_while_its_image_answers_nothin
                 let begun = Instant::now();
                 assert_eq!(session.read(0, 8192), pattern(3, 0, 8192), "{engine}, {class:?}");
                 session.config_u32(0);
-                assert!(begun.elapsed() < LIMIT / 10, "{engine}, {class:?}: {:?}", begun.elapsed());
+                assert!(begun.elapsed() < WAIT_LIMIT / 10, "{engine}, {class:?}: {:?}", begun.elapsed());
             }
             ward.disk.release(class);
             drop(session);
@@ -357,7 +357,7 @@ fn guest_memory_on_a_file_system_that_may_hang_is_refused() {
         mmap_handle: file.as_raw_fd(),
     };
     session.frontend.set_mem_table(&[region]).expect_err("the memory may hang");
-    daemon.await_log("good1: front-end disconnected: memory on FUSE may hang");
+    daemon.await_log("good1: closed the connection of the front-end: memory on FUSE may hang");
     drop(session);
     assert_serves(&ward.socket("good1"), 0);
     daemon.stop();
@@ -396,7 +396,7 @@ fn a_front_end_that_keeps_another_waiting_is_named() {
     });
     let waiting = std::os::unix::net::UnixStream::connect(ward.socket("good1")).expect("the socket listens");
     let expected = format!("the disk is busy with pid {}", std::process::id());
-    poll_until("a line about the wait", LIMIT, || daemon.log().contains(&expected).then_some(()));
+    poll_until("a line about the wait", WAIT_LIMIT, || daemon.log().contains(&expected).then_some(()));
     drop((holder, waiting));
     daemon.stop();
 }

@@ -100,7 +100,7 @@ impl Drop for Image {
     }
 }
 
-/// A kind of image and an engine on it.
+/// An image of one kind, served by one I/O engine.
 #[derive(Debug)]
 pub struct Setting {
     pub label: String,

@@ -476,7 +476,7 @@ fn genblk_recover_keeps_the_choice_of_write_through() {
     daemon.kill();
     let [left] = &daemon.directory().left()[..] else { panic!("there must be one cache") };
     let recovered = run_to_end(Command::new(server_binary()).arg("recover").arg(left));
-    assert!(recovered.stdout.contains(" stays without its pages, because the guest selected "), "{recovered:?}");
+    assert!(recovered.stdout.contains(" and kept it, because the guest selected "), "{recovered:?}");
     assert_eq!(std::fs::metadata(left).expect("the file stays").len(), 4096);
     daemon.restart();
     let mut session = session.reconnect(&daemon.socket());

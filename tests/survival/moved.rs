@@ -19,7 +19,7 @@ fn genblk_recover(arguments: &[&str]) -> Ended {
 }
 
 /// A daemon that was killed with a clean cache: the image's record is open.
-fn killed_clean() -> (Daemon, Session) {
+fn kill_with_clean_cache() -> (Daemon, Session) {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(80, &pattern(3, 80, BYTES));
@@ -51,9 +51,9 @@ fn caches(daemon: &Daemon) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_renamed_image_does_not_miss_a_clean_cache_that_was_removed() {
+fn a_clean_cache_removed_while_its_image_was_renamed_is_not_reported_missing() {
     for way in ["start", "prune", "discard"] {
-        let (mut daemon, session) = killed_clean();
+        let (mut daemon, session) = kill_with_clean_cache();
         let memory = daemon.directory().memory();
         while_renamed(&daemon, || match way {
             "start" => start_and_stop_another(&daemon, "its image no longer exists, and it held no unwritten data"),
@@ -130,13 +130,13 @@ fn the_cache_of_a_replaced_image_is_among_those_that_a_start_warns_of() {
     fs::rename(daemon.image(), daemon.directory().path().join("old")).expect("the image can be renamed");
     make_image(daemon.directory());
     daemon.restart();
-    daemon.await_log("1 cache that no daemon uses, 1 of them dirty");
+    daemon.await_log("1 cache in use by no daemon (1 dirty, ");
     assert!(dirty.exists());
 }
 
 #[test]
 fn take_over_of_an_image_whose_cache_holds_nothing_loses_nothing() {
-    let (mut daemon, session) = killed_clean();
+    let (mut daemon, session) = kill_with_clean_cache();
     let (image, memory) = (daemon.image(), daemon.directory().memory());
     let arguments = ["take-over", image.to_str().expect("UTF-8"), "--memory-dir", memory.to_str().expect("UTF-8")];
     let ended = run_to_end(std::process::Command::new(server_binary()).args(arguments));
@@ -148,7 +148,7 @@ fn take_over_of_an_image_whose_cache_holds_nothing_loses_nothing() {
 }
 
 #[test]
-fn take_over_says_what_it_could_not_set_aside_and_sets_the_others_aside() {
+fn take_over_reports_a_cache_it_cannot_set_aside_and_sets_aside_the_rest() {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(80, &pattern(3, 80, BYTES));
@@ -243,7 +243,7 @@ fn a_copy_of_an_image_whose_original_exists_or_that_was_made_before_is_served() 
     drop(session);
     daemon.kill();
     // Somebody writes to the original, which is then removed: the copy is not its last state.
-    let (mut daemon, session) = killed_clean();
+    let (mut daemon, session) = kill_with_clean_cache();
     let backup = daemon.directory().path().join("backup");
     copy_with_attributes(&daemon.image(), &backup);
     daemon.restart();

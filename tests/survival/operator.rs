@@ -379,8 +379,7 @@ fn a_daemon_logs_unused_caches_and_removes_the_useless_ones() {
     let directory = TempDir::new("other");
     let device = format!("{WRITER}\ncache.memory_dir = {memory:?}");
     let mut other = start_in(directory, &device);
-    let told =
-        format!("{}: 1 cache that no daemon uses, 1 of them dirty, takes 8 MiB; list them with ", memory.display());
+    let told = format!("{}: 1 cache in use by no daemon (1 dirty, 8 MiB); list with ", memory.display());
     other.await_log(&told);
     // Handed over clean, and then its image is removed.
     other.signal(libc::SIGUSR1);
@@ -397,7 +396,7 @@ fn a_daemon_logs_unused_caches_and_removes_the_useless_ones() {
     other.configure(&format!("cache.survive = \"always\"\ncache.size = \"900G\"\ncache.memory_dir = {memory:?}"));
     let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(other.config()));
     assert!(
-        ended.stderr.contains("cannot allocate a cache of ") && ended.stderr.contains("1 cache that no daemon uses")
+        ended.stderr.contains("cannot allocate a cache of ") && ended.stderr.contains("1 cache in use by no daemon")
     );
 }
 

@@ -127,7 +127,7 @@ fn after_a_kill_a_file_that_a_tool_put_in_the_images_place_is_served_as_it_is() 
         if run(&daemon, line) {
             daemon.restart();
             assert_serves_the_image(&daemon, what);
-            daemon.await_log("that no daemon uses, 1 of them dirty");
+            daemon.await_log("in use by no daemon (1 dirty, ");
         }
     }
 }

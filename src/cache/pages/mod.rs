@@ -43,7 +43,7 @@ pub(super) use page::{COPY_ON_WRITE, FAILED, MARKER, NONE, Page, Period, READING
 use dirty::PageTally;
 use frames::Reuse;
 use page::Mark;
-use readers::Readers;
+use readers::SharingDevices;
 use table::PageTable;
 
 /// See the documentation of the module.
@@ -55,7 +55,7 @@ pub(super) struct Pages {
     memory: Box<dyn FrameMemory>,
     policy: Box<dyn Policy>,
     /// `None` while one device uses the cache.
-    readers: Option<Readers>,
+    readers: Option<SharingDevices>,
     image_sectors: u64,
     /// See [`Pages::has_made_room`].
     made_room: bool,
@@ -132,7 +132,7 @@ impl Pages {
             + self.frames.metadata_bytes()
             + self.policy.metadata_bytes()
             + self.dirty.metadata_bytes()
-            + self.readers.as_ref().map_or(0, Readers::metadata_bytes)
+            + self.readers.as_ref().map_or(0, SharingDevices::metadata_bytes)
     }
 
     /// The sectors of a page that lie beyond the end of the image (genfs: past diskeof).
@@ -374,7 +374,9 @@ impl Pages {
     pub fn share(&mut self, readers: usize) {
         match &mut self.readers {
             Some(known) => known.set_count(readers),
-            None => self.readers = Some(Readers::new(readers, self.slots(), self.frames.total(), self.table.len())),
+            None => {
+                self.readers = Some(SharingDevices::new(readers, self.slots(), self.frames.total(), self.table.len()));
+            }
         }
     }
 
@@ -481,7 +483,7 @@ impl Pages {
         self.dirty.close_epoch()
     }
 
-    /// A write to the store with pages of `epoch` starts: the epoch is not on the store before it ends.
+    /// A store write with pages of `epoch` starts. The epoch is not on the store until that write has ended.
     pub fn hold_epoch(&mut self, epoch: Epoch) {
         self.dirty.hold_epoch(epoch);
     }

@@ -40,7 +40,7 @@ pub(in crate::cache) const UNSYNCED: [Flags; 2] = [Flags(1 << 5), Flags(1 << 6)]
 pub(in crate::cache) struct Mark(u8);
 
 /// Readahead read the page in, and no guest has requested it yet. See [`Page::unread_since`].
-pub(super) const PREFETCHED: Mark = Mark(1 << 2);
+pub(super) const READ_AHEAD: Mark = Mark(1 << 2);
 /// Reading this page starts the next readahead window.
 pub(in crate::cache) const MARKER: Mark = Mark(1 << 3);
 /// A guest wrote the page since the cursor of write-back last passed it; meaningful while the page is dirty.
@@ -135,7 +135,7 @@ impl Page {
 
     /// The period in which readahead read the page in, if no guest has requested it since.
     pub fn unread_since(&self) -> Option<Period> {
-        self.is_marked(PREFETCHED).then_some(Period(self.epoch.0))
+        self.is_marked(READ_AHEAD).then_some(Period(self.epoch.0))
     }
 
     /// Marks the page as read ahead in `period`, or as requested by a guest.
@@ -144,9 +144,9 @@ impl Page {
             Some(Period(number)) => {
                 debug_assert!(self.dirty.is_empty(), "{:?}: a dirty page needs its epoch", self.no());
                 self.epoch = Epoch(number);
-                self.mark(PREFETCHED);
+                self.mark(READ_AHEAD);
             }
-            None => self.unmark(PREFETCHED),
+            None => self.unmark(READ_AHEAD),
         }
     }
 

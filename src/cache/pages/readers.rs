@@ -7,12 +7,12 @@
 
 use crate::units::{PageId, low_u32};
 
-/// Readers that are counted separately; all later ones count as one.
+/// SharingDevices that are counted separately; all later ones count as one.
 const READERS_MAX: usize = 256;
 
 /// See the documentation of the module.
 #[derive(Debug)]
-pub(super) struct Readers {
+pub(super) struct SharingDevices {
     /// The reader for which each slot's page counts.
     of: Vec<u8>,
     /// Pages of the cache, to be divided into shares.
@@ -25,7 +25,7 @@ pub(super) struct Readers {
     current: u8,
 }
 
-impl Readers {
+impl SharingDevices {
     /// `count` readers of a cache of `capacity` pages with `slots` slots. Pages that are already in memory count for
     /// the first reader.
     pub fn new(count: usize, slots: u32, capacity: u32, resident: u32) -> Self {
@@ -51,7 +51,7 @@ impl Readers {
         self.present.resize(self.pages.len(), true);
     }
 
-    /// A reader detaches, or one with the same number attaches again. Readers that count as one never detach.
+    /// A reader detaches, or one with the same number attaches again. SharingDevices that count as one never detach.
     pub fn set_present(&mut self, reader: usize, is_present: bool) {
         if reader + 1 < READERS_MAX
             && let Some(present) = self.present.get_mut(reader)

@@ -50,7 +50,7 @@ pub(super) struct PageTable {
 #[repr(align(32))]
 struct Row([u32; ROW_PAGES]);
 
-/// Number of rows of the index for this many pages: three chains for two pages keep them short.
+/// Rows of the index for this many pages: 1.5 chains for each page, which keeps the chains short.
 fn rows_for(pages: usize) -> usize {
     (pages * 3 / 2).div_ceil(ROW_PAGES)
 }
@@ -128,7 +128,7 @@ impl PageTable {
     }
 
     /// The counter of a page's block.
-    fn block(&self, no: PageNo) -> usize {
+    fn block_index(&self, no: PageNo) -> usize {
         let mixed = ((no.0 / BLOCK_PAGES) ^ self.key).wrapping_mul(FIBONACCI) >> 32;
         low_u32(mixed) as usize & (self.blocks.len() - 1)
     }
@@ -149,7 +149,7 @@ impl PageTable {
         let block_of = |at: u64| at..((at / BLOCK_PAGES + 1) * BLOCK_PAGES).min(end);
         let blocks =
             std::iter::successors(Some(block_of(span.first.0)), |block| (block.end < end).then(|| block_of(block.end)));
-        let occupied = blocks.filter(|block| self.blocks[self.block(PageNo(block.start))] > 0);
+        let occupied = blocks.filter(|block| self.blocks[self.block_index(PageNo(block.start))] > 0);
         let mut looked_up = 0;
         for block in occupied {
             looked_up += block.end - block.start;
@@ -250,7 +250,7 @@ impl PageTable {
             None => self.set_first(place, id),
         }
         self.resident += 1;
-        let block = self.block(no);
+        let block = self.block_index(no);
         self.blocks[block] += 1;
         Some(PageId(id))
     }
@@ -266,7 +266,7 @@ impl PageTable {
         }
         self.append_free(id.0);
         self.resident -= 1;
-        let block = self.block(page.no());
+        let block = self.block_index(page.no());
         self.blocks[block] -= 1;
         page
     }

@@ -6,7 +6,7 @@ use crate::units::{PageNo, low_u16, low_u32};
 /// lifetime, and a lookup stays in one cache line.
 const WAYS: usize = 8;
 /// Ticks of the clock during as many evictions as the table has entries: the resolution of a lifetime.
-const TICKS: u32 = 256;
+const AGE_STEPS: u32 = 256;
 
 /// A set-associative table of entries with 16 bits of fingerprint and 16 bits of time; 0 is an empty entry.
 ///
@@ -27,7 +27,7 @@ impl Ghost {
     /// A table for the ghosts of `pages` pages; `key` is random.
     pub fn new(pages: u32, key: u64) -> Self {
         let sets = vec![[0; WAYS]; (pages as usize).div_ceil(WAYS).max(1)];
-        Self { sets, inserted: 0, tick_pages: (pages / TICKS).max(1), life_ticks: TICKS, key }
+        Self { sets, inserted: 0, tick_pages: (pages / AGE_STEPS).max(1), life_ticks: AGE_STEPS, key }
     }
 
     /// Makes room for the ghosts of `pages` pages. A larger table starts empty.

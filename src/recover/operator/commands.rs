@@ -55,7 +55,10 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
         return Ok(format!("removed {shown}, which was empty\n"));
     };
     if header.frames == 0 {
-        let context = format!("{shown} holds no pages; remove it with --discard");
+        let context = format!(
+            "{shown} holds no pages, only the state of the guest; to delete it, run \"genblk recover --discard \
+             {shown}\""
+        );
         return Err(Error::new(ErrorKind::Ledger, context));
     }
     // Check that the ledger refers only to existing pages.
@@ -97,7 +100,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     }
     file.shrink_to_header()?;
     let why = describe_guest_state(guest);
-    Ok(format!("wrote {written} to {image_shown}; {shown} stays without its pages, because {why}\n"))
+    Ok(format!("wrote {written} to {image_shown}; emptied {shown} and kept it, because {why}\n"))
 }
 
 /// Refuses another user's cache: root would write bytes of that user's choice to an image of that user's choice.

@@ -215,11 +215,7 @@ fn describe(unheld: &Unheld, memory_dir: &Path) -> String {
     };
     let caches = counted(*count, "cache");
     let mib = bytes >> 20;
-    let take = if *count == 1 { "takes" } else { "take" };
-    format!(
-        "{}: {caches} that no daemon uses, {dirty} of them dirty, {take} {mib} MiB; list them with \"{list}\"",
-        visible(memory_dir)
-    )
+    format!("{}: {caches} in use by no daemon ({dirty} dirty, {mib} MiB); list with \"{list}\"", visible(memory_dir))
 }
 
 /// A hint for an error about insufficient memory: the memory that unused caches take; `None` if there are none.

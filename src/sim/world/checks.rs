@@ -130,7 +130,7 @@ impl World {
 
     /// Prints an event if it touches the traced sector.
     pub(super) fn trace(&self, span: SectorSpan, event: impl FnOnce() -> String) {
-        if self.traced.is_some_and(|sector| span.count == 0 || (span.start..span.end()).contains(&sector)) {
+        if self.traced_sector.is_some_and(|sector| span.count == 0 || (span.start..span.end()).contains(&sector)) {
             println!("step {} at {} us: {}", self.step, self.now_us, event());
         }
     }

@@ -14,7 +14,7 @@ const POWER_CUT_PERCENT: u64 = 20;
 /// A long stop: longer than any hold, and than any pause before a retry.
 const STOP_US: u64 = 60_000_000;
 /// Of 100 successors in a world in which they differ, the number that have a cache of another size, or are read-only.
-const OTHER_KIND_PERCENT: u64 = 30;
+const DIFFERENT_SUCCESSOR_PERCENT: u64 = 30;
 
 impl World {
     /// Replaces a daemon that crashed. Its operations in flight still reach the disk, but their results are lost; the
@@ -24,7 +24,7 @@ impl World {
         self.memory.restore_crash_image();
         self.trace(SectorSpan::new(0, 0), || {
             let records = self.memory.records();
-            let page = self.traced.map(|sector| (self.base + sector) / 8);
+            let page = self.traced_sector.map(|sector| (self.base + sector) / 8);
             let of_page: Vec<_> = records.iter().filter(|(_, record)| Some(record.page.0) == page).collect();
             format!("crash: {of_page:?}, zeroes {:?}", self.memory.pending_zeroes())
         });
@@ -52,10 +52,10 @@ impl World {
         if self.scenario.settings_change {
             change_settings(&mut self.settings, &mut self.prng);
         }
-        if self.scenario.resizes && self.prng.percent(OTHER_KIND_PERCENT) {
-            self.resize_cache();
+        if self.scenario.resizes && self.prng.percent(DIFFERENT_SUCCESSOR_PERCENT) {
+            self.write_back_and_resize();
         }
-        if self.scenario.readers && self.prng.percent(OTHER_KIND_PERCENT) && self.is_clean() {
+        if self.scenario.readers && self.prng.percent(DIFFERENT_SUCCESSOR_PERCENT) && self.is_clean() {
             return self.start_reader();
         }
         self.start_writer();
@@ -74,7 +74,7 @@ impl World {
         let stopped_us = self.prng.pick(&[1000, STOP_US]);
         self.now_us += stopped_us;
         if stopped_us == STOP_US {
-            self.failures.note_stop(before, &self.settings, Tick::from_us(self.now_us));
+            self.failures.note_sigstop(before, &self.settings, Tick::from_us(self.now_us));
         }
     }
 
@@ -104,7 +104,7 @@ impl World {
     /// Writes the memory to the disk like recovery: the recorded zeros, then the dirty pages, then a Sync. Any of them
     /// may fail, or its daemon may die: then the next one finds the same memory. After a success the next one has an
     /// empty cache of another size.
-    fn resize_cache(&mut self) {
+    fn write_back_and_resize(&mut self) {
         let frames = self.prng.pick(&FRAMES);
         if frames == self.settings.frames || self.prng.percent(self.scenario.fault_percent) {
             return;

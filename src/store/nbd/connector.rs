@@ -138,7 +138,7 @@ fn connect_queue(server: &ExportServer, requester: &UnixStream, mut last: LastSe
         };
         since = Instant::now();
         if let Err(e) = sent {
-            debug!("{}: cannot pass on a connection: {e}", server.label);
+            debug!("{}: cannot send a connection to the disk process: {e}", server.label);
             return;
         }
     }

@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn daemons_that_wait_for_the_lock_leave_nothing_in_its_holders_queue() {
+    fn waiting_for_the_lock_leaves_no_connection_in_the_holders_backlog() {
         let name = format!("genblk/test/queue/{}", std::process::id());
         let lock = HostLock::acquire(&name, Duration::ZERO).unwrap().expect("the name is free");
         for _ in 0..10 {

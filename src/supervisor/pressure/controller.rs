@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn caches_shrink_a_step_a_sample_to_their_least_sizes_and_no_further() {
+    fn caches_shrink_one_step_per_sample_down_to_their_minimum_sizes() {
         let mut host = Host::new();
         assert_eq!(host.second(100), None, "one sample may be a coincidence");
         let began = host.second(300).expect("it has begun");

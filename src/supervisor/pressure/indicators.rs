@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_is_reached_before_the_kernel_throttles() {
+    fn a_limit_counts_as_reached_with_a_margin_below_it() {
         let limit = |used_bytes| MemoryLimit { file: "/x".into(), limit_bytes: 3200, used_bytes };
         assert_eq!([0, 3000, 3100, 9000].map(|used| room_in(&limit(used))), [3100, 100, 0, 0]);
     }

@@ -16,10 +16,10 @@ const FRAMES: u32 = 48;
 const NOW: Tick = Tick::ZERO;
 
 /// Versions of a sector: the initial contents of the disk, the first and the second write of the scene, the request.
-const OLD: u32 = 1000;
+const OLD_VERSION: u32 = 1000;
 const FIRST: u32 = 2000;
 const SECOND: u32 = 3000;
-const REQUEST: u32 = 4000;
+const REQUEST_VERSION: u32 = 4000;
 
 const FLUSH: Ticket = Ticket(u64::MAX);
 
@@ -101,7 +101,7 @@ impl<'a> World<'a> {
         let mut guest = [[0; 3]; SECTORS];
         for (sector, versions) in guest.iter_mut().enumerate().take(disk.sectors()) {
             if !scene.state(sector / 8).is_hole() {
-                *versions = [OLD + sector as u32; 3];
+                *versions = [OLD_VERSION + sector as u32; 3];
                 disk.write(sector, versions[0]);
             }
         }
@@ -231,7 +231,7 @@ impl<'a> World<'a> {
         self.pages_read.clear();
         self.order = self.scene.order;
         let submitted_before = self.operations.len();
-        self.submit(self.scene.direction, self.scene.span, REQUEST);
+        self.submit(self.scene.direction, self.scene.span, REQUEST_VERSION);
         if self.scene.shape.mapped {
             let submitted: Vec<_> =
                 self.operations[submitted_before..].iter().map(|operation| operation.span).collect();

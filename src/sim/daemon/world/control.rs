@@ -145,7 +145,7 @@ impl World {
             let setup = RingSetup { layout, position, kick, call_fd, err_fd: None, memory, tracker };
             let life = self.life.as_ref().expect("the front-end is connected");
             let index = index as u16;
-            let control = life.workers.of_ring(index);
+            let control = life.workers.worker_for(index);
             receivers.push(control.request(|reply| WorkerCommand::Start(index, Box::new(setup), reply)));
         }
         if self.prng.percent(10) {
@@ -167,7 +167,7 @@ impl World {
         let life = self.life.as_ref().expect("the front-end is connected");
         let stop = |index: usize| {
             let ring = index as u16;
-            (index, life.workers.of_ring(ring).request(|reply| WorkerCommand::Stop(ring, reply)))
+            (index, life.workers.worker_for(ring).request(|reply| WorkerCommand::Stop(ring, reply)))
         };
         self.session.task = Some(Task::Stopping(indices.map(stop).collect(), next));
     }
@@ -235,7 +235,7 @@ impl World {
         let life = self.life.as_ref().expect("the front-end is connected");
         let memory = Arc::new(GuestRam::new(Arc::clone(&self.memory)));
         let send = |worker| {
-            let control = life.workers.of_ring(worker as u16);
+            let control = life.workers.worker_for(worker as u16);
             control.request(|reply| WorkerCommand::Memory(Arc::clone(&memory), reply))
         };
         (0..self.scenario.workers).map(send).collect()
@@ -244,7 +244,7 @@ impl World {
     /// The operator resumes the image.
     pub fn resume(&mut self) {
         let life = self.life.as_ref().expect("a daemon serves");
-        self.session.task = Some(Task::Resuming(life.workers.of_ring(0).request(WorkerCommand::Resume)));
+        self.session.task = Some(Task::Resuming(life.workers.worker_for(0).request(WorkerCommand::Resume)));
     }
 
     /// Continues the action in progress. Returns whether it advanced.
@@ -340,7 +340,7 @@ impl World {
     fn start_last_flush(&mut self, tries: u32) {
         let snapshot = self.oracle.snapshot();
         let life = self.life.as_ref().expect("a daemon ends");
-        let control = life.workers.of_ring(0);
+        let control = life.workers.worker_for(0);
         drop(control.request(WorkerCommand::Resume));
         self.session.task = Some(Task::LastFlush(control.request(WorkerCommand::Flush), snapshot, tries));
     }

@@ -56,7 +56,7 @@ impl World {
         if prng.below(1000) >= PER_MILLE {
             return;
         }
-        let worker = life.workers.of_ring(prng.below(4) as u16);
+        let worker = life.workers.worker_for(prng.below(4) as u16);
         awaited.push(if prng.percent(70) {
             // Also past the end of the image.
             let span = PageSpan::new(PageNo(prng.below(140)), prng.between(1, 60));

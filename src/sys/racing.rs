@@ -5,7 +5,7 @@
 //! so on x86-64 these copies use them. (Elsewhere, and in Miri, they are plain copies.)
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-use std::arch::asm;
+use std::arch::{asm, x86_64::_mm256_zeroupper};
 
 /// Bytes of a line of the processor's cache.
 pub const LINE_BYTES: usize = 64;
@@ -46,33 +46,50 @@ pub unsafe fn copy(source: *const u8, target: *mut u8, len: usize, ahead: Option
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[target_feature(enable = "avx")]
 unsafe fn copy_lines(source: *const u8, target: *mut u8, len: usize, ahead: Option<*const u8>) {
+    let lines = len / LINE_BYTES;
     let mut done = 0;
-    while len - done >= LINE_BYTES {
-        if let Some(ahead) = ahead
-            && done < LINES_AHEAD * LINE_BYTES
-        {
+    if let Some(ahead) = ahead {
+        while done < lines.min(LINES_AHEAD) * LINE_BYTES {
             prefetch(ahead.wrapping_add(done));
+            // SAFETY: the line at `done` is within `len` bytes of both.
+            unsafe { copy_line(source.add(done), target.add(done)) };
+            done += LINE_BYTES;
         }
-        // SAFETY: loads of a line at `done` and stores of as many bytes, unaligned, within `len` bytes of both (loop
-        // condition), which the caller allows.
-        unsafe {
-            asm!(
-                "vmovdqu {a}, [{source}]",
-                "vmovdqu {b}, [{source} + 32]",
-                "vmovdqu [{target}], {a}",
-                "vmovdqu [{target} + 32], {b}",
-                source = in(reg) source.add(done),
-                target = in(reg) target.add(done),
-                a = out(ymm_reg) _,
-                b = out(ymm_reg) _,
-                options(nostack, preserves_flags)
-            );
-        }
+    }
+    while done < lines * LINE_BYTES {
+        // SAFETY: as above.
+        unsafe { copy_line(source.add(done), target.add(done)) };
         done += LINE_BYTES;
     }
+    // While the upper halves of the vectors are in use, code without AVX is slower.
+    _mm256_zeroupper();
     if done < len {
         // SAFETY: `done` is below `len`, so this is the rest of both.
         unsafe { copy_bytes(source.add(done), target.add(done), len - done) };
+    }
+}
+
+/// Copies [`LINE_BYTES`] bytes.
+///
+/// # Safety
+/// As for [`copy`].
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+#[target_feature(enable = "avx")]
+#[inline]
+unsafe fn copy_line(source: *const u8, target: *mut u8) {
+    // SAFETY: loads of 64 bytes from `source` and stores of as many to `target`, unaligned, which the caller allows.
+    unsafe {
+        asm!(
+            "vmovdqu {a}, [{source}]",
+            "vmovdqu {b}, [{source} + 32]",
+            "vmovdqu [{target}], {a}",
+            "vmovdqu [{target} + 32], {b}",
+            source = in(reg) source,
+            target = in(reg) target,
+            a = out(ymm_reg) _,
+            b = out(ymm_reg) _,
+            options(nostack, preserves_flags)
+        );
     }
 }
 

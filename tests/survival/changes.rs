@@ -207,6 +207,20 @@ fn start(directory: TempDir, control: &Path) -> Daemon {
     Daemon::start_configured(directory, &[&device])
 }
 
+/// Kills the disk process. After many deaths the daemon waits before it starts the next one, unless it is resumed.
+fn kill_process(guest: &mut Guest, operator: &Operator, daemon: &mut Daemon) {
+    let of_disk = json!({"device": "disk0"});
+    let killed = daemon.disk_process("disk0");
+    send(killed, libc::SIGKILL);
+    guest.reconnect(daemon, |_| {
+        poll_until("the next process", PATIENCE, || {
+            operator.call("Resume", &of_disk);
+            let disk = operator.call("List", &of_disk)["devices"][0].clone();
+            (disk["state"] == json!("serving") && disk["pid"] != json!(killed)).then_some(())
+        });
+    });
+}
+
 /// One event.
 fn event(guest: &mut Guest, operator: &mut Operator, daemon: &mut Daemon, prng: &mut Prng) {
     let pause = Duration::from_millis(prng.below(30));
@@ -236,14 +250,12 @@ fn event(guest: &mut Guest, operator: &mut Operator, daemon: &mut Daemon, prng: 
         14 => drop(under_load(guest, || operator.call("Resume", &of_disk))),
         15 | 16 => {
             guest.run(Instant::now() + pause);
-            send(daemon.disk_process("disk0"), libc::SIGKILL);
-            guest.reconnect(daemon, |_| {});
+            kill_process(guest, operator, daemon);
         }
         17 => {
             let changing = thread::spawn(operator.begin_change(prng));
             guest.run(Instant::now() + pause / 4);
-            send(daemon.disk_process("disk0"), libc::SIGKILL);
-            guest.reconnect(daemon, |_| {});
+            kill_process(guest, operator, daemon);
             while !changing.is_finished() {
                 guest.run(Instant::now() + Duration::from_millis(5));
             }

@@ -69,8 +69,8 @@ impl StoreQueue for StrictQueue {
         self.queue.in_flight()
     }
 
-    fn drain(&mut self, patience: std::time::Duration) -> bool {
-        self.queue.drain(patience)
+    fn drain(&mut self, timeout: std::time::Duration) -> bool {
+        self.queue.drain(timeout)
     }
 }
 

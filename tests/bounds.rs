@@ -17,7 +17,7 @@ use common::flood::{BUFFER_BYTES, BUFFERS, Flood};
 use common::raw_ring::{Ring, Segment};
 use common::request::{OK, Payload, header};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES};
 
 /// Bytes of the image, nearly all of it a hole.
@@ -69,7 +69,7 @@ fn reads_of_4_gib_keep_neither_another_queue_nor_a_control_message_waiting() {
     flood.shrink_pending_chains(&session);
     session.start_ring(0);
     session.rings[0].notify();
-    poll_until("all requests to complete", PATIENCE, || (session.rings[0].used_idx() == 128).then_some(()));
+    poll_until("all requests to complete", TIMEOUT, || (session.rings[0].used_idx() == 128).then_some(()));
     let mut heads: Vec<u16> = (0..128).map(|_| session.rings[0].take_used().expect("it completed").head).collect();
     heads.sort_unstable();
     assert_eq!(heads, (0..128).collect::<Vec<u16>>());
@@ -93,7 +93,7 @@ fn a_ring_with_a_request_of_4_gib_changes_memory_and_features_at_once() {
     session.stop_ring(0);
     session.start_ring(0);
     session.rings[0].notify();
-    poll_until("all requests to complete", PATIENCE, || (session.rings[0].used_idx() == 4).then_some(()));
+    poll_until("all requests to complete", TIMEOUT, || (session.rings[0].used_idx() == 4).then_some(()));
     daemon.stop();
 }
 
@@ -207,7 +207,7 @@ fn a_call_eventfd_that_becomes_full_and_blocking_holds_up_neither_its_ring_nor_t
         session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
         session.rings[0].notify();
         let (served, ()) = timed(|| {
-            poll_until("the read to complete", PATIENCE, || (session.rings[0].used_idx() != completed).then_some(()));
+            poll_until("the read to complete", TIMEOUT, || (session.rings[0].used_idx() != completed).then_some(()));
         });
         assert!(served < WAIT_MAX, "a read takes {served:?}");
         let longest = longest_read(&mut session, 1, 1);
@@ -231,7 +231,7 @@ fn a_full_call_eventfd_is_not_an_error() {
         let completed = session.rings[0].used_idx();
         session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(512));
         session.rings[0].notify();
-        poll_until("the read to complete", PATIENCE, || (session.rings[0].used_idx() != completed).then_some(()));
+        poll_until("the read to complete", TIMEOUT, || (session.rings[0].used_idx() != completed).then_some(()));
     }
     assert!(!daemon.log().contains("interrupt"), "{}", daemon.log());
 }

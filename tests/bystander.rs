@@ -24,7 +24,7 @@ use common::flood::{BUFFER_BYTES, BUFFERS, Flood};
 use common::raw_ring::Segment;
 use common::request::{OK, Payload, header};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 /// Most that the percentile may move, and that a control message may take.
 struct Limits {
@@ -117,7 +117,7 @@ fn read_for(session: &mut Session, time: Duration) -> Vec<Duration> {
         let begun = Instant::now();
         session.rings[0].submit(&segments);
         session.rings[0].notify();
-        session.rings[0].wait_used(PATIENCE);
+        session.rings[0].wait_used(TIMEOUT);
         found.push(begun.elapsed());
         assert_eq!(session.memory.byte(pending.status), OK);
         if Instant::now() > end {
@@ -187,7 +187,7 @@ fn repeat_until_over(is_over: &AtomicBool, each: Duration, mut act: impl FnMut()
 
 /// The hostile disk's process, once it is another one than `before`.
 fn next_process(daemon: &Daemon, before: u32) {
-    poll_until("another process", PATIENCE, || (daemon.disk_process("d0") != before).then_some(()));
+    poll_until("another process", TIMEOUT, || (daemon.disk_process("d0") != before).then_some(()));
 }
 
 #[test]
@@ -273,7 +273,7 @@ fn read_colliding_pages(daemon: &Daemon, is_over: &AtomicBool) -> Vec<Duration> 
             in_flight += 1;
         }
         hostile.rings[0].notify();
-        hostile.rings[0].wait_used(PATIENCE);
+        hostile.rings[0].wait_used(TIMEOUT);
         in_flight -= 1;
         while hostile.rings[0].take_used().is_some() {
             in_flight -= 1;

@@ -18,7 +18,7 @@ use common::daemon::{Daemon, send};
 use common::operator::{Call, IMAGE_BYTES, call, genblk, start, start_prepared, stdout_of, table};
 use common::prng::{Prng, seed};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 const PAGES: u64 = IMAGE_BYTES / 4096;
 const MIB: u64 = 1 << 20;
@@ -35,7 +35,7 @@ fn cache_bytes(daemon: &Daemon) -> u64 {
 #[track_caller]
 fn await_memory(daemon: &Daemon, mib: u64) {
     let expected = mib * MIB..mib * MIB + 2 * MIB + MIB / 4;
-    poll_until(&format!("{mib} MiB of memory, not {}", cache_bytes(daemon)), PATIENCE, || {
+    poll_until(&format!("{mib} MiB of memory, not {}", cache_bytes(daemon)), TIMEOUT, || {
         expected.contains(&cache_bytes(daemon)).then_some(())
     });
 }
@@ -139,7 +139,7 @@ fn kills_in_the_middle_of_changes_of_size_lose_nothing() {
         session.start_ring(0);
         contents.check_all(&mut session);
     }
-    poll_until("the control socket", PATIENCE, || set_size(&control, "4M").status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || set_size(&control, "4M").status.success().then_some(()));
     await_memory(&daemon, 4);
     contents.check_all(&mut session);
 }
@@ -155,7 +155,7 @@ fn a_size_that_was_set_outlives_a_crash_and_what_recover_finds_is_whole() {
     stdout_of(&set_size(&control, "4M"));
     daemon.kill();
     daemon.restart();
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     let config = stdout_of(&genblk(&control, &["config", "d0"]));
     assert!(config.contains("cache.size = \"4M\""), "{config}");
     await_memory(&daemon, 4);
@@ -185,7 +185,7 @@ fn memory_that_comes_back_is_not_what_a_ring_had_pinned() {
     for size in ["6M", "4M", "6M", "4M", "6M"] {
         stdout_of(&genblk(&control, &["set", "d1", &format!("cache.size={size}")]));
         let bytes = 4 * MIB + if size == "6M" { 6 * MIB } else { 4 * MIB };
-        poll_until(size, PATIENCE, || (bytes..bytes + 4 * MIB + MIB / 2).contains(&cache_bytes(&daemon)).then_some(()));
+        poll_until(size, TIMEOUT, || (bytes..bytes + 4 * MIB + MIB / 2).contains(&cache_bytes(&daemon)).then_some(()));
         (0..3000).for_each(|_| contents.step(&mut session));
         contents.check_all(&mut session);
     }
@@ -275,7 +275,7 @@ fn pressed(name: &str) -> (Daemon, PathBuf, MemoryPressure) {
 /// Uses the disk until the cache has these sizes.
 #[track_caller]
 fn use_until(contents: &mut Contents, session: &mut Session, control: &Path, expected: [u64; 3]) {
-    poll_until(&format!("sizes of {expected:?}, not {:?}", sizes(control)), PATIENCE, || {
+    poll_until(&format!("sizes of {expected:?}, not {:?}", sizes(control)), TIMEOUT, || {
         (0..50).for_each(|_| contents.step(session));
         (sizes(control) == expected).then_some(())
     });
@@ -350,7 +350,7 @@ fn kills_while_memory_pressure_changes_the_size_lose_nothing() {
         contents.check_all(&mut session);
     }
     pressure.set(false);
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     use_until(&mut contents, &mut session, &control, [16, 16, 16]);
     contents.check_all(&mut session);
 }
@@ -376,7 +376,7 @@ fn a_daemon_without_memory_for_the_configured_size_serves_with_the_cache_that_it
     session = session.reconnect(&daemon.socket_of(0));
     session.start_ring(0);
     assert!(session.read(0, 4096) == Contents::bytes(7));
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
-    poll_until("the present size", PATIENCE, || (sizes(&control) == [1 << 20, 4, 4]).then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the present size", TIMEOUT, || (sizes(&control) == [1 << 20, 4, 4]).then_some(()));
     await_memory(&daemon, 4);
 }

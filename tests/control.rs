@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use common::control::{genblk, start, stdout_of};
 use common::daemon::send;
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 /// A varlink connection.
 struct Varlink(BufReader<UnixStream>);
@@ -22,7 +22,7 @@ struct Varlink(BufReader<UnixStream>);
 impl Varlink {
     fn connect(control: &Path) -> Self {
         let stream = UnixStream::connect(control).expect("the daemon listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
         Self(BufReader::new(stream))
     }
 
@@ -54,7 +54,7 @@ fn statistics(control: &Path, device: &str) -> Value {
 /// the clock, which may be just after the request's completion.
 #[track_caller]
 fn await_requests(control: &Path, device: &str, requests: [u64; 3]) -> Value {
-    poll_until("the requests are counted", PATIENCE, || {
+    poll_until("the requests are counted", TIMEOUT, || {
         let statistics = statistics(control, device);
         let counted = [0, 1, 2].map(|index: usize| statistics["requests"][index]["requests"].as_u64());
         (counted == requests.map(Some)).then_some(statistics)
@@ -66,7 +66,7 @@ fn list_shows_each_disk_and_why_one_is_not_served() {
     let (daemon, control) = start("control-list", true);
     let session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     let pid = std::process::id().to_string();
-    let lines = poll_until("the front-end is shown", PATIENCE, || {
+    let lines = poll_until("the front-end is shown", TIMEOUT, || {
         let text = stdout_of(&genblk(&control, &["list"]));
         text.contains(&format!("pid {pid}")).then_some(text)
     });
@@ -99,7 +99,7 @@ fn stat_counts_every_request_and_shows_dashes_for_an_idle_disk() {
         (&json!(30 * 4096), &json!(10 * 8192))
     );
     assert_eq!(statistics["requests"][0]["from_memory"]["count"], json!(30));
-    poll_until("the cache's statistics", PATIENCE, || {
+    poll_until("the cache's statistics", TIMEOUT, || {
         (self::statistics(&control, "d0")["cache"]["hit_pages"] == json!(30)).then_some(())
     });
     let text = stdout_of(&genblk(&control, &["stat", "-H"]));
@@ -195,14 +195,14 @@ fn more_connections_than_allowed_are_refused_and_slow_clients_delay_nobody() {
         // Each asks for a stream that it never reads.
         client.send(r#"{"method":"io.genblk.Control.Statistics","parameters":{"interval_ms":100},"more":true}"#);
     }
-    let refused = poll_until("a connection too many", PATIENCE, || {
+    let refused = poll_until("a connection too many", TIMEOUT, || {
         let mut one_more = Varlink::connect(&control);
         one_more.send(r#"{"method":"io.genblk.Control.List"}"#);
         one_more.receive().filter(|reply| reply["error"] == json!("io.genblk.Control.Busy"))
     });
     assert_eq!(refused["parameters"]["connections"], json!(16));
     drop(held.pop());
-    poll_until("a place that is free again", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("a place that is free again", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use common::faulty_device::FaultyDevice;
 use common::request::{OK, Payload, range};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 use genblk::counters::snapshot::Snapshot;
 use genblk::counters::worker::Activity;
 use genblk::counters::{Class, Operation, Served};
@@ -25,7 +25,7 @@ const CHUNK_SECTORS: u64 = 512;
 
 /// Waits until the device has counted `requests` requests, of all kinds, and none is in flight.
 fn snapshot_after(device: &FaultyDevice, requests: u64) -> Snapshot {
-    poll_until("the requests are counted", PATIENCE, || {
+    poll_until("the requests are counted", TIMEOUT, || {
         let snapshot = device.running().counters();
         let completed: u64 = Operation::ALL.map(|operation| snapshot.completed(operation)).iter().sum();
         let in_flight: u64 = Operation::ALL.map(|operation| snapshot.in_flight(operation)).iter().sum();

@@ -19,7 +19,7 @@ use common::nbd_server::NbdServer;
 use common::operator::{Call, call, genblk, names, state, stdout_of, table};
 use common::request::Payload;
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 /// A disk `d0` on a server whose writes fail while the file `fails` exists.
 struct Failing {
@@ -36,7 +36,7 @@ fn launch(directory: TempDir, devices: &str, sockets: Vec<PathBuf>) -> (Daemon, 
     let mut command = Command::new(server_binary());
     command.arg("--config").arg(config);
     let daemon = Daemon::launch(directory, command, sockets);
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    poll_until("the control socket", TIMEOUT, || UnixStream::connect(&control).ok());
     (daemon, control)
 }
 
@@ -74,7 +74,7 @@ fn a_disk_whose_image_fails_is_not_detached_and_is_served_on() {
     let text = stderr_of(&control, &["flush", "d0"]);
     assert!(text.contains("d0: the image failed (I/O error); 1 page is dirty"), "{text}");
     drop(session);
-    let refused = poll_until("the front-end is gone", PATIENCE, || {
+    let refused = poll_until("the front-end is gone", TIMEOUT, || {
         let refused = call(&control, "Detach", &json!({"device": "d0"}));
         (refused["error"] != json!("io.genblk.Control.InUse")).then_some(refused)
     });
@@ -84,7 +84,7 @@ fn a_disk_whose_image_fails_is_not_detached_and_is_served_on() {
     assert_eq!(session.read(0, 4096), vec![1; 4096], "it is served as before");
     fs::remove_file(&fails).expect("it exists");
     stdout_of(&genblk(&control, &["resume", "d0"]));
-    poll_until("a flush", PATIENCE, || genblk(&control, &["flush", "d0"]).status.success().then_some(()));
+    poll_until("a flush", TIMEOUT, || genblk(&control, &["flush", "d0"]).status.success().then_some(()));
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_second_change_of_a_disk_is_refused_while_one_is_under_way() {
     session.write(0, &[1; 4096]);
     server.signal(libc::SIGSTOP);
     let mut flush = Call::start(&control, "Flush", &json!({"device": "d0"}), false);
-    let busy = poll_until("a refusal", PATIENCE, || {
+    let busy = poll_until("a refusal", TIMEOUT, || {
         let reply = call(&control, "Detach", &json!({"device": "d0"}));
         (reply["error"] == json!("io.genblk.Control.Busy")).then_some(reply)
     });
@@ -199,7 +199,7 @@ fn a_discard_that_cannot_be_recorded_says_so() {
 fn status_of_write(session: &mut Session) -> u8 {
     let pending = session.submit(0, VIRTIO_BLK_T_OUT, 0, Payload::Send(&[5; 4096]));
     session.rings[0].notify();
-    let used = session.rings[0].wait_used(PATIENCE);
+    let used = session.rings[0].wait_used(TIMEOUT);
     session.outcome(&pending, used).status
 }
 
@@ -224,10 +224,10 @@ fn resuming_one_disk_of_a_group_leaves_the_others_stopped() {
     assert!(sessions.iter_mut().all(|session| status_of_write(session) != 0), "both are stopped");
     fs::remove_file(&fails).expect("it exists");
     stdout_of(&genblk(&control, &["resume", "d0"]));
-    poll_until("the disk that was resumed", PATIENCE, || (status_of_write(&mut sessions[0]) == 0).then_some(()));
+    poll_until("the disk that was resumed", TIMEOUT, || (status_of_write(&mut sessions[0]) == 0).then_some(()));
     assert_ne!(status_of_write(&mut sessions[1]), 0, "the other one waits for its operator");
     stdout_of(&genblk(&control, &["resume", "d1"]));
-    poll_until("the other one", PATIENCE, || (status_of_write(&mut sessions[1]) == 0).then_some(()));
+    poll_until("the other one", TIMEOUT, || (status_of_write(&mut sessions[1]) == 0).then_some(()));
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn a_disk_that_ends_is_not_frozen() {
     session.write(0, &[1; 4096]);
     server.signal(libc::SIGSTOP);
     let mut detach = Call::start(&control, "Detach", &json!({"device": "d0", "force": true}), false);
-    poll_until("its end", PATIENCE, || (state(&control) == json!("ending")).then_some(()));
+    poll_until("its end", TIMEOUT, || (state(&control) == json!("ending")).then_some(()));
     let frozen = call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
     server.signal(libc::SIGCONT);
     assert!(!frozen["error"].is_null(), "{frozen}");
@@ -255,7 +255,7 @@ fn a_disk_whose_image_hangs_while_it_is_attached_can_be_detached() {
     let disk: toml::Table = text.parse().expect("TOML");
     server.signal(libc::SIGSTOP);
     let mut attach = Call::start(&control, "Attach", &json!({"config": disk["device"][0]}), false);
-    poll_until("the attach", PATIENCE, || (names(&control) == ["d0", "d1"]).then_some(()));
+    poll_until("the attach", TIMEOUT, || (names(&control) == ["d0", "d1"]).then_some(()));
     stdout_of(&genblk(&control, &["detach", "d1"]));
     let refused = attach.reply();
     assert_eq!(refused["parameters"]["why"], json!("it was detached before it was served"), "{refused}");
@@ -280,7 +280,7 @@ fn a_disk_of_a_group_may_have_the_name_of_one_that_has_left_it() {
     let (daemon, control) = launch(directory, &devices, sockets);
     // One of them has opened the image.
     for opener in ["d0", "d1"] {
-        poll_until("both to be served", PATIENCE, || {
+        poll_until("both to be served", TIMEOUT, || {
             let listed = call(&control, "List", &json!({}));
             let devices = listed["parameters"]["devices"].as_array().expect("an array").clone();
             devices.iter().all(|device| device["state"] == json!("serving")).then_some(())

@@ -21,7 +21,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use common::daemon::{Daemon, TempDir, has_ended, send, server_binary};
 use common::request::{OK, Payload, assert_serves, pattern};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, is_listening, poll_until};
+use common::wait::{TIMEOUT, is_listening, poll_until};
 
 const IMAGE_BYTES: u64 = 8 << 20;
 /// VIRTIO_BLK_S_IOERR, the status of a request that failed.
@@ -72,7 +72,7 @@ fn image_bytes(daemon: &Daemon, disk: usize, sector: u64, len: usize) -> Vec<u8>
 fn kill_disk(daemon: &Daemon, disk: &str) {
     let process = daemon.disk_process(disk);
     send(process, libc::SIGKILL);
-    poll_until("a disk process to end", PATIENCE, || (!daemon.disk_processes().contains(&process)).then_some(()));
+    poll_until("a disk process to end", TIMEOUT, || (!daemon.disk_processes().contains(&process)).then_some(()));
 }
 
 /// The front-end connects again, as front-ends do.
@@ -279,7 +279,7 @@ fn readers_of_one_image_share_a_process_and_are_all_served_again() {
     let processes = daemon.disk_processes();
     assert_eq!(processes.len(), 1);
     send(processes[0], libc::SIGKILL);
-    poll_until("the process to end", PATIENCE, || (daemon.disk_processes() != processes).then_some(()));
+    poll_until("the process to end", TIMEOUT, || (daemon.disk_processes() != processes).then_some(()));
     for disk in 0..3 {
         let mut session = open(&daemon, disk);
         assert_eq!(session.read(8, 4096), pattern(7, 8, 4096));
@@ -298,7 +298,7 @@ fn the_disks_of_a_group_share_a_process_and_are_all_served_again() {
     let processes = daemon.disk_processes();
     assert_eq!(processes.len(), 1);
     send(processes[0], libc::SIGKILL);
-    poll_until("the process to end", PATIENCE, || (daemon.disk_processes() != processes).then_some(()));
+    poll_until("the process to end", TIMEOUT, || (daemon.disk_processes() != processes).then_some(()));
     for (disk, session) in open_all(&daemon).iter_mut().enumerate() {
         assert_eq!(session.read(8, 4096), pattern(disk as u64, 8, 4096));
     }
@@ -328,11 +328,11 @@ fn after_the_death_of_the_supervisor_the_next_daemon_has_every_completed_write()
             daemon.kill_supervisor();
             // At once: the next daemon waits for the images' locks.
             daemon.restart();
-            poll_until("the old disk processes to end", PATIENCE, || {
+            poll_until("the old disk processes to end", TIMEOUT, || {
                 disks.iter().all(|pid| has_ended(*pid)).then_some(())
             });
             let sockets = [daemon.socket_of(0), daemon.socket_of(1)];
-            poll_until("the sockets", PATIENCE, || sockets.iter().all(|socket| is_listening(socket)).then_some(()));
+            poll_until("the sockets", TIMEOUT, || sockets.iter().all(|socket| is_listening(socket)).then_some(()));
             let mut disk = 0;
             sessions = sessions.map(|session| {
                 disk += 1;
@@ -363,7 +363,7 @@ fn a_stopped_disk_process_delays_neither_the_other_disks_nor_the_end_of_the_daem
     drop(other);
     let begun = Instant::now();
     daemon.signal(libc::SIGUSR1);
-    poll_until("the other disk to end", PATIENCE, || (!is_listening(&daemon.socket_of(1))).then_some(()));
+    poll_until("the other disk to end", TIMEOUT, || (!is_listening(&daemon.socket_of(1))).then_some(()));
     daemon.wait();
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     daemon.restart();

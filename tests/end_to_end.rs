@@ -23,7 +23,7 @@ use common::prng::{Prng, seed};
 use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
-use common::wait::{PATIENCE, poll_until, try_poll};
+use common::wait::{TIMEOUT, poll_until, try_poll};
 use common::workload::{Client, ClientOptions, FaultRules, IoPlan, random_io, read_everything, settle};
 
 /// Size of the image: many times the cache.
@@ -174,7 +174,7 @@ fn the_daemon_uses_the_configured_engine_and_workers() {
     for (device, rings, workers) in cases {
         let mut daemon = Daemon::start_configured(image_of(&shadow), &[device]);
         // The daemon listens before its threads run.
-        poll_until(device, PATIENCE, || (daemon.threads("genblk disk0") == workers).then_some(()));
+        poll_until(device, TIMEOUT, || (daemon.threads("genblk disk0") == workers).then_some(()));
         assert_eq!(daemon.io_urings(), rings, "{device}");
         daemon.stop();
     }
@@ -230,7 +230,7 @@ fn sighup_resumes_a_stopped_device() {
     let stopped = "disk0: write-back stopped (gone); only cached data can be read; 1 dirty page kept; \
                    check the disk, then run \"genblk resume disk0\"";
     daemon.signal(libc::SIGHUP);
-    poll_until("a retry to fail", PATIENCE, || (count(&daemon.log(), stopped) == 2).then_some(()));
+    poll_until("a retry to fail", TIMEOUT, || (count(&daemon.log(), stopped) == 2).then_some(()));
     assert_eq!(count(&daemon.log(), "write-back recovered"), 0, "the image is still too short");
     file.set_len(2 * HALF).expect("the image can get its size back");
     shadow.discard(beyond + 8, HALF / SECTOR_BYTES as u64 - 16);
@@ -238,7 +238,7 @@ fn sighup_resumes_a_stopped_device() {
     assert_eq!(client.read(beyond, 4096), [7; 4096], "cached data can be read");
 
     daemon.signal(libc::SIGHUP);
-    poll_until("the device to resume", PATIENCE, || client.flush().then_some(()));
+    poll_until("the device to resume", TIMEOUT, || client.flush().then_some(()));
     client.write(0, &[8; 4096]);
     shadow.write(0, &[8; 4096]);
     drop(client);
@@ -332,7 +332,7 @@ fn sigterm_under_load_keeps_every_completed_write() {
         }
         session.rings[0].notify();
         let awaited = prng.below(REQUESTS) as u16;
-        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
+        try_poll(TIMEOUT, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
         daemon.stop();
         let mut completed = 0;
         while let Some(used) = session.rings[0].take_used() {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use common::daemon::{send, server_binary};
 use common::operator::{Call, call, genblk, start, state, stdout_of};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 /// The next event of a kind, from a stream.
 #[track_caller]
@@ -28,7 +28,7 @@ fn await_event(stream: &mut Call, kind: &str) -> Value {
 }
 
 fn await_served(control: &Path) {
-    poll_until("the disk to be served", PATIENCE, || (state(control) == json!("serving")).then_some(()));
+    poll_until("the disk to be served", TIMEOUT, || (state(control) == json!("serving")).then_some(()));
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn what_happens_is_told_to_those_who_watch() {
 fn events_are_printed_and_followed() {
     let (_daemon, control) = start("events-command");
     await_served(&control);
-    let text = poll_until("an event of the disk", PATIENCE, || {
+    let text = poll_until("an event of the disk", TIMEOUT, || {
         Some(stdout_of(&genblk(&control, &["events"]))).filter(|text| text.contains(" d0: state "))
     });
     assert!(text.contains(" started devices=1 pid="), "{text}");

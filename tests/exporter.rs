@@ -19,7 +19,7 @@ use serde_json::Value;
 use common::control::{genblk, start, stdout_of};
 use common::daemon::{TempDir, send, server_binary};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 /// How long a scrape may take, the machine's load included: the daemon has 2 s of it.
 const SCRAPE_LIMIT: Duration = Duration::from_secs(6);
@@ -67,7 +67,7 @@ fn get(address: &str, accept: &str) -> Option<String> {
 
 /// Waits until an exporter replies.
 fn await_exporter(address: &str) -> String {
-    poll_until("the exporter", PATIENCE, || get(address, "text/plain"))
+    poll_until("the exporter", TIMEOUT, || get(address, "text/plain"))
 }
 
 /// The path of a program of the Prometheus package: setup.sh unpacks it, or it is installed.
@@ -100,7 +100,7 @@ fn busy_daemon(name: &str) -> (common::daemon::Daemon, PathBuf) {
         text.contains(&format!("{count}\"read\",served=\"memory\"}} 5"))
             && text.contains("device_size_bytes{device=\"d0\"}")
     };
-    poll_until("the requests are counted", PATIENCE, || {
+    poll_until("the requests are counted", TIMEOUT, || {
         Some(stdout_of(&genblk(&control, &["exporter", "--once"]))).filter(is_counted)
     });
     (daemon, control)
@@ -203,7 +203,7 @@ fn bad_requests_are_refused_and_neither_they_nor_silent_clients_keep_a_scraper_f
     assert!(get(&address, "text/plain").is_some(), "silent clients do not matter");
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     let _more: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(&address).expect("it listens")).collect();
-    poll_until("the silent clients are cut off", PATIENCE, || get(&address, "text/plain"));
+    poll_until("the silent clients are cut off", TIMEOUT, || get(&address, "text/plain"));
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn a_daemon_that_hangs_or_has_ended_is_not_up_within_the_time_of_a_scrape() {
     let _waiting: Vec<_> = (0..3).map(|_| UnixStream::connect(&control)).collect();
     is_down();
     send(daemon.id(), libc::SIGCONT);
-    poll_until("the daemon is up again", PATIENCE, || {
+    poll_until("the daemon is up again", TIMEOUT, || {
         get(&address, "text/plain").filter(|reply| reply.contains("\ngenblk_up 1\n"))
     });
     daemon.kill();
@@ -259,7 +259,7 @@ fn prometheus_scrapes_the_exporter_in_the_format_that_it_prefers() {
         body["data"]["result"][0]["value"][1].as_str().map(str::to_owned)
     };
     let is = |expression: &str, value: &str| {
-        poll_until(expression, 3 * PATIENCE, || query(expression).filter(|found| found == value));
+        poll_until(expression, 3 * TIMEOUT, || query(expression).filter(|found| found == value));
     };
     is("genblk_up", "1");
     is("genblk_read_bytes_total", "20480");

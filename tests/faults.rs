@@ -14,7 +14,7 @@ use common::faulty_device::FaultyDevice;
 use common::request::{OK, Payload, range};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
-use common::wait::{ABSENCE, PATIENCE, poll_until};
+use common::wait::{ABSENCE, TIMEOUT, poll_until};
 use common::workload::{Client, ClientOptions, FaultRules, IoPlan, random_io, read_everything, settle};
 use genblk::config::{DeviceConfig, OnError, Socket};
 use genblk::service::{Running, Service};
@@ -117,14 +117,14 @@ fn devices_of_one_image_shut_down_while_one_waits_for_the_others_read() {
     }
     let (missed, pages) = (one.stats().read_miss_pages, one.stats().resident_pages);
     let waiting = thread::spawn(move || waiter.try_read((pages - 16) * 8, 64 << 10));
-    poll_until("the other device to wait", PATIENCE, || (one.stats().read_miss_pages > missed).then_some(()));
+    poll_until("the other device to wait", TIMEOUT, || (one.stats().read_miss_pages > missed).then_some(()));
     let shutdown = thread::spawn(move || {
         let mut devices = [one, other];
         devices.iter().for_each(Running::stop_accepting);
         devices.iter_mut().try_for_each(Running::quiesce)?;
         devices.into_iter().try_for_each(Running::shutdown)
     });
-    poll_until("the shutdown", PATIENCE, || shutdown.is_finished().then_some(()));
+    poll_until("the shutdown", TIMEOUT, || shutdown.is_finished().then_some(()));
     shutdown.join().expect("no thread panics").expect("the devices shut down without an error");
     assert!(waiting.join().expect("no thread panics").is_some(), "a request that was taken completes");
 }
@@ -144,7 +144,7 @@ fn a_new_front_end_is_served_while_earlier_writes_are_held() {
     let connected = Instant::now();
     let mut client = device.client(1);
     assert_eq!(client.read(80, 4096), [0x5a; 4096]);
-    assert!(connected.elapsed() < PATIENCE, "served after {:?}", connected.elapsed());
+    assert!(connected.elapsed() < TIMEOUT, "served after {:?}", connected.elapsed());
     device.faults.heal();
     drop(client);
     device.shutdown(&shadow);
@@ -377,14 +377,14 @@ fn shutdown_completes_taken_requests_before_closing_the_connection() {
     session.write(0, &[3; 512]);
     shadow.write(0, &[3; 512]);
     let flush = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
-    poll_until("the FLUSH to reach the image", PATIENCE, || (device.faults.ops(OpClass::Sync) > 0).then_some(()));
+    poll_until("the FLUSH to reach the image", TIMEOUT, || (device.faults.ops(OpClass::Sync) > 0).then_some(()));
     let before = session.rings[0].used_idx();
     let busy = worker_activity();
     device.running().stop_accepting();
     // Time for the worker to stop its ring. A request that comes now is left to the next daemon.
     thread::sleep(ABSENCE);
     session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
-    poll_until("the daemon to close the connection", PATIENCE, || session.is_closed().then_some(()));
+    poll_until("the daemon to close the connection", TIMEOUT, || session.is_closed().then_some(()));
     let busy = Duration::from_nanos(worker_activity() - busy);
     assert!(busy < SYNC / 120, "the worker should sleep while it drains; it was busy for {busy:?}");
     assert_eq!(session.rings[0].used_idx(), before + 1, "the first FLUSH is complete, the second one not taken");

@@ -24,7 +24,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BL
 use common::daemon::{Daemon, DaemonOptions, TempDir, run_to_end, server_binary};
 use common::request::{OK, Payload, assert_serves, pattern};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, is_listening, poll_until};
+use common::wait::{TIMEOUT, is_listening, poll_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -252,7 +252,7 @@ fn a_write_beyond_the_limit_of_file_sizes_fails_and_the_daemon_goes_on() {
     let flush = session.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
     assert!(far.status != OK || flush.status != OK, "there is no space beyond the limit");
     daemon.assert_alive();
-    poll_until("the reason in the log", PATIENCE, || daemon.log().contains("no space").then_some(()));
+    poll_until("the reason in the log", TIMEOUT, || daemon.log().contains("no space").then_some(()));
     assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));
     drop(session);
     daemon.kill();
@@ -315,7 +315,7 @@ fn the_log_of_a_device_that_fails_every_read_is_bounded() {
     }
     drop(session);
     let lines = || daemon.log().lines().filter(|line| line.contains("failed on the image")).count();
-    poll_until("the last count", PATIENCE, || daemon.log().contains("like this in the last second").then_some(()));
+    poll_until("the last count", TIMEOUT, || daemon.log().contains("like this in the last second").then_some(()));
     assert!(reads > 1000 && lines() <= 24, "{} lines about {reads} reads:\n{}", lines(), daemon.log());
     daemon.kill();
 }
@@ -348,7 +348,7 @@ fn a_standard_error_that_takes_nothing_stops_no_device() {
     let directory = directory("blocked", 16 * MIB);
     let socket = directory.path().join("socket");
     let mut child = with_blocked_stderr(&directory);
-    poll_until("the daemon to listen", PATIENCE, || is_listening(&socket).then_some(()));
+    poll_until("the daemon to listen", TIMEOUT, || is_listening(&socket).then_some(()));
     // Each connection logs two lines; the pipe holds some forty.
     for n in 0..200 {
         assert_serves(&socket, n % 16 * 8);
@@ -367,7 +367,7 @@ fn a_standard_error_that_takes_nothing_stops_no_device() {
     });
     // SAFETY: plain system call; the child has not been reaped.
     assert_eq!(unsafe { libc::kill(child.id().cast_signed(), libc::SIGTERM) }, 0);
-    let status = poll_until("the daemon to end", PATIENCE, || child.try_wait().expect("it is a child"));
+    let status = poll_until("the daemon to end", TIMEOUT, || child.try_wait().expect("it is a child"));
     assert!(status.success(), "{status}");
     let log = reader.join().expect("no thread panics");
     assert!(log.contains("disk0: serving"), "{log}");
@@ -379,11 +379,11 @@ fn a_daemon_whose_standard_error_stays_blocked_ends_even_so() {
     let directory = directory("jammed", MIB);
     let socket = directory.path().join("socket");
     let mut child = with_blocked_stderr(&directory);
-    poll_until("the daemon to listen", PATIENCE, || is_listening(&socket).then_some(()));
+    poll_until("the daemon to listen", TIMEOUT, || is_listening(&socket).then_some(()));
     (0..60).for_each(|_| assert_serves(&socket, 0));
     // SAFETY: plain system call; the child has not been reaped.
     assert_eq!(unsafe { libc::kill(child.id().cast_signed(), libc::SIGTERM) }, 0);
-    let status = poll_until("the daemon to end", PATIENCE, || child.try_wait().expect("it is a child"));
+    let status = poll_until("the daemon to end", TIMEOUT, || child.try_wait().expect("it is a child"));
     assert!(status.success(), "{status}");
 }
 
@@ -416,7 +416,7 @@ fn a_lack_of_descriptors_is_named_and_ends_neither_the_daemon_nor_the_other_gues
     let used = fs::read_dir(format!("/proc/{process}/fd")).expect("the daemon runs").count();
     limit_descriptors(process, Some(used));
     let waiting = UnixStream::connect(daemon.socket_of(1)).expect("the socket listens");
-    poll_until("the log to name the limit", PATIENCE, || {
+    poll_until("the log to name the limit", TIMEOUT, || {
         daemon.log().contains(&format!("RLIMIT_NOFILE is {used}")).then_some(())
     });
     let before = processor_ticks(process);

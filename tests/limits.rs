@@ -14,7 +14,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use common::operator::{call, genblk, start, stdout_of};
 use common::request::Payload;
 use common::session::{Session, SessionOptions};
-use common::wait::{ABSENCE, PATIENCE, poll_until};
+use common::wait::{ABSENCE, TIMEOUT, poll_until};
 
 /// Requests that a guest keeps in flight.
 const DEPTH: usize = 32;
@@ -121,12 +121,12 @@ fn what_a_limit_holds_back_delays_neither_reads_nor_flushes_nor_a_stop_and_costs
     }
     let begun = Instant::now();
     session.stop_ring(0);
-    assert!(begun.elapsed() < PATIENCE / 2, "a ring that stops does not wait for its limit");
+    assert!(begun.elapsed() < TIMEOUT / 2, "a ring that stops does not wait for its limit");
     session.start_ring(0);
     assert!(session.rings[0].try_wait_used(ABSENCE).is_none(), "a ring that starts again is not let off");
     set(&control, &["limits.write_bytes_per_second=0"]);
     session.rings[0].notify();
-    let used = session.rings[0].wait_used(PATIENCE);
+    let used = session.rings[0].wait_used(TIMEOUT);
     assert_eq!(session.outcome(&held, used).status, 0);
     assert_eq!(session.read(4096, 4096), vec![2; 4096]);
 }
@@ -135,7 +135,7 @@ fn what_a_limit_holds_back_delays_neither_reads_nor_flushes_nor_a_stop_and_costs
 fn limits_change_while_requests_wait_and_are_shown() {
     guest_that_owes!("limits-set", daemon, control, session, held);
     set(&control, &["limits.write_bytes_per_second=1G"]);
-    let used = session.rings[0].wait_used(PATIENCE);
+    let used = session.rings[0].wait_used(TIMEOUT);
     assert_eq!(session.outcome(&held, used).status, 0, "without another kick");
     let listed = call(&control, "List", &json!({}));
     let limits = &listed["parameters"]["devices"][0]["limits"];
@@ -152,7 +152,7 @@ fn limits_change_while_requests_wait_and_are_shown() {
     session.rings[0].notify();
     assert!(session.rings[0].try_wait_used(ABSENCE).is_none(), "the limit holds it back");
     daemon.terminate();
-    poll_until("the end of the daemon, which does not wait for limits", PATIENCE, || {
+    poll_until("the end of the daemon, which does not wait for limits", TIMEOUT, || {
         common::daemon::has_ended(daemon.id()).then_some(())
     });
 }

@@ -16,7 +16,7 @@ use common::daemon::{Daemon, send};
 use common::operator::{Call, IMAGE_BYTES, call, genblk, names, start, state, stdout_of, table};
 use common::request::Payload;
 use common::session::{Session, SessionOptions};
-use common::wait::{ABSENCE, PATIENCE, poll_until};
+use common::wait::{ABSENCE, TIMEOUT, poll_until};
 
 #[test]
 fn flush_makes_completed_writes_durable_and_drop_empties_the_cache() {
@@ -53,7 +53,7 @@ fn a_frozen_image_holds_all_that_has_completed_and_does_not_change_until_the_tha
     assert_eq!(fs::read(daemon.image()).expect("the image can be read"), image);
     let thawed = call(&control, "Thaw", &json!({"device": "d0"}));
     assert_eq!(thawed["parameters"]["held"], json!(true), "{thawed}");
-    let used = session.rings[0].wait_used(PATIENCE);
+    let used = session.rings[0].wait_used(TIMEOUT);
     assert_eq!(session.outcome(&pending, used).status, 0);
     assert_eq!(state(&control), json!("serving"));
     session.flush();
@@ -117,14 +117,14 @@ fn a_freeze_ends_with_its_time_its_client_or_its_process() {
 #[test]
 fn a_thaw_with_the_lease_of_a_freeze_that_is_over_leaves_the_freeze_of_another_client() {
     let (_daemon, control) = start("operator-freeze-lease");
-    poll_until("the disk to be served", PATIENCE, || (state(&control) == json!("serving")).then_some(()));
+    poll_until("the disk to be served", TIMEOUT, || (state(&control) == json!("serving")).then_some(()));
     let freeze = |timeout_ms: u32| {
         let frozen = call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": timeout_ms}));
         frozen["parameters"]["lease"].as_u64()
     };
-    let over = poll_until("a freeze", PATIENCE, || freeze(300));
+    let over = poll_until("a freeze", TIMEOUT, || freeze(300));
     // Refused while the first one lasts.
-    let other = poll_until("the end of the first freeze", PATIENCE, || freeze(60000));
+    let other = poll_until("the end of the first freeze", TIMEOUT, || freeze(60000));
     let thaw = |lease: u64| call(&control, "Thaw", &json!({"device": "d0", "lease": lease}))["parameters"].clone();
     assert_eq!(thaw(over)["held"], json!(false));
     assert_eq!(state(&control), json!("frozen"), "the other freeze continues");
@@ -141,7 +141,7 @@ fn a_daemon_without_disks_waits_for_those_that_are_attached() {
     let socket = daemon.socket_of(0);
     let mut empty = Command::new(common::daemon::server_binary());
     let mut empty = empty.arg("--config").arg(daemon.config()).stderr(Stdio::null()).spawn().expect("it starts");
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    poll_until("the control socket", TIMEOUT, || UnixStream::connect(&control).ok());
     assert!(names(&control).is_empty());
     let file = daemon.config().with_file_name("whole.toml");
     fs::write(&file, table).expect("it can be written");
@@ -188,7 +188,7 @@ fn a_ring_that_stops_does_not_wait_for_the_end_of_a_freeze_which_is_lost() {
     let used = session.rings[0].wait_used(Duration::ZERO);
     assert_eq!(session.outcome(&pending, used).status, 0);
     assert!(begun.elapsed() < Duration::from_secs(60), "it has not waited for the end of the freeze");
-    poll_until("the list to show that the freeze is lost", PATIENCE, || {
+    poll_until("the list to show that the freeze is lost", TIMEOUT, || {
         (state(&control) == json!("serving")).then_some(())
     });
     let again = call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
@@ -225,7 +225,7 @@ fn a_disk_is_attached_and_detached_while_another_is_served() {
     drop(second);
     let image = daemon.directory().path().join("d1.img");
     // The daemon may not have noticed yet that the front-end has disconnected.
-    poll_until("the end of the disk", PATIENCE, || genblk(&control, &["detach", "d1"]).status.success().then_some(()));
+    poll_until("the end of the disk", TIMEOUT, || genblk(&control, &["detach", "d1"]).status.success().then_some(()));
     assert_eq!(names(&control), ["d0"]);
     assert_eq!(fs::read(&image).expect("the image exists")[4096..8192], [2; 4096]);
     assert!(!socket.exists(), "its socket is removed");
@@ -244,7 +244,7 @@ fn a_disk_in_use_is_detached_only_by_force_and_loses_nothing() {
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[3; 4096]);
     let pid = std::process::id().to_string();
-    poll_until("the front-end is shown", PATIENCE, || {
+    poll_until("the front-end is shown", TIMEOUT, || {
         stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {pid}")).then_some(())
     });
     let refused = genblk(&control, &["detach", "d0"]);
@@ -254,7 +254,7 @@ fn a_disk_in_use_is_detached_only_by_force_and_loses_nothing() {
     stdout_of(&genblk(&control, &["detach", "d0", "--force"]));
     assert_eq!(daemon.image_bytes(0, 4096), vec![3; 4096]);
     assert!(names(&control).is_empty());
-    poll_until("the front-end is disconnected", PATIENCE, || session.is_closed().then_some(()));
+    poll_until("the front-end is disconnected", TIMEOUT, || session.is_closed().then_some(()));
 }
 
 #[test]
@@ -276,7 +276,7 @@ fn a_reader_leaves_the_others_of_its_image() {
         assert_eq!(second.read(sector, 4096), vec![6; 4096]);
     }
     drop(second);
-    poll_until("the end of the disk", PATIENCE, || genblk(&control, &["detach", "r2"]).status.success().then_some(()));
+    poll_until("the end of the disk", TIMEOUT, || genblk(&control, &["detach", "r2"]).status.success().then_some(()));
     assert_eq!(names(&control), ["d0"]);
 }
 
@@ -320,12 +320,12 @@ fn what_was_attached_and_detached_outlives_a_crash_and_not_an_orderly_stop() {
     let mut session = session.reconnect(&socket);
     session.start_ring(0);
     assert_eq!(session.read(0, 4096), vec![4; 4096]);
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    poll_until("the control socket", TIMEOUT, || UnixStream::connect(&control).ok());
     assert_eq!(names(&control), ["d1"]);
     drop(session);
     daemon.stop();
     daemon.restart();
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    poll_until("the control socket", TIMEOUT, || UnixStream::connect(&control).ok());
     assert_eq!(names(&control), ["d0"]);
 }
 
@@ -347,7 +347,7 @@ fn an_attach_that_cannot_be_served_changes_nothing() {
     assert_eq!(wrong["parameters"]["problems"].as_array().map(Vec::len), Some(4), "{wrong}");
     let differs = json!({"name": "d0", "socket": daemon.socket_of(0), "image": daemon.image()});
     assert_eq!(call(&control, "Attach", &json!({"config": differs}))["error"], json!("io.genblk.Control.DeviceExists"));
-    poll_until("nothing is left of them", PATIENCE, || (names(&control) == ["d0"]).then_some(()));
+    poll_until("nothing is left of them", TIMEOUT, || (names(&control) == ["d0"]).then_some(()));
     let after = call(&control, "List", &json!({}));
     assert_eq!(after["parameters"]["devices"][0]["name"], before["parameters"]["devices"][0]["name"]);
     assert!(!paths.join("runtime.toml").exists(), "nothing was recorded");

@@ -12,7 +12,7 @@ use serde_json::json;
 use common::daemon::{Daemon, send};
 use common::operator::{call, genblk, names, start, state, stdout_of, table};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 /// The current value of a key of `d0`.
 #[track_caller]
@@ -50,7 +50,7 @@ fn a_key_that_is_set_is_in_force_at_once_and_after_a_crash() {
     drop(session);
     daemon.kill();
     daemon.restart();
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     assert_eq!(value(&control, "cache.mode"), "\"writethrough\"");
     let back = genblk(&control, &["set", "d0", "cache.mode=writeback"]);
     assert!(back.status.success(), "{back:?}");
@@ -68,7 +68,7 @@ fn keys_that_two_operators_set_at_a_time_are_all_in_force() {
     let set = |key: &str| {
         for number in 101..=140 {
             let config = json!({"device": "d0", "config": {key: number}});
-            poll_until("the other change to end", PATIENCE, || {
+            poll_until("the other change to end", TIMEOUT, || {
                 let reply = call(&control, "Set", &config);
                 let is_busy = reply["error"] == json!("io.genblk.Control.Busy");
                 assert!(is_busy || reply["error"].is_null(), "{reply}");
@@ -83,7 +83,7 @@ fn keys_that_two_operators_set_at_a_time_are_all_in_force() {
     });
     daemon.kill();
     daemon.restart();
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     assert_eq!((value(&control, "poll_us").as_str(), value(&control, "cache.hold_max_ms").as_str()), ("140", "140"));
 }
 
@@ -109,7 +109,7 @@ fn a_key_that_cannot_be_set_changes_nothing() {
 #[test]
 fn the_commands_suggested_for_a_pending_key_apply_it() {
     let (mut daemon, control) = start("reload-advice");
-    poll_until("the disk to be served", PATIENCE, || (state(&control) == json!("serving")).then_some(()));
+    poll_until("the disk to be served", TIMEOUT, || (state(&control) == json!("serving")).then_some(()));
     let refused = genblk(&control, &["set", "d0", "workers=2"]);
     let advice = String::from_utf8_lossy(&refused.stderr).into_owned();
     for command in ["\"genblk detach d0\"", "\"genblk attach FILE d0\""] {
@@ -167,13 +167,13 @@ fn a_reload_attaches_detaches_and_changes_what_the_file_says() {
     assert_eq!(session.read(0, 512), vec![7; 512]);
     configure(&daemon, &control, &old);
     let pid = std::process::id().to_string();
-    poll_until("the front-end is shown", PATIENCE, || {
+    poll_until("the front-end is shown", TIMEOUT, || {
         stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {pid}")).then_some(())
     });
     let kept = stdout_of(&genblk(&control, &["reload"]));
     assert!(kept.contains("d1: kept, although it is no longer in the file: in use by pid"), "{kept}");
     drop(session);
-    poll_until("the end of the disk", PATIENCE, || {
+    poll_until("the end of the disk", TIMEOUT, || {
         genblk(&control, &["reload"]);
         (names(&control) == ["d0"]).then_some(())
     });
@@ -194,24 +194,24 @@ fn a_disk_that_a_reload_keeps_is_kept_by_the_next_daemon_too() {
     session.write(0, &[3; 4096]);
     configure(&daemon, &control, &old);
     let kept = |control: &Path| stdout_of(&genblk(control, &["reload"])).contains("d1: kept");
-    poll_until("the front-end is seen", PATIENCE, || {
+    poll_until("the front-end is seen", TIMEOUT, || {
         stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {}", std::process::id())).then_some(())
     });
     assert!(kept(&control));
     daemon.kill();
     daemon.restart_for(&[daemon.socket_of(0), d1.clone()]);
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     let mut session = session.reconnect(&d1);
     session.start_ring(0);
     assert_eq!(session.read(0, 4096), vec![3; 4096]);
     drop(session);
-    poll_until("the end of the disk", PATIENCE, || {
+    poll_until("the end of the disk", TIMEOUT, || {
         genblk(&control, &["reload"]);
         (names(&control) == ["d0"]).then_some(())
     });
     daemon.kill();
     daemon.restart();
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     assert_eq!(names(&control), ["d0"], "it is not kept any more");
 }
 
@@ -243,7 +243,7 @@ fn a_reload_with_anything_wrong_changes_nothing() {
     let directory = daemon.directory();
     let good = table(directory, "d0", "image", "poll_us = 9\n");
     let pid = || call(&control, "List", &json!({}))["parameters"]["devices"][0]["pid"].clone();
-    let before = poll_until("the disk to be served", PATIENCE, || Some(pid()).filter(|pid| !pid.is_null()));
+    let before = poll_until("the disk to be served", TIMEOUT, || Some(pid()).filter(|pid| !pid.is_null()));
     for wrong in [
         "[[device]]\nname = \"x\"\n".to_owned(),
         table(directory, "x", "missing.img", ""),
@@ -253,7 +253,7 @@ fn a_reload_with_anything_wrong_changes_nothing() {
         configure(&daemon, &control, &format!("{good}{wrong}"));
         let refused = genblk(&control, &["reload"]);
         assert!(!refused.status.success() && !refused.stderr.is_empty(), "{wrong}: {refused:?}");
-        poll_until("nothing is left of it", PATIENCE, || (names(&control) == ["d0"]).then_some(()));
+        poll_until("nothing is left of it", TIMEOUT, || (names(&control) == ["d0"]).then_some(()));
         assert_eq!(value(&control, "poll_us"), "50", "{wrong}");
     }
     fs::remove_file(daemon.config()).expect("it exists");
@@ -277,7 +277,7 @@ fn sighup_reads_the_configuration_again_and_resumes_nothing() {
     daemon.await_log("restart it with \"genblk resume d1\"");
     daemon.signal(libc::SIGHUP);
     let again = "d0: takes effect after detach and attach: restart_burst";
-    poll_until("the second reload", PATIENCE, || (daemon.log().matches(again).count() == 2).then_some(()));
+    poll_until("the second reload", TIMEOUT, || (daemon.log().matches(again).count() == 2).then_some(()));
     assert_eq!(call(&control, "List", &json!({"device": "d1"}))["parameters"]["devices"][0]["state"], json!("failed"));
     stdout_of(&genblk(&control, &["resume", "d1"]));
     let mut session = Session::open(&directory.path().join("d1.sock"), &SessionOptions::default());

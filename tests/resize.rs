@@ -18,7 +18,7 @@ use common::operator::{IMAGE_BYTES, call, genblk, start, stdout_of, table};
 use common::raw_message::{FLAG_NEED_REPLY, exchange};
 use common::request::{OK, Payload, range};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 const SET_BACKEND_REQ_FD: u32 = 21;
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1 and no flag, no payload.
@@ -31,7 +31,7 @@ fn open_channel(session: &Session) -> UnixStream {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     let reply = exchange(&session.socket, SET_BACKEND_REQ_FD, FLAG_NEED_REPLY, &[], &[theirs.as_raw_fd()]);
     assert!(reply.is_acknowledged(), "{reply:?}");
-    ours.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+    ours.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     ours
 }
 
@@ -127,7 +127,7 @@ fn every_reader_of_an_image_follows_it() {
     let mut image = File::options().append(true).open(directory.path().join("r.img")).expect("the image exists");
     image.write_all(&vec![6; 1 << 20]).expect("the image can grow");
     for reader in &mut readers {
-        poll_until("a reader to follow", PATIENCE, || (reader.capacity_sectors() == 4096).then_some(()));
+        poll_until("a reader to follow", TIMEOUT, || (reader.capacity_sectors() == 4096).then_some(()));
         assert_eq!(reader.read(4088, 4096), vec![6; 4096]);
     }
 }
@@ -172,7 +172,7 @@ fn a_size_that_makes_no_sense_changes_nothing() {
     odd.set_len(IMAGE_BYTES + 512).expect("it can grow");
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(session.capacity_sectors(), OLD_END, "it is not followed to a size in a page");
-    poll_until("it is served on", PATIENCE, || (session.read(0, 4096) == vec![0; 4096]).then_some(()));
+    poll_until("it is served on", TIMEOUT, || (session.read(0, 4096) == vec![0; 4096]).then_some(()));
 }
 
 fn shrink(control: &Path, size: &str) -> String {
@@ -271,7 +271,7 @@ fn a_kill_in_the_middle_of_a_shrink_leaves_the_old_size_with_all_data_or_the_new
         let has_shrunk = resizing.join().expect("it ends");
         session = session.reconnect(&daemon.socket_of(0));
         session.start_ring(0);
-        poll_until("the disk", PATIENCE, || {
+        poll_until("the disk", TIMEOUT, || {
             (call(&control, "List", &json!({}))["parameters"]["devices"][0]["state"] == "serving").then_some(())
         });
         let capacity = session.capacity_sectors();
@@ -347,7 +347,7 @@ fn a_shrink_that_makes_no_sense_changes_nothing() {
     let file = directory.path().join("r.toml");
     fs::write(&file, table(directory, "r1", "r.img", "read_only = true\n")).expect("a file can be written");
     stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
-    poll_until("the reader", PATIENCE, || {
+    poll_until("the reader", TIMEOUT, || {
         let refused = call(&control, "Resize", &json!({"device": "r1", "bytes": 4096, "shrink": true}));
         refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("read-only")).then_some(())
     });

@@ -14,7 +14,7 @@ use common::daemon::{Daemon, has_ended, send};
 use common::nbd_server::NbdServer;
 use common::operator::{call, genblk, names, start, stdout_of, table};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 /// A daemon that serves `d0`, and `d1`, which was attached: on a server whose writes fail while the file `fails`
 /// exists.
@@ -57,7 +57,7 @@ fn attach(daemon: &Daemon, control: &Path, name: &str, image: &str) {
 fn check_next(attached: &mut Attached) {
     let sockets = [attached.daemon.socket_of(0), attached.socket.clone()];
     attached.daemon.restart_for(&sockets);
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&attached.control).ok());
+    poll_until("the control socket", TIMEOUT, || UnixStream::connect(&attached.control).ok());
     assert_eq!(names(&attached.control), ["d0", "d1"]);
     let mut session = Session::open(&attached.socket, &SessionOptions::default());
     assert_eq!(session.read(0, 4096), vec![7; 4096]);
@@ -105,8 +105,8 @@ fn a_daemon_that_is_started_while_the_one_before_it_serves_gets_its_disks_its_ch
     daemon.await_log("the operator's commands do not work until it opens; retrying");
     attach(&daemon, &control, "d2", &second_image);
     send(before, libc::SIGUSR1);
-    poll_until("the end of the first daemon", PATIENCE, || has_ended(before).then_some(()));
-    poll_until("the disks of both", PATIENCE, || {
+    poll_until("the end of the first daemon", TIMEOUT, || has_ended(before).then_some(()));
+    poll_until("the disks of both", TIMEOUT, || {
         UnixStream::connect(&control).ok()?;
         (names(&control) == ["d0", "d1", "d2"]).then_some(())
     });
@@ -118,6 +118,6 @@ fn a_daemon_that_is_started_while_the_one_before_it_serves_gets_its_disks_its_ch
     stdout_of(&genblk(&control, &["detach", "d0"]));
     daemon.kill();
     daemon.restart_for(&["d1", "d2"].map(|name| daemon.directory().path().join(format!("{name}.sock"))));
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    poll_until("the control socket", TIMEOUT, || UnixStream::connect(&control).ok());
     assert_eq!(names(&control), ["d1", "d2"], "it has recorded its own changes");
 }

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 
 use common::daemon::{Daemon, DaemonOptions, TempDir, server_binary};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 /// Every fence, for a process without a sandbox that trespasses anyway.
 const ALL_FENCES: &str = "capabilities dumping landlock seccomp";
@@ -55,7 +55,7 @@ impl Trespass {
 
     fn wait(mut child: Child, directory: &TempDir) -> Self {
         let log = || fs::read_to_string(directory.path().join("log")).unwrap_or_default();
-        let status = poll_until("the daemon to trespass", PATIENCE, || {
+        let status = poll_until("the daemon to trespass", TIMEOUT, || {
             match child.try_wait().expect("the child can be waited for") {
                 Some(status) => Some(Some(status)),
                 None if log().contains("trespass: ") => Some(None),
@@ -264,7 +264,7 @@ fn every_thread_that_faces_a_guest_a_front_end_or_an_image_is_confined() {
     let _session = Session::open(&daemon.socket(), &SessionOptions::default());
     for thread in CONFINED.into_iter().chain(["control disk0", "watchdog"]) {
         // The thread of the log confines itself a moment later than the others.
-        poll_until("a filter", PATIENCE, || (statuses(daemon.id(), thread, "Seccomp").first()? == "2").then_some(()));
+        poll_until("a filter", TIMEOUT, || (statuses(daemon.id(), thread, "Seccomp").first()? == "2").then_some(()));
         let none = "0000000000000000";
         for (field, value) in
             [("NoNewPrivs", "1"), ("Seccomp", "2"), ("CapPrm", none), ("CapEff", none), ("CapBnd", none)]
@@ -309,7 +309,7 @@ fn a_disk_process_is_confined_in_every_thread_and_runs_as_its_own_user() {
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
         session.write(0, &[7; 4096]);
         let &[process] = daemon.disk_processes().as_slice() else { panic!("one disk, one process") };
-        poll_until("filters", PATIENCE, || {
+        poll_until("filters", TIMEOUT, || {
             let found = statuses(process, "", "Seccomp");
             (found.len() > 5 && found.iter().all(|found| found == "2")).then_some(())
         });

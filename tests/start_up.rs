@@ -16,7 +16,7 @@ use common::daemon::{Daemon, DaemonOptions, Ended, TempDir, run_to_end, server_b
 use common::prng::Prng;
 use common::request::{assert_serves, pattern};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, is_listening, poll_until};
+use common::wait::{TIMEOUT, is_listening, poll_until};
 use genblk::cli::CAPABILITIES;
 use genblk::store::file::{FileImage, OpenOptions};
 
@@ -335,7 +335,7 @@ fn one_missing_image_does_not_keep_the_other_devices_from_being_served() {
     fs::rename(fixture.path("image3"), fixture.path("elsewhere")).expect("a file can be renamed");
     fs::write(fixture.path("genblk.toml"), text).expect("a configuration can be written");
     let notified = UnixDatagram::bind(fixture.path("notify")).expect("a socket can be bound");
-    notified.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+    notified.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     let receive = || {
         let mut message = [0; 4096];
         let length = notified.recv(&mut message).expect("the daemon notifies its service manager");
@@ -354,7 +354,7 @@ fn one_missing_image_does_not_keep_the_other_devices_from_being_served() {
     assert_serves(&daemon.socket(), 0);
     fs::rename(elsewhere, missing).expect("a file can be renamed");
     daemon.signal(libc::SIGHUP);
-    poll_until("the image that came back to be served", PATIENCE, || is_listening(&socket).then_some(()));
+    poll_until("the image that came back to be served", TIMEOUT, || is_listening(&socket).then_some(()));
     assert_serves(&socket, 0);
     // A reload comes with the signal.
     let status = std::iter::repeat_with(receive).find(|text| text.starts_with("STATUS=serving 8"));
@@ -451,7 +451,7 @@ fn the_socket_has_the_configured_rights_whatever_the_umask() {
             command.arg(server_binary()).arg(fixture.path("genblk.toml"));
             let watched = socket.clone();
             let watcher = std::thread::spawn(move || {
-                poll_until("the socket", PATIENCE, || fs::symlink_metadata(&watched).ok()).mode() & 0o7777
+                poll_until("the socket", TIMEOUT, || fs::symlink_metadata(&watched).ok()).mode() & 0o7777
             });
             let mut daemon = Daemon::launch(fixture.directory, command, vec![socket.clone()]);
             let first_seen = watcher.join().expect("the socket appears");
@@ -501,7 +501,7 @@ fn log_at(level: Option<&str>) -> Vec<String> {
     let mut daemon = Daemon::launch(fixture.directory, command, vec![socket.clone()]);
     assert_serves(&socket, 0);
     if level != Some("warn") {
-        poll_until("the front-end's end to be noticed", PATIENCE, || {
+        poll_until("the front-end's end to be noticed", TIMEOUT, || {
             daemon.log().contains("disconnected").then_some(())
         });
     }

@@ -23,9 +23,9 @@ use store_kit::{Buffer, Driver, Image, MIB, pattern};
 
 const NBD: NbdOptions = NbdOptions { trusts_without_flush: false, give_up: None, quarantine: Duration::ZERO };
 const READ_ONLY: OpenOptions =
-    OpenOptions { read_only: true, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO, nbd: NBD };
+    OpenOptions { read_only: true, engine: IoEngine::Auto, direct: true, lock_timeout: Duration::ZERO, nbd: NBD };
 const WRITABLE: OpenOptions =
-    OpenOptions { read_only: false, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO, nbd: NBD };
+    OpenOptions { read_only: false, engine: IoEngine::Auto, direct: true, lock_timeout: Duration::ZERO, nbd: NBD };
 
 /// Kind of the error with which an image is refused; its message must name the image.
 #[track_caller]

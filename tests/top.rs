@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use common::control::{genblk, start, stdout_of};
 use common::daemon::server_binary;
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 #[test]
 fn one_picture_is_printed_as_text() {
@@ -48,7 +48,7 @@ impl Tmux {
 
     #[track_caller]
     fn await_screen(&self, what: &str, shows: impl Fn(&str) -> bool) -> String {
-        poll_until(what, PATIENCE, || Some(self.screen()).filter(|screen| shows(screen)))
+        poll_until(what, TIMEOUT, || Some(self.screen()).filter(|screen| shows(screen)))
     }
 }
 

@@ -13,7 +13,7 @@ use common::daemon::{Daemon, TempDir, server_binary};
 use common::operator::{Call, call, genblk, stdout_of, table};
 use common::prng::Prng;
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 
 const IMAGE_BYTES: usize = 8 << 20;
 /// What the guest uses: of a cache of 4 MiB.
@@ -66,11 +66,11 @@ fn a_disk_is_warm_again_after_an_orderly_stop() {
     let text = fs::read_to_string(lists[0].path()).expect("a list");
     assert!(text.starts_with("genblk warm list 2 ") && text.len() < 4096, "{text}");
     daemon.restart();
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     daemon.await_log("d0: warmed after");
     read_hot(&daemon);
     // The counters follow within a moment.
-    let (pages, hits) = poll_until("the statistics", PATIENCE, || {
+    let (pages, hits) = poll_until("the statistics", TIMEOUT, || {
         Some(hits(&control)).filter(|(pages, _)| *pages >= (HOT_BYTES / 4096) as u64)
     });
     assert!(hits * 10 >= pages * 9, "{hits} of {pages} pages are in memory");
@@ -85,7 +85,7 @@ fn a_list_of_another_image_or_of_rubbish_is_not_used() {
     fs::write(&list, "genblk warm list 2 \"/another\"\n0+99999999999\n").expect("it can be written");
     daemon.restart();
     daemon.await_log("it is not a list for this image");
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     read_hot(&daemon);
 }
 
@@ -93,7 +93,7 @@ fn a_list_of_another_image_or_of_rubbish_is_not_used() {
 fn restart_cold(daemon: &mut Daemon, control: &Path) {
     daemon.restart();
     daemon.await_log("is not used: it is not a list for this image, or the image was served since");
-    poll_until("the control socket", PATIENCE, || genblk(control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(control, &["list"]).status.success().then_some(()));
     read_hot(daemon);
 }
 
@@ -135,7 +135,7 @@ fn resident(control: &Path) -> (String, usize) {
 
 fn started(name: &str) -> (Daemon, PathBuf, PathBuf) {
     let (daemon, control, _) = start(name);
-    poll_until("the disk", PATIENCE, || genblk(&control, &["resident", "d0"]).status.success().then_some(()));
+    poll_until("the disk", TIMEOUT, || genblk(&control, &["resident", "d0"]).status.success().then_some(()));
     let list = daemon.directory().path().join("list");
     (daemon, control, list)
 }
@@ -148,13 +148,13 @@ fn a_disk_is_warmed_by_the_list_of_what_was_resident() {
     let (text, bytes) = resident(&control);
     assert!(bytes >= HOT_BYTES, "{text}");
     fs::write(&list, format!("# what the guest used\n{text}")).expect("it can be written");
-    poll_until("a cold cache", PATIENCE, || {
+    poll_until("a cold cache", TIMEOUT, || {
         stdout_of(&genblk(&control, &["drop", "d0"]));
         (resident(&control).1 == 0).then_some(())
     });
     let warmed = stdout_of(&genblk(&control, &["warm", "d0", "--from", &list.display().to_string()]));
     assert_eq!(warmed, "d0: warmed\n");
-    poll_until("what was warmed", PATIENCE, || (resident(&control).0 == text).then_some(()));
+    poll_until("what was warmed", TIMEOUT, || (resident(&control).0 == text).then_some(()));
     read_hot(&daemon);
 }
 
@@ -206,7 +206,7 @@ fn warming_reports_its_progress_and_keeps_to_a_rate() {
     assert!(0 < done && done < total && total == (HOT_BYTES / 2) as u64, "{first}");
     let last = std::iter::repeat_with(|| warming.reply()).find(|reply| reply["continues"] != json!(true));
     assert_eq!(last.expect("it ends")["parameters"], json!({"progress": null, "full": false}));
-    poll_until("what was warmed", PATIENCE, || (resident(&control).1 == HOT_BYTES / 2).then_some(()));
+    poll_until("what was warmed", TIMEOUT, || (resident(&control).1 == HOT_BYTES / 2).then_some(()));
     read_hot(&daemon);
 }
 
@@ -223,7 +223,7 @@ fn warming_ends_when_its_client_disconnects() {
     // The next one need not wait for it.
     let rest = json!({"device": "d0", "extents": [{"offset": 0, "bytes": HOT_BYTES}]});
     assert_eq!(call(&control, "Warm", &rest)["parameters"], json!({"progress": null, "full": false}));
-    poll_until("what was warmed", PATIENCE, || (resident(&control).1 >= HOT_BYTES).then_some(()));
+    poll_until("what was warmed", TIMEOUT, || (resident(&control).1 >= HOT_BYTES).then_some(()));
     read_hot(&daemon);
 }
 
@@ -249,20 +249,20 @@ fn hit_ratio(daemon: &Daemon, control: &Path, prng: &mut Prng, count: usize) -> 
     read_randomly(daemon, prng, count);
     let wanted = pages_before + count as u64;
     let (pages, hits) =
-        poll_until("the statistics", PATIENCE, || Some(hits(control)).filter(|(pages, _)| *pages >= wanted));
+        poll_until("the statistics", TIMEOUT, || Some(hits(control)).filter(|(pages, _)| *pages >= wanted));
     (hits - hits_before) * 1000 / (pages - pages_before)
 }
 
 #[test]
 fn the_hit_ratio_after_a_clean_restart_is_nine_tenths_of_that_before_it() {
     let (mut daemon, control, _) = start("warm-ratio");
-    poll_until("the disk", PATIENCE, || genblk(&control, &["resident", "d0"]).status.success().then_some(()));
+    poll_until("the disk", TIMEOUT, || genblk(&control, &["resident", "d0"]).status.success().then_some(()));
     let mut prng = Prng::new(7);
     hit_ratio(&daemon, &control, &mut prng, 3000);
     let before = hit_ratio(&daemon, &control, &mut prng, 2000);
     daemon.stop();
     daemon.restart();
-    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
     daemon.await_log("d0: warmed after");
     let after = hit_ratio(&daemon, &control, &mut prng, 2000);
     println!("hits: {before} of 1000 before the stop, {after} after it");

@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys::dir::OpenMode;
 use crate::sys::memfd;
-use crate::sys::process::{DEATH_PATIENCE, effective_uid, is_dying};
+use crate::sys::process::{DEATH_TIMEOUT, effective_uid, is_dying};
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::record::{CachePlace, TenureState};
@@ -28,7 +28,7 @@ use crate::tenure::record::{CachePlace, TenureState};
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// How long to wait for a process that only examines a file.
-const LOOK_PATIENCE: Duration = Duration::from_millis(100);
+const LOOK_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Name of root's directory of arenas.
 const DIRECTORY: &str = "genblk";
@@ -151,20 +151,20 @@ impl ArenaFile {
     /// image that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`] when another process
     /// holds its lock. Otherwise like [`ArenaFile::create_for`].
     pub fn open_existing(path: &Path, whose: AllowedOwner) -> Result<Self> {
-        Self::open_within(path, whose, LOOK_PATIENCE)
+        Self::open_within(path, whose, LOOK_TIMEOUT)
     }
 
-    /// Like [`ArenaFile::open_existing`], but waits at most `patience` for another process to release its lock.
+    /// Like [`ArenaFile::open_existing`], but waits at most `timeout` for another process to release its lock.
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`].
-    pub fn open_within(path: &Path, whose: AllowedOwner, patience: Duration) -> Result<Self> {
+    pub fn open_within(path: &Path, whose: AllowedOwner, timeout: Duration) -> Result<Self> {
         let shown = path.display();
         fs::symlink_metadata(path).map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e))?;
         if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
             return Err(Error::new(ErrorKind::Ledger, format!("not a genblk cache file: {shown}")));
         }
-        Self::open(path, OpenMode::ReadWrite, whose, patience)
+        Self::open(path, OpenMode::ReadWrite, whose, timeout)
     }
 
     /// The header of a file, which another process may use at the same time; `None` if it has none, or does not have
@@ -307,7 +307,7 @@ impl ArenaFile {
     }
 
     /// Opens and locks a file.
-    fn open(path: &Path, access: OpenMode, whose: AllowedOwner, patience: Duration) -> Result<Self> {
+    fn open(path: &Path, access: OpenMode, whose: AllowedOwner, timeout: Duration) -> Result<Self> {
         let began = Instant::now();
         let (directory, name) = split(path)?;
         loop {
@@ -320,8 +320,8 @@ impl ArenaFile {
                 }
                 Err(TryLockError::WouldBlock) => {
                     let holder = lock_holder(&file);
-                    let will_be_free = !patience.is_zero() && holder.is_some_and(is_dying);
-                    if began.elapsed() < if will_be_free { DEATH_PATIENCE } else { patience } {
+                    let will_be_free = !timeout.is_zero() && holder.is_some_and(is_dying);
+                    if began.elapsed() < if will_be_free { DEATH_TIMEOUT } else { timeout } {
                         // The owner may remove the file meanwhile, so open it again.
                         std::thread::sleep(LOCK_RETRY);
                         continue;

@@ -24,7 +24,7 @@ use crate::sys::process::name_of;
 use crate::sys::socket::receive_with_files;
 
 /// How long a question waits for its answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Most descriptors with a message: the two ends of a connection.
 const FILES_MAX: usize = 2;
 /// Longest name of a process in bytes (TASK_COMM_LEN).
@@ -79,8 +79,7 @@ impl Broker {
     pub fn new(name: &str, socket: OwnedFd) -> Self {
         let socket = UnixStream::from(socket);
         // Without a timeout, a question would wait as long as the broker is stopped.
-        if let Err(e) = socket.set_read_timeout(Some(PATIENCE)).and_then(|()| socket.set_write_timeout(Some(PATIENCE)))
-        {
+        if let Err(e) = socket.set_read_timeout(Some(TIMEOUT)).and_then(|()| socket.set_write_timeout(Some(TIMEOUT))) {
             debug!("{name}: cannot bound the wait for answers about front-ends: {e}");
         }
         Self { name: name.to_owned(), link: Mutex::new(Some(BrokerLink { socket, number: 0 })) }
@@ -299,7 +298,7 @@ mod tests {
         client.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
         assert_eq!(broker.connection().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         assert_eq!(broker.name_of(std::process::id()), None, "the broker is stopped");
-        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
         thread::scope(|scope| {
             // The two that nobody waits for any more, and one that asks now.
             scope.spawn(|| (0..3).for_each(|_| answer_next("test", &server).unwrap()));

@@ -259,12 +259,12 @@ impl Workers {
         self.controls[0].call(|reply| WorkerCommand::Resident(from, reply))
     }
 
-    /// Waits until no request for sectors at or after `end` is in progress, at most for `patience`. Returns whether
+    /// Waits until no request for sectors at or after `end` is in progress, at most for `timeout`. Returns whether
     /// that is so.
     ///
     /// => The device has a capacity of at most `end` sectors: it accepts no new ones.
-    pub fn drain_beyond(&self, end: u64, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
+    pub fn drain_beyond(&self, end: u64, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
         let drains: Vec<_> = self
             .controls
             .iter()
@@ -306,10 +306,10 @@ impl Workers {
         self.controls[0].call(WorkerCommand::Thaw).unwrap_or(false)
     }
 
-    /// Ends the threads. Waits up to `patience` for store operations in flight, then leaves them to the kernel.
-    pub fn exit(&self, patience: Duration) {
+    /// Ends the threads. Waits up to `timeout` for store operations in flight, then leaves them to the kernel.
+    pub fn exit(&self, timeout: Duration) {
         for control in &self.controls {
-            control.send(WorkerCommand::Exit(patience));
+            control.send(WorkerCommand::Exit(timeout));
         }
     }
 

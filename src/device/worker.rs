@@ -455,8 +455,8 @@ impl Worker {
                 WorkerCommand::Thaw(reply) => {
                     let _ = reply.send(self.port.with_cache(now, |cache, _| cache.thaw()));
                 }
-                WorkerCommand::Exit(patience) => {
-                    self.port.close(patience);
+                WorkerCommand::Exit(timeout) => {
+                    self.port.close(timeout);
                     self.exiting = true;
                 }
                 WorkerCommand::Abandon(untracked) => self.abandoned = Some(untracked),

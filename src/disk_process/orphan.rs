@@ -17,13 +17,13 @@ use crate::error::{Error, ErrorKind, Result};
 /// How often to check the progress of the devices.
 const TICK: Duration = Duration::from_millis(10);
 /// How long requests in flight may take if the cache is kept. After that, the next daemon resubmits them.
-const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The same for requests that the next daemon cannot resubmit.
-const UNTRACKED_PATIENCE: Duration = Duration::from_secs(5);
+const UNTRACKED_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for an image that completes nothing if the cache is volatile.
 const STALL_MAX: Duration = Duration::from_secs(30);
 /// How long the threads of an abandoned device may take to end.
-const EXIT_PATIENCE: Duration = Duration::from_secs(2);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Ends every device. Returns when all have ended, or hang. Logs nothing: the reader of the log has died.
 ///
@@ -52,8 +52,8 @@ pub(super) fn end(mut control: Control) -> Result<()> {
         let is_kept = !control.devices().any(|device| device.state().has_volatile_dirty_data);
         let (age, stalled) = (begun.elapsed(), progress.0.elapsed());
         let untracked = match () {
-            () if stalled >= STALL_MAX || is_kept && age >= UNTRACKED_PATIENCE => Some(Untracked::Lose),
-            () if is_kept && age >= HAND_OVER_PATIENCE => Some(Untracked::Wait),
+            () if stalled >= STALL_MAX || is_kept && age >= UNTRACKED_TIMEOUT => Some(Untracked::Lose),
+            () if is_kept && age >= HAND_OVER_TIMEOUT => Some(Untracked::Wait),
             () => None,
         };
         if let Some(untracked) = untracked
@@ -62,7 +62,7 @@ pub(super) fn end(mut control: Control) -> Result<()> {
             abandoned = Some((Instant::now(), untracked));
             control.devices().for_each(|device| device.abandon(untracked));
         }
-        if abandoned.is_some_and(|(at, untracked)| untracked == Untracked::Lose && at.elapsed() >= EXIT_PATIENCE) {
+        if abandoned.is_some_and(|(at, untracked)| untracked == Untracked::Lose && at.elapsed() >= EXIT_TIMEOUT) {
             control.devices().for_each(DeviceControl::force_close);
             return Err(Error::new(ErrorKind::Image, "a disk ended while its image did not answer"));
         }

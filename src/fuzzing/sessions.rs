@@ -24,7 +24,7 @@ use crate::sys::memfd;
 const IMAGE_BYTES: u64 = 1 << 20;
 const MEMORY_BYTES: u64 = 0x1_0000;
 /// How long a device may take to serve the next front-end.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
@@ -75,8 +75,8 @@ impl TestDevice {
 
     fn connect(&self) -> UnixStream {
         let socket = UnixStream::connect(self.directory.join("socket")).expect("the device listens");
-        socket.set_read_timeout(Some(PATIENCE)).expect("a socket has a time limit");
-        socket.set_write_timeout(Some(PATIENCE)).expect("a socket has a time limit");
+        socket.set_read_timeout(Some(TIMEOUT)).expect("a socket has a time limit");
+        socket.set_write_timeout(Some(TIMEOUT)).expect("a socket has a time limit");
         socket
     }
 
@@ -88,7 +88,7 @@ impl TestDevice {
         let mut reply = [0; 20];
         socket.read_exact(&mut reply).expect("the device serves the next front-end");
         assert_eq!(reply[..4], GET_FEATURES.to_le_bytes(), "another reply");
-        assert!(began.elapsed() < PATIENCE, "the device served the next front-end after {:?}", began.elapsed());
+        assert!(began.elapsed() < TIMEOUT, "the device served the next front-end after {:?}", began.elapsed());
     }
 }
 

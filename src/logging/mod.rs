@@ -30,7 +30,7 @@ const VARIABLE: &str = "GENBLK_LOG";
 /// Target of the lines that report how often another line was repeated; the limit does not count them.
 const SUMMARY: &str = "genblk::logging::summary";
 /// How long the end of the process waits for a blocked standard error.
-const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 static QUEUE: LogQueue = LogQueue::new();
 static LIMITER: Mutex<Option<Limiter>> = Mutex::new(None);
@@ -86,7 +86,7 @@ pub fn forward(line: &[u8]) {
 /// Waits until the lines so far are written, or until standard error has taken none for a second.
 pub fn flush() {
     log_counts();
-    QUEUE.flush(FLUSH_PATIENCE);
+    QUEUE.flush(FLUSH_TIMEOUT);
 }
 
 /// Logs how many lines were counted so far and not written.

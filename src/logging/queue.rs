@@ -74,9 +74,9 @@ impl LogQueue {
         if state.lines.len() < LINES_MAX { std::mem::take(&mut state.dropped) } else { 0 }
     }
 
-    /// Waits until every line is written, or until `patience` has passed.
-    pub fn flush(&self, patience: Duration) {
-        let until = Instant::now() + patience;
+    /// Waits until every line is written, or until `timeout` has passed.
+    pub fn flush(&self, timeout: Duration) {
+        let until = Instant::now() + timeout;
         let mut state = self.lock();
         while self.is_running() && (state.writing || !state.lines.is_empty()) {
             let left = until.saturating_duration_since(Instant::now());

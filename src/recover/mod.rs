@@ -52,7 +52,7 @@ use write_back::{Unwritten, write_back};
 /// How long to wait for the lock of an image or of a cache file. A killed daemon keeps its locks until the kernel has
 /// finished its I/O, which can still change the image until then. A daemon that shuts down cleanly releases its cache
 /// before its image. A daemon that is started right after either must wait instead of failing.
-pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+pub const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Log text for a cache of which no file outlives the daemon.
 const VOLATILE_UNMARKED: &str = "using a cache that does not survive a crash";

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::LOCK_PATIENCE;
+use super::LOCK_TIMEOUT;
 use super::proof::MatchStrength;
 use super::write_back::Unwritten;
 use crate::arena::{AllowedOwner, ArenaFile, Header, ImageFacts};
@@ -145,7 +145,7 @@ impl Search<'_> {
     }
 
     fn open(&self, path: &Path, match_strength: MatchStrength, is_recorded: bool) -> Result<Option<Candidate>> {
-        match ArenaFile::open_within(path, whose(), LOCK_PATIENCE) {
+        match ArenaFile::open_within(path, whose(), LOCK_TIMEOUT) {
             Ok(file) => self.candidate(file, match_strength),
             Err(e) if e.kind() == ErrorKind::Locked && is_recorded => Err(e),
             // A running daemon uses it for another image: this image's lock is ours.

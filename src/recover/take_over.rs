@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::LOCK_PATIENCE;
+use super::LOCK_TIMEOUT;
 use super::left::MovedCache;
 use super::search::{Search, facts_of, is_of, whose};
 use super::write_back::Unwritten;
@@ -31,7 +31,7 @@ use crate::tenure::token::wall_clock_ns;
 /// [`ErrorKind::Locked`] when a daemon serves the image; [`ErrorKind::Image`] when it cannot be opened or its record
 /// cannot be written; the next daemon's error, if that still could not serve the image.
 pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
-    let options = OpenOptions { lock_patience: LOCK_PATIENCE, ..OpenOptions::default() };
+    let options = OpenOptions { lock_timeout: LOCK_TIMEOUT, ..OpenOptions::default() };
     let image = store::open(None, path, &options)?;
     let (facts, shown) = (facts_of(&*image), path.display());
     let failed = |e| Error::io(ErrorKind::Image, format!("cannot change the record of image {shown}"), e);

@@ -12,7 +12,7 @@ use crate::disk_protocol::DeviceReply;
 use crate::units::SECTOR_BYTES;
 
 /// How long a shrink waits for the guest's requests beyond the new end, and then for the end of the cache's operations.
-const SHRINK_PATIENCE: Duration = Duration::from_secs(30);
+const SHRINK_TIMEOUT: Duration = Duration::from_secs(30);
 /// The pause before the cache is asked again.
 const SHRINK_PAUSE: Duration = Duration::from_millis(5);
 
@@ -78,11 +78,11 @@ impl ServiceHandle {
     /// => It holds the image only for moments: the device may end meanwhile.
     fn leave_end(&self, workers: &Workers, size_bytes: u64) -> Result<(), DeviceReply> {
         self.image()?.announce_shrink(Some(size_bytes));
-        if !workers.drain_beyond(size_bytes / SECTOR_BYTES, SHRINK_PATIENCE) {
+        if !workers.drain_beyond(size_bytes / SECTOR_BYTES, SHRINK_TIMEOUT) {
             let why = "the guest's requests beyond the new end do not complete; the disk keeps its size".to_owned();
             return Err(DeviceReply::Refused { why });
         }
-        let until = Instant::now() + SHRINK_PATIENCE;
+        let until = Instant::now() + SHRINK_TIMEOUT;
         loop {
             workers.flush().map_err(|fault| DeviceReply::Failed { fault: fault.to_string() })?;
             let is_left = self.image()?.shrink();

@@ -21,7 +21,7 @@ use crate::units::counted;
 use crate::vhost::Server;
 
 /// How long a device that is ending retries its last flush on a failing image.
-const LAST_FLUSH_PATIENCE: Duration = Duration::from_secs(10);
+const LAST_FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a device that leaves its cache to the next daemon waits for the image's operations in flight.
 const HAND_OVER_DRAIN_MAX: Duration = Duration::from_secs(1);
 /// The pause between two attempts.
@@ -118,13 +118,13 @@ impl Running {
     fn finish(mut self, last_flush: LastFlush) -> Result<()> {
         let quiesced = self.quiesce();
         let name = &self.device.name;
-        let (flushed, patience) = match last_flush {
+        let (flushed, timeout) = match last_flush {
             LastFlush::Required => (flush_everything(name, &self.image, &self.workers), DRAIN_MAX),
             // Pages in flight are dirty in the ledger, so the next daemon writes them again, after the kernel has
             // completed the operations and released the image's lock.
             LastFlush::Skipped => (Ok(()), HAND_OVER_DRAIN_MAX),
         };
-        self.workers.exit(patience);
+        self.workers.exit(timeout);
         for thread in std::mem::take(&mut self.threads) {
             thread.join().map_err(|_| self.panicked("worker"))?;
         }
@@ -143,7 +143,7 @@ enum LastFlush {
 
 /// Flushes all dirty pages to the image, and retries for a while if the image fails.
 fn flush_everything(name: &str, image: &CachedImage, workers: &Workers) -> Result<()> {
-    let until = Instant::now() + LAST_FLUSH_PATIENCE;
+    let until = Instant::now() + LAST_FLUSH_TIMEOUT;
     // Write-back may have been stopped after an error; this is its last chance.
     workers.resume();
     loop {

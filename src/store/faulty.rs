@@ -354,8 +354,8 @@ impl StoreQueue for FaultyQueue {
         self.delayed.len() + self.failed.len() + self.inner.in_flight()
     }
 
-    fn drain(&mut self, patience: Duration) -> bool {
-        wait_until_drained(self, patience) && self.inner.drain(Duration::ZERO)
+    fn drain(&mut self, timeout: Duration) -> bool {
+        wait_until_drained(self, timeout) && self.inner.drain(Duration::ZERO)
     }
 }
 

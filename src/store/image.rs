@@ -39,13 +39,13 @@ const SIZE_LIMIT: u64 = PAGE_BYTES << 47;
 /// Most runs of data that are searched for when an image is opened ...
 const RUNS_MAX: usize = 64;
 /// ... and the longest time for that.
-const RUNS_PATIENCE: Duration = Duration::from_millis(200);
+const RUNS_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// How long to retry opening a device that is in use: the kernel releases a ring of a daemon that has just ended in the
 /// background, and tools that scan devices open them briefly.
-const BUSY_PATIENCE: Duration = Duration::from_millis(500);
+const BUSY_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long to watch an image that another process has open for writing, and how often to check it.
-const COPY_PATIENCE: Duration = Duration::from_millis(300);
+const COPY_TIMEOUT: Duration = Duration::from_millis(300);
 const COPY_PAUSE: Duration = Duration::from_millis(20);
 /// The name of this program's processes: a process that has just ended may still be closing the image.
 const OWN_NAME: &str = "genblk";
@@ -109,7 +109,7 @@ impl OpenImage {
         let file = open_file(path, access)?;
         let metadata = file.metadata().map_err(unusable)?;
         check_type(path, &metadata)?;
-        lock::acquire(&file, path, &label, access, options.lock_patience)?;
+        lock::acquire(&file, path, &label, access, options.lock_timeout)?;
         if may_have_writer {
             refuse_copy_under_way(&file, path, &label)?;
         }
@@ -446,7 +446,7 @@ impl Drop for OpenImage {
 /// The first runs of data of a file; `None` if its file system cannot find holes. On a fragmented file the kernel walks
 /// over all extents of a run to find its end: doing it here keeps that out of the first requests of the guest.
 fn first_data_runs(file: &File, size_bytes: u64) -> Option<Vec<Range<u64>>> {
-    let deadline = Instant::now() + RUNS_PATIENCE;
+    let deadline = Instant::now() + RUNS_TIMEOUT;
     let (mut runs, mut at) = (Vec::new(), 0);
     while at < size_bytes && runs.len() < RUNS_MAX && Instant::now() < deadline {
         let data = match sys::file::seek_data(file, at) {
@@ -472,7 +472,7 @@ fn open_file(path: &Path, access: LockMode) -> Result<File> {
         // O_EXCL without O_CREAT, on a block device: fail if it is mounted, or part of a RAID set or a volume group.
         options.custom_flags(libc::O_EXCL);
     }
-    let deadline = Instant::now() + BUSY_PATIENCE;
+    let deadline = Instant::now() + BUSY_TIMEOUT;
     loop {
         let error = match options.open(path) {
             Ok(file) if is_device && writable => return refuse_read_only_device(path, &file).map(|()| file),
@@ -515,7 +515,7 @@ fn refuse_copy_under_way(file: &File, path: &Path, label: &str) -> Result<()> {
     let Some((pid, name)) = sys::process::other_user_of(file).filter(|(_, name)| name != OWN_NAME) else {
         return Ok(());
     };
-    let until = Instant::now() + COPY_PATIENCE;
+    let until = Instant::now() + COPY_TIMEOUT;
     while Instant::now() < until {
         thread::sleep(COPY_PAUSE);
         if state() != before {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file::{is_byte_locked, lock_byte, unlock_byte};
-use crate::sys::process::{DEATH_PATIENCE, other_user_of};
+use crate::sys::process::{DEATH_TIMEOUT, other_user_of};
 
 /// The access of an opener to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ const RESIZE: u64 = 3;
 /// byte would make the cache wrong.
 const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 
-/// Locks an image until [`release`], or until the last copy of its descriptor is closed. Waits for at most `patience`
+/// Locks an image until [`release`], or until the last copy of its descriptor is closed. Waits for at most `timeout`
 /// while another opener's locks conflict, and longer if no living process can be found that has the image open. Log
 /// lines begin with `label`.
 ///
@@ -53,22 +53,22 @@ const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 /// # Errors
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
 /// system without locks is not an error: a warning is logged.
-pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, patience: Duration) -> Result<()> {
+pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, timeout: Duration) -> Result<()> {
     let began = Instant::now();
     let mut is_reported = false;
     loop {
         match try_acquire(file, path, label, access) {
-            Err(error) if error.kind() == ErrorKind::Locked && began.elapsed() < patience => {
+            Err(error) if error.kind() == ErrorKind::Locked && began.elapsed() < timeout => {
                 std::thread::sleep(RETRY_PAUSE);
             }
             Err(error) if error.kind() == ErrorKind::Locked => {
                 // The locks belong to open file descriptions, so the kernel does not report which process holds them.
                 let user = other_user_of(file).map(|(pid, name)| format!("; pid {pid} ({name}) has it open"));
-                if user.is_none() && !patience.is_zero() && began.elapsed() < DEATH_PATIENCE {
+                if user.is_none() && !timeout.is_zero() && began.elapsed() < DEATH_TIMEOUT {
                     // Most likely the lock of a killed daemon of which only I/O in flight remains; or that of a process
                     // which is not visible to this user.
                     if !std::mem::replace(&mut is_reported, true) {
-                        let max = DEATH_PATIENCE.as_secs();
+                        let max = DEATH_TIMEOUT.as_secs();
                         log::info!("{label}: locked, but no visible process has it open; waiting up to {max} s");
                     }
                     std::thread::sleep(DEATH_RETRY_PAUSE);

@@ -287,18 +287,18 @@ pub trait StoreQueue: Send {
     }
     /// Number of submitted operations whose events have not been reaped.
     fn in_flight(&self) -> usize;
-    /// Waits until no operation is in flight, for at most `patience`, and drops the events; returns whether that
+    /// Waits until no operation is in flight, for at most `timeout`, and drops the events; returns whether that
     /// succeeded. Afterwards dropping the queue does not wait: operations in flight are left to the kernel.
     ///
     /// => After `false` the memory of all segments stays mapped until the process ends.
-    fn drain(&mut self, patience: Duration) -> bool;
+    fn drain(&mut self, timeout: Duration) -> bool;
 }
 
 /// [`StoreQueue::drain`], without its effect on a later drop.
 ///
 /// => The queue's wake fd is readable while events wait.
-pub fn wait_until_drained(queue: &mut dyn StoreQueue, patience: Duration) -> bool {
-    let until = Instant::now() + patience;
+pub fn wait_until_drained(queue: &mut dyn StoreQueue, timeout: Duration) -> bool {
+    let until = Instant::now() + timeout;
     let mut events = Vec::new();
     loop {
         queue.kick();

@@ -26,7 +26,7 @@ pub struct OpenOptions {
     /// Bypass the host's page cache if the file system supports that.
     pub direct: bool,
     /// How long to wait for another opener's lock to be released.
-    pub lock_patience: Duration,
+    pub lock_timeout: Duration,
     /// Options of an image on an NBD server.
     pub nbd: NbdOptions,
 }
@@ -54,7 +54,7 @@ impl Default for OpenOptions {
             read_only: false,
             engine: IoEngine::Auto,
             direct: true,
-            lock_patience: Duration::ZERO,
+            lock_timeout: Duration::ZERO,
             nbd: NbdOptions::default(),
         }
     }

@@ -213,7 +213,10 @@ mod tests {
         assert_eq!(supported(512, 4), Ok(Alignment { block: 512, memory: 512 }));
         assert_eq!(supported(512, 4096), Ok(Alignment { block: 512, memory: 4096 }));
         let obstacle = supported(512, 8192).unwrap_err();
-        assert!(obstacle.starts_with("it requires blocks of 512 bytes and memory aligned to 8192 bytes;"), "{obstacle}");
+        assert!(
+            obstacle.starts_with("it requires blocks of 512 bytes and memory aligned to 8192 bytes;"),
+            "{obstacle}"
+        );
         assert!(supported(8192, 8192).is_err() && supported(513, 4096).is_err() && supported(512, 1000).is_err());
         assert!(supported(4096, 4096).is_err(), "the last block would be cut off");
     }

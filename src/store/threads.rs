@@ -75,8 +75,8 @@ impl StoreQueue for ThreadQueue {
         self.in_flight
     }
 
-    fn drain(&mut self, patience: Duration) -> bool {
+    fn drain(&mut self, timeout: Duration) -> bool {
         self.pool.abandon_on_drop();
-        wait_until_drained(self, patience)
+        wait_until_drained(self, timeout)
     }
 }

@@ -352,10 +352,10 @@ impl StoreQueue for UringQueue {
         self.retry.map(|(_, end)| end.saturating_duration_since(Instant::now()))
     }
 
-    fn drain(&mut self, patience: Duration) -> bool {
+    fn drain(&mut self, timeout: Duration) -> bool {
         self.helper.abandon_on_drop();
         self.drained = true;
-        wait_until_drained(self, patience)
+        wait_until_drained(self, timeout)
     }
 }
 

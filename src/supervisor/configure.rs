@@ -23,7 +23,7 @@ use crate::sys::clock::monotonic_ns;
 use crate::systemd::ServiceManager;
 
 /// How long a change waits for a process that is starting, and how often it checks.
-const START_PATIENCE: Duration = Duration::from_secs(5);
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 const START_WATCH: Duration = Duration::from_millis(20);
 
 /// The keys in which two configurations differ: first those that may change while the device is served, then the
@@ -106,7 +106,7 @@ impl Operator {
         recorded?;
         // A device that is not served, or whose process dies now, will start with the new configuration. A process that
         // is starting right now may have the old one.
-        let until = Instant::now() + START_PATIENCE;
+        let until = Instant::now() + START_TIMEOUT;
         let now = loop {
             let Ok(now) = self.overview.entry(name) else { return Ok(()) };
             let starts = now.link.is_none() && now.progress.state == DeviceState::Opening;

@@ -32,19 +32,19 @@ use super::reminder::{FIRST, Reminder};
 
 /// How long a device may take to hand its cache over to the next daemon. After that the cache is left as a crash would
 /// leave it, which loses nothing.
-const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The same, while a request is in flight that the next daemon cannot resubmit: its guest would wait for it forever.
-const UNTRACKED_PATIENCE: Duration = Duration::from_secs(30);
+const UNTRACKED_TIMEOUT: Duration = Duration::from_secs(30);
 /// The same, while the image completes nothing: that guest waits anyway, but the other guests must not.
 const UNTRACKED_STALL_MAX: Duration = Duration::from_secs(5);
 /// How long a device that is ending waits for an image that completes nothing: Linux's timeout of a SCSI command.
 const STALL_MAX: Duration = Duration::from_secs(30);
 /// How long to wait for the threads of an abandoned device.
-const ABANDON_PATIENCE: Duration = Duration::from_secs(2);
+const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a disk process that hangs may take to close its connection before it is killed.
-const CLOSE_PATIENCE: Duration = Duration::from_millis(200);
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
 /// How long to wait for a disk process that was killed: a thread in uninterruptible sleep does not die.
-const KILL_PATIENCE: Duration = Duration::from_secs(1);
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The phases of a device, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -468,7 +468,7 @@ impl Disk {
         }
         if self.handle.is_none() {
             // It is not served, so no request is lost.
-            if age >= HAND_OVER_PATIENCE {
+            if age >= HAND_OVER_TIMEOUT {
                 self.give_up_hung(ending);
             }
             return;
@@ -488,13 +488,13 @@ impl Disk {
                 counted(state.cache.dirty_pages, "dirty page")
             );
         }
-        if stalled_for >= STALL_MAX || is_kept && (stalled_for >= UNTRACKED_STALL_MAX || age >= UNTRACKED_PATIENCE) {
+        if stalled_for >= STALL_MAX || is_kept && (stalled_for >= UNTRACKED_STALL_MAX || age >= UNTRACKED_TIMEOUT) {
             self.abandon(false);
-        } else if is_kept && age >= HAND_OVER_PATIENCE {
+        } else if is_kept && age >= HAND_OVER_TIMEOUT {
             self.abandon(true);
         }
         if let Some((at, waits)) = self.abandoned
-            && at.elapsed() >= ABANDON_PATIENCE
+            && at.elapsed() >= ABANDON_TIMEOUT
             && (!waits || self.has_quiesced())
         {
             self.give_up_hung(ending);
@@ -534,14 +534,14 @@ impl Disk {
 
     /// Kills the process of a device that was given up, and waits briefly for its exit.
     fn kill_hung(&mut self, at: Instant, is_killed: bool) {
-        if !is_killed && at.elapsed() >= CLOSE_PATIENCE {
+        if !is_killed && at.elapsed() >= CLOSE_TIMEOUT {
             let is_killed = self.handle.as_ref().is_some_and(DeviceHandle::kill);
             if is_killed {
                 self.abandoned_hung = Some((Instant::now(), true));
             } else {
                 self.phase = DevicePhase::Ended;
             }
-        } else if is_killed && at.elapsed() >= KILL_PATIENCE {
+        } else if is_killed && at.elapsed() >= KILL_TIMEOUT {
             // One of its threads hangs in the kernel. The image stays locked until that thread returns.
             self.phase = DevicePhase::Ended;
         }

@@ -12,7 +12,7 @@ use crate::store::file::IoLock;
 /// The change that memory pressure makes. It is short, and the operator's changes wait for it.
 const STEP: &str = "a step of its cache's size";
 /// How long they wait at most: the device's process may be stopped.
-const STEP_PATIENCE: Duration = Duration::from_secs(5);
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -64,7 +64,7 @@ impl ChangeGuard {
     /// Begins a change, unless another one is in progress.
     pub fn begin(state: &Arc<OperatorState>, device: &str, what: &'static str) -> Result<Self, Refusal> {
         let is_step = |changes: &mut ChangeState| changes.change == Some(STEP);
-        let waited = state.ended.wait_timeout_while(state.lock(), STEP_PATIENCE, is_step);
+        let waited = state.ended.wait_timeout_while(state.lock(), STEP_TIMEOUT, is_step);
         let (mut changes, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if let Some(other) = changes.change {
             let busy = format!("{device}: {other}");

@@ -2,7 +2,7 @@
 //!
 //! The thread `pressure` reads the indicators once a second (`indicators.rs`), decides how far the caches shrink
 //! (`controller.rs`), and sends the disk processes the same request as `genblk set cache.size` does. It waits at most
-//! [`PATIENCE`] for their replies. It is started with the first device that has a `cache.size_min`.
+//! [`TIMEOUT`] for their replies. It is started with the first device that has a `cache.size_min`.
 //!
 //! A size that results from memory pressure is not recorded: the next daemon starts with the configured size, or, if
 //! there is no memory for that, with the size of the cache that it finds. A disk process that dies meanwhile is
@@ -37,7 +37,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// The pause before a cache that could not grow is tried again.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 /// How long to wait for replies of disk processes in each period.
-const PATIENCE: Duration = Duration::from_millis(200);
+const TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Whether the cache of a device may shrink.
 pub(super) fn may_shrink(config: &DeviceConfig) -> bool {
@@ -221,7 +221,7 @@ impl PressureMonitor {
 
     /// Receives replies, for a short time.
     fn reap(&mut self) {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         let refused = &mut self.refused;
         self.steps.retain(|name, step| {
             match step.reply.recv_timeout(until.saturating_duration_since(Instant::now())) {

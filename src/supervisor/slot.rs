@@ -28,7 +28,7 @@ use crate::units::PAGE_BYTES;
 const FENCE_POLL: Duration = Duration::from_millis(2);
 
 /// How long a disk process that has ended cleanly may take to close the descriptor of a block device.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A cache file counts as lost once its path has not led to it for this long.
 const MISSED_MIN: Duration = Duration::from_millis(500);
@@ -294,7 +294,7 @@ pub(super) fn open_image(config: &DeviceConfig, manager: &Arc<ServiceManager>) -
         recover::check_memory_dir(config)?;
     }
     let nbd = recover::nbd_options(config);
-    let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE, nbd };
+    let options = OpenOptions { read_only, engine, direct, lock_timeout: recover::LOCK_TIMEOUT, nbd };
     let image = store::open(Some(&config.name), &config.image, &options)?;
     image.check_workers(config.workers)?;
     let identity = image.identity();
@@ -344,7 +344,7 @@ impl Drop for ImageSlot {
             // The counters of a block device are read through a path, which only this process may use. The image no
             // longer changes once the kernel has released the process's descriptor.
             Some((io_lock, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {
-                let until = Instant::now() + CLOSE_PATIENCE;
+                let until = Instant::now() + CLOSE_TIMEOUT;
                 while state.image.is_io_locked(io_lock) && Instant::now() < until {
                     thread::sleep(FENCE_POLL);
                 }

@@ -15,7 +15,7 @@ use crate::units::PAGE_BYTES;
 /// Extents of one reply of `Resident`: less than 1 MiB of JSON.
 const EXTENTS_PER_REPLY: usize = 16_384;
 /// How long `Resident` waits for the disk process.
-const RESIDENT_PATIENCE: Duration = Duration::from_secs(10);
+const RESIDENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The interval of the replies that report progress.
 const PROGRESS: Duration = Duration::from_secs(1);
 /// Most problems of a list that an error reports.
@@ -106,7 +106,7 @@ impl Operator {
         let Ok(_resident) = self.resident.try_lock() else {
             return Err(Refusal::new("Busy", json!({ "what": "resident" })));
         };
-        let pages = resident_pages(&link.process, link.device, Instant::now() + RESIDENT_PATIENCE);
+        let pages = resident_pages(&link.process, link.device, Instant::now() + RESIDENT_TIMEOUT);
         let pages = pages.ok_or_else(|| Refusal::refused(device, "its disk process does not reply"))?;
         let of_pages =
             |&(first, count): &PageExtent| ByteExtent { offset: first * PAGE_BYTES, bytes: count * PAGE_BYTES };

@@ -27,7 +27,7 @@ use crate::units::{PAGE_BYTES, counted};
 /// The first words of a list.
 const MAGIC: &str = "genblk warm list 2";
 /// How long a clean stop waits for the list in total.
-const SAVE_PATIENCE: Duration = Duration::from_secs(2);
+const SAVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest list: that of a cache of 1 TiB in which no two pages are adjacent.
 const BYTES_MAX: u64 = 1 << 32;
 /// The list of a device; `None` if it has none.
@@ -88,7 +88,7 @@ fn parse(text: &str, head: &str) -> Option<Vec<PageExtent>> {
 pub(super) fn save(config: &DeviceConfig, tenure: impl FnOnce() -> TenureKey, process: &Process, device: u32) {
     let Some(path) = path_of(config) else { return };
     let name = &config.name;
-    let Some(extents) = resident_pages(process, device, Instant::now() + SAVE_PATIENCE) else {
+    let Some(extents) = resident_pages(process, device, Instant::now() + SAVE_TIMEOUT) else {
         return warn!("{name}: cannot list the cached pages: timed out");
     };
     let count = counted(page_count(&extents), "cached page");

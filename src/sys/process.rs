@@ -55,7 +55,7 @@ pub fn name_of(pid: u32) -> Option<String> {
 
 /// How long to wait for the locks of a process that is dying: the kernel keeps them until it has finished the process's
 /// I/O, which takes long on a loaded host.
-pub const DEATH_PATIENCE: Duration = Duration::from_secs(10);
+pub const DEATH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Whether a process is dying: SIGKILL is pending, or it has released its memory. The kernel soon releases its other
 /// resources.

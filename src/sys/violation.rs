@@ -12,7 +12,7 @@ const BY_FILTER: libc::c_int = 1;
 /// Offset of the number of the system call in siginfo_t: after three numbers, padding and an address.
 const CALL_AT: usize = 24;
 /// How long a blocked standard error may delay the end of the process, in milliseconds.
-const PATIENCE_MS: libc::c_int = 100;
+const TIMEOUT_MS: libc::c_int = 100;
 
 /// A text of bounded length, which a signal handler can copy and extend.
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +100,7 @@ extern "C" fn on_violation(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
     // blocked in its handler and has its default effect, so the process ends when the handler returns.
     unsafe {
         let mut stderr = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
-        if libc::poll(&raw mut stderr, 1, PATIENCE_MS) == 1 {
+        if libc::poll(&raw mut stderr, 1, TIMEOUT_MS) == 1 {
             libc::write(libc::STDERR_FILENO, line.as_bytes().as_ptr().cast(), line.len);
         }
         libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), libc::SIGSYS);

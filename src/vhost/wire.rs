@@ -12,7 +12,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::sys::socket::receive_with_files;
 
 /// Time limit for the rest of a message to arrive, and for the other end to accept a sent message.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes of a header: request, flags, size of the payload.
 const HEADER_BYTES: usize = 12;
 /// Most descriptors with a message: a memory table has one for each of at most 32 regions.
@@ -58,7 +58,7 @@ impl Message {
         if got == 0 {
             return Ok(None);
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         receive_rest(socket, &mut header[got..], deadline)?;
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
         let size = word(8) as usize;
@@ -74,9 +74,9 @@ impl Message {
     /// Sends the message with its descriptors.
     ///
     /// # Errors
-    /// The socket's error, for example if the other end accepts no data for [`PATIENCE`].
+    /// The socket's error, for example if the other end accepts no data for [`TIMEOUT`].
     pub fn send(&self, mut socket: &UnixStream) -> io::Result<()> {
-        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.set_write_timeout(Some(TIMEOUT))?;
         let size = u32::try_from(self.payload.len()).expect("a payload is below 4 KiB");
         let words = [self.request, self.flags, size];
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).chain(self.payload.clone()).collect();

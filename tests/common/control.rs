@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use super::daemon::{Daemon, TempDir, server_binary};
-use super::wait::{PATIENCE, poll_until};
+use super::wait::{TIMEOUT, poll_until};
 
 /// Size of each disk.
 pub const IMAGE_BYTES: u64 = 8 << 20;
@@ -35,7 +35,7 @@ pub fn start(name: &str, is_broken: bool) -> (Daemon, PathBuf) {
     let served: &[&str] = if is_broken { &["d0"] } else { &["d0", "d1"] };
     let sockets = served.iter().map(|disk| paths.join(format!("{disk}.sock"))).collect();
     let daemon = Daemon::launch(directory, command, sockets);
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    poll_until("the control socket", TIMEOUT, || UnixStream::connect(&control).ok());
     (daemon, control)
 }
 

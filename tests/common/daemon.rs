@@ -10,7 +10,7 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::wait::{PATIENCE, is_listening, poll_until, try_poll};
+use super::wait::{TIMEOUT, is_listening, poll_until, try_poll};
 
 /// How long a daemon may take to drain and exit after SIGTERM.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -115,7 +115,7 @@ pub struct Ended {
 pub fn run_to_end(command: &mut Command) -> Ended {
     let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = piped.spawn().expect("the server's binary can be started");
-    let ended = try_poll(PATIENCE, || child.try_wait().expect("the child can be waited for"));
+    let ended = try_poll(TIMEOUT, || child.try_wait().expect("the child can be waited for"));
     if ended.is_none() {
         child.kill().expect("the child can be killed");
     }
@@ -307,7 +307,7 @@ impl Daemon {
     /// An error: the daemon has exited before it served.
     fn try_spawn(command: &mut Command, sockets: &[PathBuf]) -> Result<Child, ExitStatus> {
         let mut child = command.spawn().expect("the server's binary can be started");
-        let exited = poll_until("the daemon to listen on its sockets", PATIENCE, || {
+        let exited = poll_until("the daemon to listen on its sockets", TIMEOUT, || {
             let exited = child.try_wait().expect("the child can be waited for");
             (exited.is_some() || sockets.iter().all(|socket| is_listening(socket))).then_some(exited)
         });
@@ -347,7 +347,7 @@ impl Daemon {
     /// Waits until the log contains a text: a thread of the daemon writes it.
     #[track_caller]
     pub fn await_log(&self, text: &str) {
-        let found = try_poll(PATIENCE, || self.log().contains(text).then_some(()));
+        let found = try_poll(TIMEOUT, || self.log().contains(text).then_some(()));
         assert!(found.is_some(), "{text:?} is not in the log:\n{}", self.log());
     }
 
@@ -384,7 +384,7 @@ impl Daemon {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             line.ends_with(format!("\0{device}\0").as_bytes())
         };
-        let found = try_poll(PATIENCE, || self.disk_processes().into_iter().find(is_its));
+        let found = try_poll(TIMEOUT, || self.disk_processes().into_iter().find(is_its));
         found.unwrap_or_else(|| panic!("{device} has no process:\n{}", self.log()))
     }
 

@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 
 use super::daemon::{Daemon, TempDir, server_binary};
-use super::wait::{PATIENCE, poll_until};
+use super::wait::{TIMEOUT, poll_until};
 
 pub const IMAGE_BYTES: u64 = 8 << 20;
 
@@ -41,9 +41,9 @@ pub fn start_prepared(name: &str, prepare: impl FnOnce(&mut Command, &Path)) -> 
     command.arg("--config").arg(config);
     prepare(&mut command, &paths);
     let daemon = Daemon::launch(directory, command, vec![socket]);
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    poll_until("the control socket", TIMEOUT, || UnixStream::connect(&control).ok());
     // The socket of a disk is there before the disk is served.
-    poll_until("the disk", PATIENCE, || (state(&control) == "serving").then_some(()));
+    poll_until("the disk", TIMEOUT, || (state(&control) == "serving").then_some(()));
     (daemon, control)
 }
 
@@ -64,7 +64,7 @@ pub struct Call(BufReader<UnixStream>);
 impl Call {
     pub fn start(control: &Path, method: &str, parameters: &Value, more: bool) -> Self {
         let mut stream = UnixStream::connect(control).expect("the daemon listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
         let call = json!({"method": format!("io.genblk.Control.{method}"), "parameters": parameters, "more": more});
         stream.write_all(&[call.to_string().as_bytes(), &[0]].concat()).expect("the daemon reads");
         Self(BufReader::new(stream))

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
 use super::SECTOR_BYTES;
 use super::raw_ring::{Segment, Used};
 use super::session::{Session, SessionOptions};
-use super::wait::PATIENCE;
+use super::wait::TIMEOUT;
 
 /// The status byte before the device writes it. No virtio status has this value.
 pub const STATUS_UNTOUCHED: u8 = 0xa5;
@@ -113,7 +113,7 @@ impl Session {
     pub fn run(&mut self, queue: usize, kind: u32, sector: u64, payload: Payload<'_>) -> Outcome {
         let pending = self.submit(queue, kind, sector, payload);
         self.rings[queue].notify();
-        let used = self.rings[queue].wait_used(PATIENCE);
+        let used = self.rings[queue].wait_used(TIMEOUT);
         assert_eq!(used.head, pending.head, "the submitted request completes");
         self.outcome(&pending, used)
     }
@@ -123,7 +123,7 @@ impl Session {
     pub fn wait_for(&mut self, queue: usize, count: usize) -> HashMap<u16, Used> {
         let mut done = HashMap::new();
         for _ in 0..count {
-            let used = self.rings[queue].wait_used(PATIENCE);
+            let used = self.rings[queue].wait_used(TIMEOUT);
             assert!(done.insert(used.head, used).is_none(), "request {} completed twice", used.head);
         }
         done

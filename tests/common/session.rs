@@ -17,7 +17,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::guest_memory::GuestMemory;
 use super::raw_message::{self, FLAG_NEED_REPLY, Reply};
 use super::raw_ring::Ring;
-use super::wait::{PATIENCE, poll_until, readable};
+use super::wait::{TIMEOUT, poll_until, readable};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -314,12 +314,12 @@ pub fn ring_addresses(ring: &Ring) -> VringConfigData {
 /// Connects to a daemon, which may be between two front-ends. Reads and writes have a timeout.
 #[track_caller]
 pub fn connect(socket: &Path) -> UnixStream {
-    let stream = poll_until("the daemon to accept a connection", PATIENCE, || match UnixStream::connect(socket) {
+    let stream = poll_until("the daemon to accept a connection", TIMEOUT, || match UnixStream::connect(socket) {
         Ok(stream) => Some(stream),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
         Err(error) => panic!("connecting to {}: {error}", socket.display()),
     });
-    stream.set_read_timeout(Some(PATIENCE)).expect("a socket's timeout can be set");
-    stream.set_write_timeout(Some(PATIENCE)).expect("a socket's timeout can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("a socket's timeout can be set");
+    stream.set_write_timeout(Some(TIMEOUT)).expect("a socket's timeout can be set");
     stream
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long a reply or a completion may take on a loaded machine. After this time the test considers it lost.
-pub const PATIENCE: Duration = Duration::from_secs(8);
+pub const TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How long a test watches for an event that must *not* happen. Short, because no time would prove it.
 pub const ABSENCE: Duration = Duration::from_millis(60);

@@ -14,7 +14,7 @@ use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 use super::SECTOR_BYTES;
 use super::prng::Prng;
 use super::shadow::Shadow;
-use super::wait::{self, PATIENCE, poll_until};
+use super::wait::{self, TIMEOUT, poll_until};
 
 /// Bytes in the largest request.
 const REQUEST_BYTES_MAX: usize = 1 << 20;
@@ -52,7 +52,7 @@ pub struct Client {
 impl Client {
     /// Connects to the daemon at `socket`.
     pub fn connect(socket: &Path, options: &ClientOptions) -> Self {
-        let mut blkio = poll_until("the daemon to accept a connection", PATIENCE, || {
+        let mut blkio = poll_until("the daemon to accept a connection", TIMEOUT, || {
             let mut blkio = Blkio::new("virtio-blk-vhost-user").expect("the driver is compiled in");
             blkio.set_str("path", socket.to_str().expect("test paths are UTF-8")).expect("a path is a property");
             blkio.set_bool("read-only", options.read_only).expect("read-only is a property");
@@ -126,20 +126,20 @@ impl Client {
     /// As [`Client::reap`], but waits for at least one completion.
     #[track_caller]
     fn wait(&mut self) -> Vec<(usize, i32)> {
-        let end = Instant::now() + 3 * PATIENCE;
+        let end = Instant::now() + 3 * TIMEOUT;
         loop {
             let done = self.reap();
             if !done.is_empty() {
                 return done;
             }
-            assert!(Instant::now() < end, "no completion for {:?}", 3 * PATIENCE);
+            assert!(Instant::now() < end, "no completion for {:?}", 3 * TIMEOUT);
             if self.poll {
                 // The daemon needs a core too.
                 std::thread::yield_now();
             } else {
                 let fds: Vec<RawFd> = self.queues.iter().filter_map(Blkioq::get_completion_fd).collect();
-                wait::readable(&fds, PATIENCE);
-                assert!(Instant::now() < end, "no interrupt for {:?}", 3 * PATIENCE);
+                wait::readable(&fds, TIMEOUT);
+                assert!(Instant::now() < end, "no interrupt for {:?}", 3 * TIMEOUT);
             }
         }
     }

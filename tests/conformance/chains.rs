@@ -13,7 +13,7 @@ use crate::common::guest_memory::{HIGH_GUEST_ADDR, LOW_GUEST_ADDR};
 use crate::common::raw_ring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Ring, Segment};
 use crate::common::request::{OK, Payload, STATUS_UNTOUCHED, assert_serves, header, pattern};
 use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::{ABSENCE, PATIENCE, poll_until, try_poll};
+use crate::common::wait::{ABSENCE, TIMEOUT, poll_until, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 /// A guest address in no region.
@@ -42,7 +42,7 @@ fn write_and_read_back(session: &mut Session, name: &str, sector: u64, submit: i
         let head = submit(&mut session.rings[0], &segments);
         session.rings[0].notify();
         let used = session.rings[0]
-            .try_wait_used(PATIENCE)
+            .try_wait_used(TIMEOUT)
             .unwrap_or_else(|| panic!("{name}: request type {kind} never completes"));
         assert_eq!(used.head, head, "{name}");
         let outcome = session.outcome(&pending, used);
@@ -106,7 +106,7 @@ fn descriptors_may_span_the_parts_of_a_request() {
     session.memory.write(status, &[STATUS_UNTOUCHED]);
     session.rings[0].submit(&[Segment::readable(joined, 16 + DATA_BYTES), Segment::writable(status, 1)]);
     session.rings[0].notify();
-    session.rings[0].wait_used(PATIENCE);
+    session.rings[0].wait_used(TIMEOUT);
     assert_eq!(session.memory.byte(status), OK, "header and data in one descriptor");
 
     let head = session.memory.alloc(16, 16);
@@ -115,7 +115,7 @@ fn descriptors_may_span_the_parts_of_a_request() {
     session.memory.write(joined, &[STATUS_UNTOUCHED; SECTOR_BYTES + 1]);
     session.rings[0].submit(&[Segment::readable(head, 16), Segment::writable(joined, DATA_BYTES + 1)]);
     session.rings[0].notify();
-    let used = session.rings[0].wait_used(PATIENCE);
+    let used = session.rings[0].wait_used(TIMEOUT);
     assert_eq!(used.len, DATA_BYTES + 1, "the used length covers data and status");
     assert_eq!(session.memory.read(joined, SECTOR_BYTES), bytes, "data and status in one descriptor");
     assert_eq!(session.memory.byte(joined + u64::from(DATA_BYTES)), OK, "the status is the last byte");
@@ -175,7 +175,7 @@ fn an_invalid_request_gets_an_error_status() {
         let head = session.rings[0].submit(&[&classic[..1], &data, &classic[1..]].concat());
         session.rings[0].notify();
         let used =
-            session.rings[0].try_wait_used(PATIENCE).unwrap_or_else(|| panic!("{name}: the request never completes"));
+            session.rings[0].try_wait_used(TIMEOUT).unwrap_or_else(|| panic!("{name}: the request never completes"));
         assert_eq!(used.head, head, "{name}");
         let status = session.memory.byte(pending.status);
         assert_ne!(status, STATUS_UNTOUCHED, "{name}: the status was written");
@@ -390,7 +390,7 @@ fn empty_descriptors_are_served_or_rejected() {
             ring.submit(&chain);
         }
         ring.notify();
-        ring.wait_used(PATIENCE);
+        ring.wait_used(TIMEOUT);
         let status = session.memory.byte(pending.status);
         assert_ne!(status, STATUS_UNTOUCHED, "the status was written");
         let expected = if status == OK { &new } else { &old };
@@ -438,7 +438,7 @@ fn a_chain_that_no_status_can_complete_does_not_stop_its_ring() {
             let head = session.rings[0].submit(chain);
             session.rings[0].notify();
             if completes {
-                let used = session.rings[0].wait_used(PATIENCE);
+                let used = session.rings[0].wait_used(TIMEOUT);
                 assert_eq!((used.head, used.len), (head, 0), "{name}: nothing was written");
             }
             assert!(session.read(0, old.len()) == old, "{name}, round {round}: the ring goes on, and nothing changed");
@@ -446,7 +446,7 @@ fn a_chain_that_no_status_can_complete_does_not_stop_its_ring() {
     }
     assert_eq!(session.rings[0].in_flight(), 40, "the driver must not take them for completed");
     let reports = || daemon.log().matches("reported once").count();
-    poll_until("the report", PATIENCE, || (reports() > 0).then_some(()));
+    poll_until("the report", TIMEOUT, || (reports() > 0).then_some(()));
     assert_eq!(reports(), 1, "{}", daemon.log());
     // They do not keep the ring from stopping.
     let base = session.stop_ring(0);
@@ -472,6 +472,6 @@ fn a_broken_ring_does_not_stop_the_others() {
         session.write(8 * round, &bytes);
         assert_eq!(session.read(8 * round, 4096), bytes, "round {round}");
     }
-    poll_until("the error descriptor", PATIENCE, || error.read().ok());
+    poll_until("the error descriptor", TIMEOUT, || error.read().ok());
     daemon.assert_alive();
 }

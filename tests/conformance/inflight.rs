@@ -12,7 +12,7 @@ use crate::common::daemon::{Daemon, DaemonOptions};
 use crate::common::raw_message::{self, FLAG_NEED_REPLY, Reply, number};
 use crate::common::request::{OK, Payload, Pending, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::{ABSENCE, PATIENCE, poll_until, try_poll};
+use crate::common::wait::{ABSENCE, TIMEOUT, poll_until, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 const QUEUE_SIZE: u16 = 128;
@@ -106,7 +106,7 @@ fn resubmitted_requests_complete_once_and_in_order() {
         assert!(late.is_none(), "no write completes twice");
         assert_eq!(session.read(0, 512), pattern(3, 0, 512), "the write that was taken last is repeated last");
         // The device notifies the driver first, then clears the marks.
-        poll_until("the marks to be cleared", PATIENCE, || heads_in_flight(&file).is_empty().then_some(()));
+        poll_until("the marks to be cleared", TIMEOUT, || heads_in_flight(&file).is_empty().then_some(()));
     }
 }
 
@@ -194,7 +194,7 @@ fn a_ring_that_is_larger_than_its_inflight_region_is_served_and_reported() {
     session.write(0, &pattern(1, 0, 512));
     assert!(session.read(0, 512) == pattern(1, 0, 512));
     let reports = || daemon.log().matches("its requests in flight are not recorded").count();
-    poll_until("the report", PATIENCE, || (reports() > 0).then_some(()));
+    poll_until("the report", TIMEOUT, || (reports() > 0).then_some(()));
     assert_eq!(reports(), 1, "{}", daemon.log());
 }
 
@@ -237,7 +237,7 @@ fn a_message_gets_no_reply_unless_the_front_end_asks_for_one() {
     let body = [region.mmap_size.to_le_bytes().to_vec(), region.mmap_offset.to_le_bytes().to_vec(), shape].concat();
     let reply = raw_message::exchange(&session.socket, number::SET_INFLIGHT_FD, 0, &body, &[file.as_raw_fd()]);
     assert_eq!(reply, Reply::Silent);
-    session.socket.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+    session.socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     let features = raw_message::exchange(&session.socket, number::GET_FEATURES, 0, &[], &[]);
     assert_eq!(features, Reply::Payload(session.offered.to_le_bytes().to_vec()));
 }

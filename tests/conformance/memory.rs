@@ -15,7 +15,7 @@ use crate::common::raw_message::{self, FLAG_NEED_REPLY, Reply, number, vring_sta
 use crate::common::raw_ring::{Ring, Segment};
 use crate::common::request::{OK, Payload, Pending, STATUS_UNTOUCHED, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions, ring_addresses};
-use crate::common::wait::{ABSENCE, PATIENCE, poll_until};
+use crate::common::wait::{ABSENCE, TIMEOUT, poll_until};
 
 /// Size of each region in these tests.
 const REGION_BYTES: u64 = 8 << 20;
@@ -97,7 +97,7 @@ fn memory_regions_can_be_added_and_removed() {
             let data = Segment::writable(HOTPLUG_GUEST_ADDR, 4096);
             session.rings[0].submit(&[classic[0], data, classic[1]]);
             session.rings[0].notify();
-            session.rings[0].wait_used(PATIENCE);
+            session.rings[0].wait_used(TIMEOUT);
             let status = session.memory.byte(pending.status);
             let found = session.memory.read(HOTPLUG_GUEST_ADDR, 4096);
             if plugged {
@@ -130,7 +130,7 @@ fn a_chain_in_memory_that_is_not_shared_completes_once_it_is() {
     session.rings[0].notify();
     assert!(session.rings[0].try_wait_used(ABSENCE).is_none(), "its status would be old");
     session.frontend.add_mem_region(&third).expect("ADD_MEM_REG");
-    let used = session.rings[0].wait_used(PATIENCE);
+    let used = session.rings[0].wait_used(TIMEOUT);
     assert_eq!((used.head, session.memory.byte(status)), (head, OK));
     assert!(session.memory.read(pending.data, 4096) == bytes);
 }
@@ -237,7 +237,7 @@ fn a_buffer_may_span_adjacent_regions() {
         }
         session.rings[0].submit(&[classic[0], segment, classic[1]]);
         session.rings[0].notify();
-        session.rings[0].wait_used(PATIENCE);
+        session.rings[0].wait_used(TIMEOUT);
         assert_eq!(session.memory.byte(pending.status), OK, "request type {kind}");
         let found = [session.memory.read(start, half), session.memory.read(seam, bytes.len() - half)].concat();
         assert!(found == bytes, "request type {kind}");
@@ -269,7 +269,7 @@ fn memory_that_is_mapped_privately_is_refused() {
     for _ in 0..3 {
         assert!(!attempt(libc::MAP_PRIVATE), "a private mapping");
     }
-    poll_until("the log's advice", PATIENCE, || (advice(&daemon) == 1).then_some(()));
+    poll_until("the log's advice", TIMEOUT, || (advice(&daemon) == 1).then_some(()));
     assert_serves(&daemon.socket(), 0);
 }
 
@@ -282,7 +282,7 @@ fn a_kick_in_blank_memory_is_reported_once() {
     let session = Session::open(&daemon.socket(), &SessionOptions::default());
     for _ in 0..3 {
         session.rings.iter().for_each(Ring::notify);
-        poll_until("the report", PATIENCE, || (reports() == 1).then_some(()));
+        poll_until("the report", TIMEOUT, || (reports() == 1).then_some(()));
     }
     drop(session);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -304,10 +304,10 @@ fn rings_without_memory_are_refused_with_advice_once() {
         let addresses = ring_addresses(&session.rings[0]);
         session.frontend.set_vring_addr(0, &addresses).expect_err("the ring is in no memory");
     }
-    poll_until("the advice", PATIENCE, || (advice(&daemon) > 0).then_some(()));
+    poll_until("the advice", TIMEOUT, || (advice(&daemon) > 0).then_some(()));
     assert_eq!((connected(), advice(&daemon)), (1, 1), "{}", daemon.log());
     assert_serves(&daemon.socket(), 0);
-    poll_until("the line of a front-end that works", PATIENCE, || (connected() > 1).then_some(()));
+    poll_until("the line of a front-end that works", TIMEOUT, || (connected() > 1).then_some(()));
     assert_eq!((connected(), advice(&daemon)), (2, 1), "{}", daemon.log());
 }
 

@@ -14,7 +14,7 @@ use crate::common::daemon::{Daemon, DaemonOptions};
 use crate::common::raw_message::number;
 use crate::common::request::{OK, Payload, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::{ABSENCE, PATIENCE, poll_until, readable, try_poll};
+use crate::common::wait::{ABSENCE, TIMEOUT, poll_until, readable, try_poll};
 
 /// VHOST_USER_VRING_NOFD_MASK: this SET_VRING_CALL of ring 0 carries no descriptor.
 const NO_DESCRIPTOR: u64 = 1 << 8;
@@ -39,7 +39,7 @@ fn submit_batch(session: &mut Session) {
 #[track_caller]
 fn take_batch(session: &mut Session) {
     for n in 0..BATCH {
-        poll_until(&format!("request {n} of a batch"), PATIENCE, || session.rings[0].take_used());
+        poll_until(&format!("request {n} of a batch"), TIMEOUT, || session.rings[0].take_used());
     }
 }
 
@@ -130,7 +130,7 @@ fn a_guest_that_missed_an_interrupt_in_a_crash_is_woken() {
         let pending = session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
         session.rings[0].push_used_as_device(0, pending.head);
         session.start_ring(0);
-        assert!(readable(&[session.rings[0].call_fd()], PATIENCE), "the new daemon triggers the missed interrupt");
+        assert!(readable(&[session.rings[0].call_fd()], TIMEOUT), "the new daemon triggers the missed interrupt");
     }
 }
 
@@ -146,9 +146,9 @@ fn a_new_call_descriptor_gets_the_missed_interrupt() {
         session.rings[0].set_used_event(1);
         session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
         session.rings[0].notify();
-        poll_until("a completion without an interrupt", PATIENCE, || (session.rings[0].used_idx() == 2).then_some(()));
+        poll_until("a completion without an interrupt", TIMEOUT, || (session.rings[0].used_idx() == 2).then_some(()));
         session.frontend.set_vring_call(0, &session.rings[0].call).expect("SET_VRING_CALL");
-        assert!(readable(&[session.rings[0].call_fd()], PATIENCE), "the new descriptor gets the missed interrupt");
+        assert!(readable(&[session.rings[0].call_fd()], TIMEOUT), "the new descriptor gets the missed interrupt");
     }
 }
 
@@ -244,6 +244,6 @@ fn a_running_ring_interrupts_through_the_call_descriptor_that_was_set_last() {
     session.rings[0].call = call;
     session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(512));
     session.rings[0].notify();
-    poll_until("the completion", PATIENCE, || session.rings[0].take_used());
-    assert!(readable(&[session.rings[0].call.as_raw_fd()], PATIENCE));
+    poll_until("the completion", TIMEOUT, || session.rings[0].take_used());
+    assert!(readable(&[session.rings[0].call.as_raw_fd()], TIMEOUT));
 }

@@ -14,7 +14,7 @@ use crate::common::raw_message::number;
 use crate::common::raw_ring::Ring;
 use crate::common::request::{OK, Payload, Pending, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions, ring_addresses};
-use crate::common::wait::{ABSENCE, PATIENCE, readable, try_poll};
+use crate::common::wait::{ABSENCE, TIMEOUT, readable, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 fn start(num_queues: usize) -> Daemon {
@@ -73,7 +73,7 @@ fn a_stopped_ring_has_nothing_in_flight_and_resumes() {
         session.rings[0].notify();
         // Stop at a random moment: none, some or all requests have completed.
         let awaited = prng.below(REQUESTS) as u16;
-        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
+        try_poll(TIMEOUT, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
         let base = session.stop_ring(0);
         let used = session.rings[0].used_idx();
         assert_eq!(used, base, "seed {seed} round {round}: all requests that were taken have completed");
@@ -355,7 +355,7 @@ fn the_used_index_never_goes_backwards() {
         session.frontend.set_vring_addr(0, &addresses).expect("SET_VRING_ADDR");
         let end = used.wrapping_add(16);
         while used != end {
-            let now = try_poll(PATIENCE, || Some(session.rings[0].used_idx()).filter(|&now| now != used));
+            let now = try_poll(TIMEOUT, || Some(session.rings[0].used_idx()).filter(|&now| now != used));
             let now = now.unwrap_or_else(|| panic!("round {round}: used.idx stays at {used}, expected {end}"));
             assert!(
                 end.wrapping_sub(now) < end.wrapping_sub(used),

@@ -23,7 +23,7 @@ use crate::common::raw_message::{FLAG_NEED_REPLY, Reply, exchange, exchange_with
 use crate::common::raw_ring::Ring;
 use crate::common::request::{OK, Payload, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions, connect, feature};
-use crate::common::wait::{ABSENCE, PATIENCE, try_poll};
+use crate::common::wait::{ABSENCE, TIMEOUT, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 fn start() -> Daemon {
@@ -125,7 +125,7 @@ fn front_ends_that_crash_leak_nothing() {
         session.rings[0].notify();
         // Crash before, during or after the requests.
         let awaited = prng.below(32) as u16;
-        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
+        try_poll(TIMEOUT, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
         drop(session);
         daemon.assert_alive();
         if nth == WARM_UP {
@@ -135,7 +135,7 @@ fn front_ends_that_crash_leak_nothing() {
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert!(session.read(0, kept.len()) == kept, "seed {seed}: a read returns the written data");
     drop(session);
-    let closed = try_poll(PATIENCE, || (daemon.open_descriptors() <= descriptors).then_some(()));
+    let closed = try_poll(TIMEOUT, || (daemon.open_descriptors() <= descriptors).then_some(()));
     assert!(closed.is_some(), "{} descriptors are open, expected at most {descriptors}", daemon.open_descriptors());
     daemon.stop();
 }

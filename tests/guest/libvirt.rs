@@ -12,7 +12,7 @@ use crate::{MIB, image, seed};
 const NAME: &str = "genblk-example";
 
 /// The longest wait: libvirt may have to find out first what QEMU can do.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A command of libvirt's client.
 fn virsh(arguments: &[&str]) -> std::process::Command {
@@ -65,7 +65,7 @@ impl Domain {
 
     /// Waits until the guest has sent `count` messages that start with `what`.
     fn wait_for(&self, what: &str, count: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.messages(what).len() < count {
             let in_time = Instant::now() < deadline && self.messages("FAILED").is_empty();
             assert!(in_time, "{count} times {what}: {:#?}", self.messages(""));

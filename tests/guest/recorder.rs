@@ -146,8 +146,8 @@ impl StoreQueue for RecordedStore {
         self.inner.in_flight()
     }
 
-    fn drain(&mut self, patience: std::time::Duration) -> bool {
-        self.inner.drain(patience)
+    fn drain(&mut self, timeout: std::time::Duration) -> bool {
+        self.inner.drain(timeout)
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::host::{memory_of, run};
 
 /// The limit for a start or a stop. A stop writes back all dirty pages.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
 pub struct Server {
@@ -49,7 +49,7 @@ impl Server {
             .spawn()
             .unwrap_or_else(|error| panic!("{}: {error}", program.display()));
         let mut server = Self { child, log };
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !is_listening(socket) {
             if let Some(status) = server.child.try_wait().unwrap() {
                 panic!("the daemon exited before it listened: {status}");
@@ -79,7 +79,7 @@ impl Server {
         self.assert_alive();
         let pid = self.child.id().to_string();
         run(Command::new("kill").args([signal, &pid]));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let status: ExitStatus = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::host::{Boot, tool};
 
 /// Long enough for the slowest job on an emulated processor that has to share a busy core.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The guest's messages to the test start with this.
 pub const MARK: &str = "GENBLK-GUEST: ";
@@ -71,10 +71,10 @@ impl Vm {
         Self::spawn(command, job)
     }
 
-    /// Whether a kernel starts our init under KVM within `patience`.
-    pub fn probe_kvm(boot: &Boot, patience: Duration) -> bool {
+    /// Whether a kernel starts our init under KVM within `timeout`.
+    pub fn probe_kvm(boot: &Boot, timeout: Duration) -> bool {
         let mut vm = Self::spawn(qemu(boot, true, "probe", "0", &Machine::default()), "probe");
-        vm.deadline = Instant::now() + patience;
+        vm.deadline = Instant::now() + timeout;
         loop {
             match vm.next_line() {
                 Ok(line) if line.ends_with("GENBLK-GUEST: ok probe") => return true,
@@ -97,7 +97,7 @@ impl Vm {
         let other_sender = sender.clone();
         thread::spawn(move || forward(BufReader::new(console), &sender));
         thread::spawn(move || forward(BufReader::new(stderr), &other_sender));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         Self { job: job.to_owned(), child, lines, transcript: Vec::new(), deadline }
     }
 
@@ -114,7 +114,7 @@ impl Vm {
             let line = match self.next_line() {
                 Ok(line) => line,
                 Err(RecvTimeoutError::Timeout) => {
-                    panic!("no \"{what}\" within {PATIENCE:?}\n{}", self.text())
+                    panic!("no \"{what}\" within {TIMEOUT:?}\n{}", self.text())
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     panic!("the machine exited without \"{what}\"\n{}", self.text())

@@ -8,7 +8,7 @@ use super::common::daemon::{Daemon, has_ended, run_to_end, send, server_binary};
 use super::common::nbd_server::NbdServer;
 use super::common::request::{OK, Payload, pattern};
 use super::common::session::{Session, SessionOptions};
-use super::common::wait::{PATIENCE, is_listening, poll_until};
+use super::common::wait::{TIMEOUT, is_listening, poll_until};
 use super::{IMAGE_BYTES, device, died_with_dirty_pages, directory_with_image, image_of, refusal, socket_of};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 
@@ -25,7 +25,7 @@ fn start(name: &str, keys: &str) -> Option<(Daemon, NbdServer)> {
 fn kill_disk(daemon: &Daemon) {
     let process = daemon.disk_process("disk0");
     send(process, libc::SIGKILL);
-    poll_until("a disk process to end", PATIENCE, || (!daemon.disk_processes().contains(&process)).then_some(()));
+    poll_until("a disk process to end", TIMEOUT, || (!daemon.disk_processes().contains(&process)).then_some(()));
 }
 
 fn reconnect(session: Session, daemon: &Daemon) -> Session {
@@ -124,8 +124,8 @@ fn a_killed_supervisor_leaves_the_export_to_the_next_daemon_without_a_loss() {
     daemon.kill_supervisor();
     // At once: the next daemon waits for the export's lock.
     daemon.restart();
-    poll_until("the old disk process to end", PATIENCE, || has_ended(disk).then_some(()));
-    poll_until("the socket", PATIENCE, || is_listening(&daemon.socket()).then_some(()));
+    poll_until("the old disk process to end", TIMEOUT, || has_ended(disk).then_some(()));
+    poll_until("the socket", TIMEOUT, || is_listening(&daemon.socket()).then_some(()));
     session = reconnect(session, &daemon);
     assert_eq!(session.read(64, 4096), bytes);
     session.flush();

@@ -24,7 +24,7 @@ use common::nbd_server::NbdServer;
 use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{TIMEOUT, poll_until};
 use common::workload::{Client, ClientOptions, FaultRules, IoPlan, random_io, read_everything, settle};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 
@@ -188,7 +188,7 @@ fn check_failing_writes(name: &str, error: &str, words: &str) {
     assert_ne!(outcome.status, OK, "a FLUSH that could not write must fail");
     daemon.await_log(words);
     std::fs::remove_file(&trigger).unwrap();
-    poll_until("a FLUSH to succeed again", PATIENCE, || {
+    poll_until("a FLUSH to succeed again", TIMEOUT, || {
         (session.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty).status == OK).then_some(())
     });
     assert_eq!(session.read(8, 4096), bytes);
@@ -446,7 +446,7 @@ fn a_server_restarted_without_end_serves_in_between() {
         }
     });
     let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
-    settle(&mut client, PATIENCE);
+    settle(&mut client, TIMEOUT);
     drop(client);
     daemon.stop();
 }

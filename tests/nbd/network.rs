@@ -10,7 +10,7 @@ use super::common::daemon::{Daemon, TempDir, server_binary};
 use super::common::nbd_server::is_installed;
 use super::common::request::{OK, Payload, pattern};
 use super::common::session::{Session, SessionOptions};
-use super::common::wait::{PATIENCE, poll_until};
+use super::common::wait::{TIMEOUT, poll_until};
 use super::{directory_with_image, image_of};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 
@@ -56,7 +56,7 @@ impl Network {
         let mut server = Command::new("ip");
         server.args(["netns", "exec", other, "nbdkit", "-f", "-p", "10809", "file"]).arg(image);
         network.server = Some(server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().ok()?);
-        poll_until("the server to listen", PATIENCE, || {
+        poll_until("the server to listen", TIMEOUT, || {
             let listening = Command::new("ip").args(["netns", "exec", other, "cat", "/proc/net/tcp"]).output().ok()?;
             String::from_utf8_lossy(&listening.stdout).contains(":2A39 ").then_some(())
         });

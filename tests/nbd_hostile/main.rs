@@ -35,7 +35,7 @@ fn socket_named(name: &str) -> PathBuf {
 
 fn open(server: &FakeServer, nbd: NbdOptions) -> Arc<dyn Backing> {
     // The image before this one releases the lock when its threads have ended.
-    let options = OpenOptions { nbd, lock_patience: Duration::from_secs(5), ..OpenOptions::default() };
+    let options = OpenOptions { nbd, lock_timeout: Duration::from_secs(5), ..OpenOptions::default() };
     NbdImage::open(None, Path::new(&server.uri()), &options).unwrap()
 }
 

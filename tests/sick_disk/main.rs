@@ -35,7 +35,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BL
 use common::daemon::{Daemon, TempDir, server_binary};
 use common::request::{OK, Payload, assert_serves, pattern};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, is_listening, poll_until};
+use common::wait::{TIMEOUT, is_listening, poll_until};
 use disk::{Disk, OpClass};
 use genblk::store::file::{FileImage, OpenOptions};
 use mount::Mount;
@@ -106,7 +106,7 @@ impl Ward {
         session.write(0, &pattern(3, 0, 8192));
         self.disk.hold(OpClass::Write);
         session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
-        poll_until("the image to hang", PATIENCE, || (self.disk.held(OpClass::Write) > 0).then_some(()));
+        poll_until("the image to hang", TIMEOUT, || (self.disk.held(OpClass::Write) > 0).then_some(()));
         session
     }
 
@@ -114,8 +114,8 @@ impl Ward {
     #[track_caller]
     fn wait_until_the_others_end(&self) {
         for name in ["good1", "good2"] {
-            poll_until("a good disk to end", PATIENCE, || (!is_listening(&self.socket(name))).then_some(()));
-            poll_until("a good disk's image to be free", PATIENCE, || {
+            poll_until("a good disk to end", TIMEOUT, || (!is_listening(&self.socket(name))).then_some(()));
+            poll_until("a good disk's image to be free", TIMEOUT, || {
                 FileImage::open(&self.paths.join(name), &OpenOptions::default()).ok()
             });
         }
@@ -232,12 +232,12 @@ fn a_disk_whose_image_hangs_does_not_keep_the_others_from_starting() {
     let length = notified.recv(&mut message).expect("the daemon notifies its service manager");
     let expected = "READY=1\nSTATUS=serving 2 of 3 disks; not served: sick (its image does not answer)";
     assert_eq!(String::from_utf8_lossy(&message[..length]), expected);
-    poll_until("a line about the wait", PATIENCE, || {
+    poll_until("a line about the wait", TIMEOUT, || {
         let log = daemon.log();
         (log.contains("sick: image ") && log.contains("opening the image has taken 5 s so far")).then_some(())
     });
     ward.disk.release(OpClass::Read);
-    poll_until("the disk to be served", PATIENCE, || is_listening(&ward.socket("sick")).then_some(()));
+    poll_until("the disk to be served", TIMEOUT, || is_listening(&ward.socket("sick")).then_some(()));
     assert_serves(&ward.socket("sick"), 64);
     daemon.stop();
 }
@@ -253,7 +253,7 @@ fn a_daemon_ends_while_a_disk_is_still_being_opened() {
     poll_until("the daemon to give up the disk", WAIT_LIMIT, || {
         daemon.log().contains("sick: ended without waiting any longer for image").then_some(())
     });
-    assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
+    assert!(started.elapsed() < TIMEOUT, "{:?}", started.elapsed());
     // The thread that opens it hangs in the kernel.
     ward.disk.release(OpClass::Read);
     assert!(daemon.wait().success(), "nothing of that disk was served: {}", daemon.log());
@@ -304,7 +304,7 @@ fn the_ledger_has_heartbeats_while_an_image_delays_a_write() {
     let hung_at = latest();
     for seconds in 1..4 {
         let expected = hung_at + seconds * 1_000_000_000;
-        poll_until("a heartbeat", PATIENCE, || (latest() >= expected).then_some(()));
+        poll_until("a heartbeat", TIMEOUT, || (latest() >= expected).then_some(()));
     }
     drop(session);
     ward.disk.release(OpClass::Write);
@@ -328,7 +328,7 @@ fn a_worker_serves_cached_reads_and_its_front_end_while_its_image_answers_nothin
                 _ => _ = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty),
             }
             session.rings[0].notify();
-            poll_until("the image to hang", PATIENCE, || (ward.disk.held(class) > 0).then_some(()));
+            poll_until("the image to hang", TIMEOUT, || (ward.disk.held(class) > 0).then_some(()));
             for _ in 0..20 {
                 let begun = Instant::now();
                 assert_eq!(session.read(0, 8192), pattern(3, 0, 8192), "{engine}, {class:?}");
@@ -372,7 +372,7 @@ fn requests_held_while_the_process_was_stopped_are_retried_before_they_fail() {
     ward.disk.fail(OpClass::Write, 100);
     session.write(0, &pattern(3, 0, 4096));
     let flush = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
-    poll_until("the image to fail", PATIENCE, || daemon.log().contains("write-back failing").then_some(()));
+    poll_until("the image to fail", TIMEOUT, || daemon.log().contains("write-back failing").then_some(()));
     daemon.signal(libc::SIGSTOP);
     thread::sleep(Duration::from_secs(4));
     ward.disk.fail(OpClass::Write, 0);
@@ -391,7 +391,7 @@ fn a_front_end_that_keeps_another_waiting_is_named() {
     let Some(mut ward) = Ward::new("") else { return };
     let mut daemon = ward.start(&["sick", "good1", "good2"]);
     let holder = std::os::unix::net::UnixStream::connect(ward.socket("good1")).expect("the disk is served");
-    poll_until("the first front-end to be served", PATIENCE, || {
+    poll_until("the first front-end to be served", TIMEOUT, || {
         daemon.log().contains("good1: front-end connected").then_some(())
     });
     let waiting = std::os::unix::net::UnixStream::connect(ward.socket("good1")).expect("the socket listens");

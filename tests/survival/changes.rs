@@ -16,7 +16,7 @@ use super::common::daemon::{Daemon, TempDir, send};
 use super::common::operator::{Call, IMAGE_BYTES as OTHER_BYTES, call, names, table};
 use super::common::prng::{Prng, seed};
 use super::common::session::{Session, SessionOptions};
-use super::common::wait::{PATIENCE, poll_until};
+use super::common::wait::{TIMEOUT, poll_until};
 use super::guest::{FrontEnd, Guest, Memory};
 use super::{IMAGE_SECTORS, make_image};
 
@@ -110,7 +110,7 @@ impl Operator {
         move || {
             // Everything may fail: the daemon may die at any moment.
             if let Ok(mut stream) = std::os::unix::net::UnixStream::connect(&control) {
-                let _ = stream.set_read_timeout(Some(PATIENCE));
+                let _ = stream.set_read_timeout(Some(TIMEOUT));
                 let _ = stream.write_all(&[message.as_bytes(), &[0]].concat());
                 let _ = BufReader::new(stream).read_until(0, &mut Vec::new());
             }
@@ -159,7 +159,7 @@ impl Operator {
     /// Fails the test if the daemon serves anything else than it has answered.
     fn check(&self) {
         let expected: &[&str] = if self.attached { &["disk0", "other"] } else { &["disk0"] };
-        poll_until("the disks that were served before", PATIENCE, || {
+        poll_until("the disks that were served before", TIMEOUT, || {
             std::os::unix::net::UnixStream::connect(&self.control).ok()?;
             let listed = self.call("List", &json!({}));
             let devices = listed["devices"].as_array().expect("an array");
@@ -167,7 +167,7 @@ impl Operator {
             (names(&self.control) == expected && all_served).then_some(())
         });
         if let Some(bytes) = self.image_bytes {
-            poll_until("the size of the image", PATIENCE, || {
+            poll_until("the size of the image", TIMEOUT, || {
                 let listed = self.call("List", &json!({"device": "disk0"}));
                 (listed["devices"][0]["image_bytes"] == json!(bytes)).then_some(())
             });
@@ -213,7 +213,7 @@ fn kill_process(guest: &mut Guest, operator: &Operator, daemon: &mut Daemon) {
     let killed = daemon.disk_process("disk0");
     send(killed, libc::SIGKILL);
     guest.reconnect(daemon, |_| {
-        poll_until("the next process", PATIENCE, || {
+        poll_until("the next process", TIMEOUT, || {
             operator.call("Resume", &of_disk);
             let disk = operator.call("List", &of_disk)["devices"][0].clone();
             (disk["state"] == json!("serving") && disk["pid"] != json!(killed)).then_some(())

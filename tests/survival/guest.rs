@@ -18,7 +18,7 @@ use crate::common::prng::Prng;
 use crate::common::raw_ring::{Ring, Segment};
 use crate::common::request::{OK, header, pattern, range};
 use crate::common::session::{Session, SessionOptions, ring_addresses};
-use crate::common::wait::PATIENCE;
+use crate::common::wait::TIMEOUT;
 
 /// Requests in flight over all rings.
 const DEPTH: usize = 64;
@@ -205,7 +205,7 @@ impl Guest {
     /// Waits until no request is in flight.
     #[track_caller]
     pub fn drain(&mut self) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while self.slots.iter().any(|slot| slot.request.is_some()) {
             self.reap();
             assert!(Instant::now() < end, "requests that never complete: {:?}", self.slots);

@@ -37,7 +37,7 @@ use common::daemon::{Daemon, TempDir, kill_all, run_to_end, server_binary};
 use common::prng::{Prng, seed};
 use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until, try_poll};
+use common::wait::{TIMEOUT, poll_until, try_poll};
 use guest::{FrontEnd, Guest};
 
 const IMAGE_BYTES: u64 = 16 << 20;
@@ -191,7 +191,7 @@ fn an_upgrade_with_a_cache_of_one_gib_pauses_for_less_than_a_second() {
         let chain: Vec<_> = [segments[0]].into_iter().chain(data).chain([segments[2]]).collect();
         session.rings[0].submit(&chain);
         session.rings[0].notify();
-        let used = session.rings[0].wait_used(PATIENCE);
+        let used = session.rings[0].wait_used(TIMEOUT);
         assert_eq!(session.outcome(&pending, used).status, OK);
     }
     // The shortest of three pauses counts: other processes share the machine.
@@ -347,7 +347,7 @@ fn a_daemon_started_before_the_old_one_ends_waits_for_it() {
         std::thread::sleep(Duration::from_millis(20 * round));
         daemon.signal(if round % 2 == 0 { libc::SIGUSR1 } else { libc::SIGTERM });
         assert!(daemon.wait().success());
-        let serves = try_poll(PATIENCE, || UnixStream::connect(daemon.socket()).map(drop).ok());
+        let serves = try_poll(TIMEOUT, || UnixStream::connect(daemon.socket()).map(drop).ok());
         let log = std::fs::read_to_string(daemon.directory().path().join("next.log"));
         assert!(serves.is_some(), "round {round}: {log:?}");
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -448,7 +448,7 @@ fn restored_dirty_pages_are_written_back_without_a_front_end() {
     drop(session);
     daemon.restart();
     let written = || (daemon.image_bytes(80 * 512, bytes.len()) == bytes).then_some(());
-    poll_until("the dirty pages to be written", PATIENCE, written);
+    poll_until("the dirty pages to be written", TIMEOUT, written);
 }
 
 #[test]

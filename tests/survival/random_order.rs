@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::common::daemon::{Daemon, Ended, run_to_end, server_binary};
 use super::common::prng::{Prng, seed};
-use super::common::wait::{PATIENCE, poll_until};
+use super::common::wait::{TIMEOUT, poll_until};
 use super::guest::{FrontEnd, Guest, Memory};
 use super::{IMAGE_BYTES, IMAGE_SECTORS, start};
 
@@ -99,7 +99,7 @@ impl Host {
             let left = daemon.directory().left();
             for cache in left.iter().filter(|path| !text(path).contains("/.")) {
                 // The kernel keeps the lock of a daemon that was killed until it has finished that daemon's I/O.
-                let ended = poll_until("the image's lock", PATIENCE, || {
+                let ended = poll_until("the image's lock", TIMEOUT, || {
                     let ended = genblk(&["recover", text(cache)]);
                     (!ended.stderr.contains(" is in use: ")).then_some(ended)
                 });

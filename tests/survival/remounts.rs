@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::common::daemon::{Daemon, TempDir, run_to_end, server_binary};
 use super::common::request::pattern;
 use super::common::session::{Session, SessionOptions};
-use super::common::wait::{PATIENCE, try_poll};
+use super::common::wait::{TIMEOUT, try_poll};
 
 const DEVICE: &str = "cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000";
 const FILE_SYSTEM_BYTES: u64 = 160 << 20;
@@ -60,7 +60,7 @@ impl Drop for Mount {
     fn drop(&mut self) {
         // A daemon that was killed holds the file system until the kernel has finished its I/O.
         let path = self.directory.to_str().expect("UTF-8").to_owned();
-        let unmounted = try_poll(PATIENCE, || run("umount", &[&path]));
+        let unmounted = try_poll(TIMEOUT, || run("umount", &[&path]));
         if unmounted.is_none() {
             run("umount", &["-l", &path]);
         }
@@ -211,7 +211,7 @@ fn a_block_device_that_is_attached_again_keeps_its_cache_unless_it_was_changed()
         std::os::unix::fs::symlink(&device.device, &image).expect("a link can be created");
         let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
         let bytes = write_and_kill(&mut daemon);
-        let detached = try_poll(PATIENCE, || run("losetup", &["-d", &device.device]));
+        let detached = try_poll(TIMEOUT, || run("losetup", &["-d", &device.device]));
         assert!(detached.is_some());
         let _taken = Loop::attach(&other);
         if is_changed {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::common::daemon::{Daemon, run_to_end, server_binary};
 use super::common::request::pattern;
 use super::common::session::{Session, SessionOptions};
-use super::common::wait::{PATIENCE, poll_until};
+use super::common::wait::{TIMEOUT, poll_until};
 use super::start;
 
 const DEVICE: &str = "cache.size = \"32M\"\ncache.dirty_age_max_ms = 600000";
@@ -45,7 +45,7 @@ fn run(daemon: &Daemon, line: &str) -> bool {
     command.args(["-c", line]).env("I", daemon.image()).env("B", daemon.directory().path().join("backup"));
     // The kernel keeps the lock of a daemon that was killed until it has finished that daemon's I/O.
     let mut ended = run_to_end(&mut command);
-    poll_until("the tool to get the image's lock", PATIENCE, || {
+    poll_until("the tool to get the image's lock", TIMEOUT, || {
         let is_locked = ended.stderr.contains("Failed to get \"write\" lock");
         if is_locked {
             ended = run_to_end(&mut command);

@@ -17,7 +17,7 @@ use crate::common::prng::Prng;
 use crate::common::raw_ring::Segment;
 use crate::common::request::{OK, STATUS_UNTOUCHED, header, pattern, range};
 use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::PATIENCE;
+use crate::common::wait::TIMEOUT;
 use crate::oracle::{Oracle, Value};
 
 /// Requests in flight.
@@ -153,7 +153,7 @@ impl Guest {
     /// Completes all requests in flight.
     #[track_caller]
     pub fn drain(&mut self) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         while self.slots.iter().any(|slot| slot.request.is_some()) {
             self.reap();
             assert!(Instant::now() < end, "requests that never complete: {:?}", self.slots);

@@ -10,7 +10,7 @@ use crate::common::SECTOR_BYTES;
 use crate::common::daemon::{Daemon, TempDir};
 use crate::common::request::pattern;
 use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::{PATIENCE, poll_until};
+use crate::common::wait::{TIMEOUT, poll_until};
 use crate::disk::{Disk, Loss, OpClass};
 use crate::mount::Mount;
 use crate::oracle::byte_range;
@@ -49,7 +49,7 @@ impl Machine {
         let device = format!("engine = \"{engine}\"\nnum_queues = 1\ncache.size = \"4M\"");
         let daemon = Daemon::start_configured(directory, &[&device]);
         // The worker starts its engine after the socket listens.
-        poll_until("the configured engine", PATIENCE, || (daemon.io_urings() == io_urings).then_some(()));
+        poll_until("the configured engine", TIMEOUT, || (daemon.io_urings() == io_urings).then_some(()));
         Some(Self { daemon, _mount: mount, disk })
     }
 
@@ -93,7 +93,7 @@ impl Machine {
     #[track_caller]
     pub fn wait_until_held(&self, class: OpClass, count: usize) {
         let what = format!("{count} operations of class {class:?} to arrive");
-        poll_until(&what, PATIENCE, || (self.disk.held(class) == count).then_some(()));
+        poll_until(&what, TIMEOUT, || (self.disk.held(class) == count).then_some(()));
     }
 }
 

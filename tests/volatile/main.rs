@@ -52,7 +52,7 @@ use common::daemon::has_ended;
 use common::prng::{Prng, seed};
 use common::request::{OK, Payload, Pending, pattern, range};
 use common::session::Session;
-use common::wait::{ABSENCE, PATIENCE, poll_until};
+use common::wait::{ABSENCE, TIMEOUT, poll_until};
 use disk::{Loss, OpClass};
 use guest::Guest;
 use machine::{Machine, PATCH_BYTES};
@@ -66,7 +66,7 @@ const IOERR: u8 = 1;
 /// Waits for the next completion, which must be that of `pending`. Returns its status.
 #[track_caller]
 fn status_of(session: &mut Session, pending: &Pending) -> u8 {
-    let used = session.rings[0].wait_used(PATIENCE);
+    let used = session.rings[0].wait_used(TIMEOUT);
     assert_eq!(used.head, pending.head, "the first request to complete");
     session.outcome(pending, used).status
 }
@@ -134,7 +134,7 @@ fn a_flush_after_a_kill_covers_what_the_killed_daemon_wrote(engine: Engine) {
     // The killed process ends when its Sync does. Until then it has the listening socket.
     machine.disk.release(OpClass::Sync);
     machine.daemon.wait();
-    poll_until("the killed process to end", PATIENCE, || killed.iter().all(|pid| has_ended(*pid)).then_some(()));
+    poll_until("the killed process to end", TIMEOUT, || killed.iter().all(|pid| has_ended(*pid)).then_some(()));
     machine.disk.fail(OpClass::Sync, 0);
     machine.daemon.restart();
     let mut session = machine.session();
@@ -234,7 +234,7 @@ fn a_flush_after_a_failed_write_covers_what_was_lost() {
         let mut session = machine.session();
         let (earlier, later) = ((0, pattern(2, 0, 4096)), (4096, pattern(3, 4096, 4096)));
         session.write(earlier.0, &earlier.1);
-        poll_until("write-back while the guest is idle", PATIENCE, || (machine.disk.unsynced() == 1).then_some(()));
+        poll_until("write-back while the guest is idle", TIMEOUT, || (machine.disk.unsynced() == 1).then_some(()));
         machine.disk.fail(OpClass::Write, 100);
         session.write(later.0, &later.1);
         assert_eq!(session.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty).status, IOERR);
@@ -357,7 +357,7 @@ fn random_requests_survive(engine: Engine, failures: Failures, default_seed: u64
         }
         guest.drain();
         machine.disk.fail(OpClass::Sync, 0);
-        poll_until("a FLUSH to succeed", PATIENCE, || guest.flush().then_some(()));
+        poll_until("a FLUSH to succeed", TIMEOUT, || guest.flush().then_some(()));
         guest.may_fail = false;
         guest.oracle.check_platter(&machine.platter()).unwrap_or_else(|wrong| panic!("after a FLUSH: {wrong}"));
         guest.check_everything();

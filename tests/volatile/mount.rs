@@ -20,7 +20,7 @@ use fuser::{
 };
 
 use crate::common::daemon::TempDir;
-use crate::common::wait::{PATIENCE, try_poll};
+use crate::common::wait::{TIMEOUT, try_poll};
 use crate::disk::Disk;
 
 const IMAGE: INodeNo = INodeNo(2);
@@ -69,7 +69,7 @@ impl Drop for Mount {
         }
         // The session ends when the kernel drops the file system. The wait is bounded: a process may keep it in use.
         let session = self.session.take().expect("a mount has a session");
-        let _ = try_poll(PATIENCE, || session.guard.is_finished().then_some(()));
+        let _ = try_poll(TIMEOUT, || session.guard.is_finished().then_some(()));
     }
 }
 

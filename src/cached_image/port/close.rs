@@ -14,17 +14,17 @@ use crate::units::counted;
 const COMPLETION_WAIT: Duration = Duration::from_millis(10);
 
 impl WorkerPort {
-    /// Ends the use of the store: waits for at most `patience` until the operations in flight have completed. The rest
+    /// Ends the use of the store: waits for at most `timeout` until the operations in flight have completed. The rest
     /// is left to the kernel, which still uses the cache's memory and the image: the memory, the lock of its file and
     /// the image's lock then stay until the process ends.
     ///
     /// => Only [`WorkerPort`]'s drop may follow.
-    pub fn close(&mut self, patience: Duration) {
+    pub fn close(&mut self, timeout: Duration) {
         self.closed = true;
-        if self.is_shared() && !patience.is_zero() {
-            self.complete_for_others(Instant::now() + patience);
+        if self.is_shared() && !timeout.is_zero() {
+            self.complete_for_others(Instant::now() + timeout);
         }
-        if !self.store.drain(patience) {
+        if !self.store.drain(timeout) {
             let (name, left) = (&self.image.name, counted(self.store.in_flight() as u64, "operation"));
             warn!("{name}: {left} still in flight on the image; the kernel holds its lock until they complete");
             mem::forget(Arc::clone(&self.image));

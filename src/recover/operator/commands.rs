@@ -12,7 +12,7 @@ use crate::arena::{AllowedOwner, Arena, ArenaFile, GuestData, GuestState, Survey
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover::operation::{check_belongs, end_tenure};
 use crate::recover::write_back::write_back;
-use crate::recover::{HAS_FILE, LOCK_PATIENCE};
+use crate::recover::{HAS_FILE, LOCK_TIMEOUT};
 use crate::store::{self, file};
 use crate::sys::process::effective_uid;
 use crate::tenure::record::TenureState;
@@ -69,7 +69,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
         return Err(Error::new(ErrorKind::Ledger, context));
     }
     let image_shown = visible(image_path);
-    let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
+    let options = file::OpenOptions { lock_timeout: LOCK_TIMEOUT, ..file::OpenOptions::default() };
     let image = store::open(None, image_path, &options).map_err(|e| {
         let is_path = !store::is_remote(&header.image.path);
         let is_moved = is_path && recovery.image.is_none() && !header.image.path.exists();
@@ -160,7 +160,7 @@ fn end_tenure_of(file: &ArenaFile, survey: &Survey) -> Result<()> {
     let is_lossless = header.guest.data == GuestData::Intact && !survey.is_dirty();
     let state = if is_lossless { TenureState::Clean } else { TenureState::Forfeited };
     let is_own = file.owner() == effective_uid() && header.image.path.is_absolute();
-    let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
+    let options = file::OpenOptions { lock_timeout: LOCK_TIMEOUT, ..file::OpenOptions::default() };
     let is_recorded = header.tenure.is_some_and(|tenure| tenure.is_recorded);
     let image = (is_own && is_recorded).then(|| store::open(None, &header.image.path, &options).ok()).flatten();
     end_tenure(file, image.as_deref(), header.tenure, state)

@@ -550,7 +550,7 @@ impl StoreQueue for SimulatedQueue {
     }
 
     /// The simulated kernel completes operations in flight at any later time.
-    fn drain(&mut self, _patience: Duration) -> bool {
+    fn drain(&mut self, _timeout: Duration) -> bool {
         true
     }
 }

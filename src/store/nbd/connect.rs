@@ -12,7 +12,7 @@ use crate::nbd_uri::{NbdUri, ServerAddress};
 use crate::sys::{poll, socket, stream};
 
 /// How long each address of a host is tried.
-const ADDRESS_PATIENCE: Duration = Duration::from_secs(5);
+const ADDRESS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A connection in the transmission phase.
 #[derive(Debug)]
@@ -43,33 +43,33 @@ impl LastServer {
 
 /// A stream with a timeout.
 trait Patient: Read + Write {
-    fn set_patience(&self, patience: Duration) -> io::Result<()>;
+    fn set_timeouts(&self, timeout: Duration) -> io::Result<()>;
 }
 
 impl Patient for UnixStream {
-    fn set_patience(&self, patience: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(patience))?;
-        self.set_write_timeout(Some(patience))
+    fn set_timeouts(&self, timeout: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(timeout))?;
+        self.set_write_timeout(Some(timeout))
     }
 }
 
 impl Patient for TcpStream {
-    fn set_patience(&self, patience: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(patience))?;
-        self.set_write_timeout(Some(patience))
+    fn set_timeouts(&self, timeout: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(timeout))?;
+        self.set_write_timeout(Some(timeout))
     }
 }
 
-/// Connects to an export, and negotiates for at most `patience`. Blocks.
+/// Connects to an export, and negotiates for at most `timeout`. Blocks.
 ///
 /// # Errors
 /// Errors of connect(2); [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::InvalidData`] if it is not an NBD server;
 /// [`io::ErrorKind::ConnectionRefused`] with the server's reason if it refuses the export.
-pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection> {
+pub(super) fn connect(uri: &NbdUri, timeout: Duration) -> io::Result<Connection> {
     let (host, port) = match &uri.place {
         ServerAddress::Unix(path) => {
             let mut stream = socket::connect_to_path_without_waiting(path)?;
-            let export = negotiate(&mut stream, &uri.export, patience)?;
+            let export = negotiate(&mut stream, &uri.export, timeout)?;
             let process = stream::peer_process(&stream);
             return Ok(Connection { socket: stream.into(), export, may_have_lost: false, process });
         }
@@ -80,14 +80,14 @@ pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection
     stream::keep_alive(&stream)?;
     // A closed connection sends no more data, even if it is closed because its process was killed.
     stream::drop_unsent_on_close(&stream);
-    let export = negotiate(&mut stream, &uri.export, patience)?;
+    let export = negotiate(&mut stream, &uri.export, timeout)?;
     Ok(Connection { socket: stream.into(), export, may_have_lost: false, process: None })
 }
 
 fn connect_to_host(host: &str, port: u16) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     for address in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, ADDRESS_PATIENCE) {
+        match TcpStream::connect_timeout(&address, ADDRESS_TIMEOUT) {
             Ok(stream) => return Ok(stream),
             Err(e) => last = e,
         }
@@ -95,8 +95,8 @@ fn connect_to_host(host: &str, port: u16) -> io::Result<TcpStream> {
     Err(last)
 }
 
-fn negotiate(stream: &mut dyn Patient, export: &str, patience: Duration) -> io::Result<Export> {
-    let until = Instant::now() + patience;
+fn negotiate(stream: &mut dyn Patient, export: &str, timeout: Duration) -> io::Result<Export> {
+    let until = Instant::now() + timeout;
     let mut handshake = Handshake::new(export);
     while let Some(needed) = handshake.bytes_needed() {
         let mut bytes = vec![0; needed];
@@ -104,14 +104,14 @@ fn negotiate(stream: &mut dyn Patient, export: &str, patience: Duration) -> io::
         while filled < needed {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(silent(patience));
+                return Err(silent(timeout));
             }
-            stream.set_patience(left)?;
+            stream.set_timeouts(left)?;
             match stream.read(&mut bytes[filled..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => filled += count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(silent(patience)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(silent(timeout)),
                 Err(e) => return Err(e),
             }
         }
@@ -124,8 +124,8 @@ fn negotiate(stream: &mut dyn Patient, export: &str, patience: Duration) -> io::
     Ok(handshake.export().expect("the handshake is over"))
 }
 
-fn silent(patience: Duration) -> io::Error {
-    let seconds = patience.as_secs();
+fn silent(timeout: Duration) -> io::Error {
+    let seconds = timeout.as_secs();
     let why = format!("the server does not answer within {seconds} s (it may serve one client at a time: qemu-nbd -e)");
     io::Error::new(io::ErrorKind::TimedOut, why)
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use crate::sys::process::{DEATH_PATIENCE, effective_uid, is_dying, user_of_socket};
+use crate::sys::process::{DEATH_TIMEOUT, effective_uid, is_dying, user_of_socket};
 use crate::sys::socket::{Peer, connect_without_waiting, peer};
 use crate::sys::unix_diag::{ListeningSocket, listener_of};
 
@@ -97,29 +97,29 @@ fn holder_of_connection(peer: io::Result<Peer>) -> io::Result<Holder> {
 }
 
 impl HostLock {
-    /// Takes the lock called `name` for writing. Waits for at most `patience` until it is free, and longer if no living
+    /// Takes the lock called `name` for writing. Waits for at most `timeout` until it is free, and longer if no living
     /// process can be found that holds it. `Ok(None)`: another user has taken the name, and the image is served without
     /// the lock.
     ///
     /// # Errors
     /// [`io::ErrorKind::AddrInUse`] with the holder; errors of socket(2) and of connect(2).
-    pub fn acquire(name: &str, patience: Duration) -> io::Result<Option<Self>> {
+    pub fn acquire(name: &str, timeout: Duration) -> io::Result<Option<Self>> {
         let address = SocketAddr::from_abstract_name(name)?;
-        let wait = Wait::new(patience);
+        let wait = Wait::new(timeout);
         loop {
             match UnixListener::bind_addr(&address) {
                 Ok(listener) => return Ok(Some(Self(listener))),
                 Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
                 Err(e) => return Err(e),
             }
-            if wait.elapsed() < patience {
+            if wait.elapsed() < timeout {
                 thread::sleep(POLL);
                 continue;
             }
             match holder(name)? {
                 Holder::Daemon(holder) => wait.keep_waiting(|| holder.living())?,
                 // The holder has just ended.
-                Holder::None if wait.elapsed() < patience + ENDED_MAX => thread::sleep(POLL),
+                Holder::None if wait.elapsed() < timeout + ENDED_MAX => thread::sleep(POLL),
                 Holder::None | Holder::Other => {
                     warn!(
                         "NBD export lock @{name}: another user has this name, so a second daemon could open the export"
@@ -134,8 +134,8 @@ impl HostLock {
     ///
     /// # Errors
     /// As [`HostLock::acquire`].
-    pub fn check_free(name: &str, patience: Duration) -> io::Result<()> {
-        let wait = Wait::new(patience);
+    pub fn check_free(name: &str, timeout: Duration) -> io::Result<()> {
+        let wait = Wait::new(timeout);
         while let Holder::Daemon(holder) = holder(name)? {
             wait.keep_waiting(|| holder.living())?;
         }
@@ -147,12 +147,12 @@ impl HostLock {
 #[derive(Debug)]
 struct Wait {
     began: Instant,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Wait {
-    fn new(patience: Duration) -> Self {
-        Self { began: Instant::now(), patience }
+    fn new(timeout: Duration) -> Self {
+        Self { began: Instant::now(), timeout }
     }
 
     fn elapsed(&self) -> Duration {
@@ -164,12 +164,12 @@ impl Wait {
     /// # Errors
     /// [`io::ErrorKind::AddrInUse`] when the wait has lasted long enough.
     fn keep_waiting(&self, holder: impl FnOnce() -> Option<u32>) -> io::Result<()> {
-        if self.elapsed() < self.patience {
+        if self.elapsed() < self.timeout {
             thread::sleep(POLL);
             return Ok(());
         }
         let holder = holder();
-        if holder.is_none() && !self.patience.is_zero() && self.elapsed() < DEATH_PATIENCE {
+        if holder.is_none() && !self.timeout.is_zero() && self.elapsed() < DEATH_TIMEOUT {
             thread::sleep(DEATH_POLL);
             return Ok(());
         }
@@ -232,7 +232,7 @@ mod tests {
         let _queued: Vec<_> = (0..2).map_while(|_| connect_without_waiting(name.as_bytes()).ok()).collect();
         let error = HostLock::check_free(&name, Duration::ZERO).unwrap_err();
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
-        let wait = Wait { began: Instant::now() - Duration::from_secs(3), patience: Duration::from_secs(2) };
+        let wait = Wait { began: Instant::now() - Duration::from_secs(3), timeout: Duration::from_secs(2) };
         assert!(wait.keep_waiting(|| None).is_ok(), "a killed daemon's");
         assert!(wait.keep_waiting(|| Some(1)).is_err(), "a living daemon's");
     }

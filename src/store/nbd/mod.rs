@@ -156,8 +156,8 @@ fn lock(uri: &NbdUri, options: &OpenOptions) -> Result<Option<HostLock>> {
     let [high, low] = hashes(&uri.to_string());
     let name = format!("genblk/nbd/{high:016x}{low:016x}");
     let result = match options.read_only {
-        true => HostLock::check_free(&name, options.lock_patience).map(|()| None),
-        false => HostLock::acquire(&name, options.lock_patience),
+        true => HostLock::check_free(&name, options.lock_timeout).map(|()| None),
+        false => HostLock::acquire(&name, options.lock_timeout),
     };
     result.map_err(|e| {
         let kind = if e.kind() == io::ErrorKind::AddrInUse { ErrorKind::Locked } else { ErrorKind::System };

@@ -368,9 +368,9 @@ impl StoreQueue for NbdQueue {
         self.client.in_flight()
     }
 
-    fn drain(&mut self, patience: Duration) -> bool {
+    fn drain(&mut self, timeout: Duration) -> bool {
         self.drained = true;
-        wait_until_drained(self, patience)
+        wait_until_drained(self, timeout)
     }
 }
 

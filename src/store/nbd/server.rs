@@ -16,7 +16,7 @@ use crate::sys::poll::wait_readable;
 use crate::units::counted;
 
 /// How long a server may take to negotiate.
-const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pauses between attempts to reconnect.
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
@@ -81,7 +81,7 @@ impl ExportServer {
     /// # Errors
     /// As [`connect`].
     pub fn first_connection(uri: &NbdUri) -> io::Result<Connection> {
-        connect(uri, HANDSHAKE_PATIENCE)
+        connect(uri, HANDSHAKE_TIMEOUT)
     }
 
     /// The idle connection, if it has not broken.
@@ -99,7 +99,7 @@ impl ExportServer {
         if let Some(idle) = self.take_idle() {
             return Ok(idle);
         }
-        let connection = connect(&self.uri, HANDSHAKE_PATIENCE)?;
+        let connection = connect(&self.uri, HANDSHAKE_TIMEOUT)?;
         self.check(&connection.export).map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))?;
         Ok(Connection { may_have_lost: has_changed, ..connection })
     }
@@ -167,7 +167,7 @@ impl ExportServer {
             if wait_readable(requester.as_raw_fd(), pause) {
                 return None;
             }
-            let error = match connect(&self.uri, HANDSHAKE_PATIENCE) {
+            let error = match connect(&self.uri, HANDSHAKE_TIMEOUT) {
                 Ok(connection) => {
                     return Some(match self.check(&connection.export) {
                         Ok(()) => ServerAttempt::Connected { connection, is_server_new: last.has_ended() },

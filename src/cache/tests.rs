@@ -16,6 +16,7 @@ mod resize;
 mod sharing;
 mod small_world;
 mod warm;
+mod writers;
 
 /// Memory without bytes: these tests check only frame numbers.
 #[derive(Debug)]

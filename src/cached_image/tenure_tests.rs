@@ -298,3 +298,33 @@ fn the_ledger_has_the_page_that_was_written_last_before_a_sync() {
     drop(cached);
     std::fs::remove_dir_all(directory).unwrap();
 }
+
+#[test]
+fn a_discard_that_the_last_daemon_noted_stays_noted_until_a_sync() {
+    let (directory, arena) = arena_of("noted");
+    let image = ending_image(&directory, None, false);
+    let discarded = SectorSpan::new(8, 16);
+    arena.note_changed(5, Some(discarded));
+    let cached = CachedImage::new("test", image, arena, settings());
+    let mut port = cached.port("test", Counters::new(1).unwrap().of_worker(0)).unwrap();
+    let noted = || cached.arena().changed_ranges().map(|(_, span)| span).collect::<Vec<_>>();
+    assert_eq!(noted(), [discarded]);
+    let ticket = port.ticket(1);
+    port.with_cache(cached.now(), |cache, _| cache.flush(ticket));
+    port.end_turn(cached.now(), |_| {});
+    let mut is_done = false;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !is_done {
+        assert!(Instant::now() < deadline, "the flush completes");
+        // The notice of the flush may have come with the last turn.
+        wait_readable(port.store_fd(), Duration::from_millis(1));
+        port.set_store_ready();
+        port.reap(false);
+        port.with_cache(cached.now(), |_, notices| is_done = !std::mem::take(notices).is_empty());
+        port.end_turn(cached.now(), |_| {});
+    }
+    assert_eq!(noted(), []);
+    drop(port);
+    drop(cached);
+    std::fs::remove_dir_all(directory).unwrap();
+}

@@ -18,6 +18,8 @@ use crate::store::{Backing, Limits, StoreQueue};
 use crate::tenure::token::ChangeToken;
 use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorMask, SectorSpan};
 
+mod leftovers;
+
 const FRAMES: usize = 16;
 const IMAGE_PAGES: u64 = 64;
 const IMAGE_BYTES: usize = 64 * PAGE_SIZE;
@@ -268,6 +270,15 @@ struct SyncedImage {
     fails: bool,
     is_synced: AtomicBool,
     read_before: AtomicU32,
+    /// How often it was told that an earlier daemon died while it was changing the image.
+    quarantines: AtomicU32,
+}
+
+impl SyncedImage {
+    fn new(image: Arc<FileImage>, fails: bool) -> Self {
+        let (read_before, quarantines) = (AtomicU32::new(0), AtomicU32::new(0));
+        Self { image, fails, is_synced: AtomicBool::new(false), read_before, quarantines }
+    }
 }
 
 struct SyncOnly<'a>(&'a SyncedImage);
@@ -329,6 +340,10 @@ impl NamedImage for SyncedImage {
         self.image.found_token()
     }
 
+    fn quarantine_earlier_writes(&self) {
+        self.quarantines.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {
         self.read_before.fetch_add(u32::from(!self.is_synced.load(Ordering::Relaxed)), Ordering::Relaxed);
         self.image.read_page(page)
@@ -353,8 +368,7 @@ fn what_the_last_daemon_may_have_discarded_is_synced_before_it_is_sampled() {
         arena
             .publish(FrameId(1), FrameRecord { page: PageNo(1), valid: SectorMask::ALL, dirty: SectorMask::run(0, 1) });
         arena.record_samples(&[]);
-        let (is_synced, read_before) = (AtomicBool::new(false), AtomicU32::new(0));
-        let synced = SyncedImage { image, fails, is_synced, read_before };
+        let synced = SyncedImage::new(image, fails);
         take_samples("world", &synced, &arena, true);
         assert_eq!(synced.read_before.load(Ordering::Relaxed), 0);
         assert_eq!(arena.samples().is_empty(), fails);
@@ -373,8 +387,7 @@ fn a_cache_is_on_the_image_only_after_a_sync() {
         let image = world.open();
         let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
         arena.keep_on_drop(true);
-        let (is_synced, read_before) = (AtomicBool::new(false), AtomicU32::new(0));
-        let synced = SyncedImage { image, fails, is_synced, read_before };
+        let synced = SyncedImage::new(image, fails);
         assert_eq!(write_back(&arena, &synced, &mut |_, _| {}).is_err(), fails);
         assert_eq!(synced.is_synced.load(Ordering::Relaxed), !fails);
     }

@@ -131,6 +131,18 @@ fn a_transfer_that_never_moves_a_whole_block_fails() {
     });
 }
 
+#[test]
+fn a_write_beyond_the_end_of_an_image_that_was_truncated_fails_and_does_not_extend_it() {
+    on_each("truncated", |image, file, label| {
+        let half = IMAGE_BYTES as u64 / 2;
+        let truncated = File::options().write(true).open(&file.0).unwrap();
+        truncated.set_len(half).unwrap();
+        let event = run(image, OpKind::Write, &mut Memory::filled(1));
+        assert!(matches!(event, Event::Failed { .. }), "{label}: {event:?}");
+        assert_eq!(truncated.metadata().unwrap().len(), half, "{label}");
+    });
+}
+
 /// The write-back has at most 32 writes in flight. With a single queue, a read would wait for eight rounds of them.
 #[test]
 fn reads_of_the_thread_engine_do_not_wait_for_slow_writes() {

@@ -239,3 +239,96 @@ impl PressureMonitor {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::iter;
+    use std::path::PathBuf;
+    use std::sync::mpsc::channel;
+
+    use super::super::entry::DeviceProgress;
+    use super::*;
+    use crate::cache::Stats;
+    use crate::config::Socket;
+    use crate::disk_stats::{DiskState, StatsPage};
+    use controller::Sample;
+
+    const MIB: u64 = 1 << 20;
+
+    fn monitor() -> PressureMonitor {
+        PressureMonitor {
+            overview: Overview::new(iter::empty()),
+            indicators: Indicators::new(Some("/nonexistent".into())),
+            controller: PressureController::new(),
+            steps: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            has_warned: false,
+        }
+    }
+
+    /// The configuration of a cache of 256 MiB, which may shrink to 64 MiB.
+    fn config() -> DeviceConfig {
+        let mut config = DeviceConfig::new("disk", Socket::Path(PathBuf::new()), "image");
+        (config.cache.size_bytes, config.cache.size_min_bytes) = (256 * MIB, 64 * MIB);
+        config
+    }
+
+    #[test]
+    fn a_cache_shrinks_to_twice_its_dirty_pages_at_most() {
+        let mut monitor = monitor();
+        for second in 0..100 {
+            let limit = Some("/sys/fs/cgroup/memory.high".into());
+            let sample = Sample { now: Duration::from_secs(second), reached_limit: limit, ..Sample::default() };
+            monitor.controller.advance(sample, |_| true);
+        }
+        let config = config();
+        let (page, _file) = StatsPage::create(1).unwrap();
+        let entry = OverviewEntry {
+            current: CurrentConfig::new(&config),
+            config: Arc::new(config),
+            page: Arc::new(page),
+            progress: DeviceProgress {
+                state: DeviceState::Serving,
+                why: None,
+                pid: None,
+                was_served: true,
+                is_attaching: false,
+                keeps_data: false,
+            },
+            link: None,
+            operator: Arc::default(),
+            commands: channel().0,
+        };
+        for (dirty_mib, size_mib) in [(0, Some(64)), (32, Some(64)), (60, Some(120)), (128, None), (200, None)] {
+            let cache =
+                Stats { frames: 256 * MIB / PAGE_BYTES, dirty_pages: dirty_mib * MIB / PAGE_BYTES, ..Stats::default() };
+            entry.page.publish(&DiskState { cache, ..DiskState::default() });
+            let size = monitor.next_size(&entry);
+            assert_eq!(size, size_mib.map(|mib: u64| mib * MIB), "{dirty_mib} MiB are dirty");
+        }
+    }
+
+    /// Otherwise the next process of the disk would start with a size for which there is no memory.
+    #[test]
+    fn a_size_that_a_process_refuses_does_not_stay_the_bound() {
+        let mut monitor = monitor();
+        let current = CurrentConfig::new(&config());
+        let refused = || DeviceReply::Refused { why: "no memory".to_owned() };
+        let failed = || DeviceReply::Failed { fault: "no memory".to_owned() };
+        let replies = [(Some(refused()), 128), (Some(failed()), 128), (Some(DeviceReply::Done), 192), (None, 192)];
+        for (reply, bound_mib) in replies {
+            let case = format!("{reply:?}");
+            current.bound_cache(Some(128 * MIB));
+            let bounds = vec![(current.clone(), current.bound_cache(Some(192 * MIB)))];
+            let (sender, receiver) = channel();
+            if let Some(reply) = reply {
+                sender.send(reply).unwrap();
+            }
+            drop(sender);
+            monitor.steps.insert("disk".to_owned(), Step { reply: receiver, bounds, _changes: Vec::new() });
+            monitor.reap();
+            assert_eq!(current.cache_bytes(), bound_mib * MIB, "{case}");
+            assert_eq!((monitor.steps.len(), monitor.refused.contains_key("disk")), (0, bound_mib == 128), "{case}");
+        }
+    }
+}

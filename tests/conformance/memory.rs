@@ -133,6 +133,8 @@ fn a_chain_in_memory_that_is_not_shared_completes_once_it_is() {
     let used = session.rings[0].wait_used(TIMEOUT);
     assert_eq!((used.head, session.memory.byte(status)), (head, OK));
     assert!(session.memory.read(pending.data, 4096) == bytes);
+    let stopped = raw_message::exchange(&session.socket, number::GET_VRING_BASE, 0, &vring_state(0, 0), &[]);
+    assert_eq!(stopped, Reply::Payload(vring_state(0, 2)), "the ring has nothing in flight, so it stops");
 }
 
 /// A front-end changes a region by removing and adding it, and rings may lie in it. They keep their positions

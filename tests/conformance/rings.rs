@@ -114,6 +114,20 @@ fn a_ring_starts_at_any_base() {
     }
 }
 
+/// A front-end that sets the base of a ring that runs gets a ring that runs from there.
+#[test]
+fn a_base_that_is_set_while_a_ring_runs_takes_effect() {
+    let daemon = start(1);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.submit(0, VIRTIO_BLK_T_OUT, 0, Payload::Send(&pattern(1, 0, 512)));
+    session.rings[0].notify();
+    let first = session.rings[0].wait_used(TIMEOUT);
+    // The entry that was taken before is available again.
+    session.frontend.set_vring_base(0, 0).expect("SET_VRING_BASE");
+    assert_eq!(session.rings[0].wait_used(TIMEOUT), first);
+    assert_eq!((session.stop_ring(0), session.rings[0].used_idx()), (1, 2));
+}
+
 /// The size of a split ring must be a power of two. The device may reject another size or serve it as given; it must
 /// not acknowledge it and use a different one.
 #[test]

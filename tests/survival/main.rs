@@ -262,9 +262,8 @@ fn after_data_loss_every_request_fails_until_the_guest_resets_the_device() {
     assert_eq!(session.read(0, 512), pattern(8, 0, 512));
 }
 
-/// The base of a ring is 0 also after its indices have wrapped. The inflight region shows that the guest was running.
-#[test]
-fn a_ring_of_a_running_guest_that_starts_at_0_does_not_end_a_data_loss() {
+/// A daemon has died and lost a write of a guest whose ring has an inflight region; its successor runs the ring from 0.
+fn lose_a_write_of_a_ring_with_a_region() -> (Daemon, Session) {
     let mut daemon = start("cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000");
     let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
     session.share_memory();
@@ -280,8 +279,25 @@ fn a_ring_of_a_running_guest_that_starts_at_0_does_not_end_a_data_loss() {
     session.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
     session.set_up_ring(0, 0);
     session.enable_ring(0, true);
+    (daemon, session)
+}
+
+/// The base of a ring is 0 also after its indices have wrapped. The inflight region shows that the guest was running.
+#[test]
+fn a_ring_of_a_running_guest_that_starts_at_0_does_not_end_a_data_loss() {
+    let (_daemon, mut session) = lose_a_write_of_a_ring_with_a_region();
     let status = session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status;
     assert_eq!(status, IOERR, "the guest must not read stale data");
+}
+
+#[test]
+fn a_reset_ends_a_data_loss_although_the_inflight_region_stays() {
+    let (_daemon, mut session) = lose_a_write_of_a_ring_with_a_region();
+    session.reset();
+    session.rings.clear();
+    session.add_ring(128);
+    session.start_ring(0);
+    assert_eq!(session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status, OK);
 }
 
 /// QEMU stops the rings of a guest that reboots, and starts them again at 0, on the same connection.

@@ -39,9 +39,9 @@ impl World {
     }
 
     /// The guest pauses for longer than the age limit: then all data that it has written must be durable, without a
-    /// FLUSH. Not checked in worlds whose disk fails or whose daemon crashed: there it may take longer.
+    /// FLUSH. Not checked in worlds whose disk fails or restarts, or whose daemon crashed: there it may take longer.
     pub(super) fn check_age_limit(&mut self) {
-        let may_be_late = self.scenario.daemon_crashes || self.scenario.freezes;
+        let may_be_late = self.scenario.daemon_crashes || self.scenario.freezes || self.scenario.restarts;
         if self.failures.has_failed() || may_be_late || self.prng.percent(50) {
             return;
         }

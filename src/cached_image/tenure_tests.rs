@@ -205,6 +205,24 @@ fn the_begin_of_a_change_is_a_heartbeat() {
 }
 
 #[test]
+fn a_token_that_was_read_earlier_does_not_replace_a_newer_one() {
+    let (directory, arena) = arena_of("tokens");
+    let image = ending_image(&directory, None, false);
+    let token = image.image.change_token().unwrap();
+    let change = || {
+        arena.begin_change(SectorSpan::new(0, 8));
+        arena.idle_point().expect("the last token is older")
+    };
+    let (earlier, newer) = (change(), change());
+    let is_at_rest = || arena.file().unwrap().header().unwrap().unwrap().last_seen.is_at_rest;
+    arena.record_token(newer, token);
+    assert!(is_at_rest());
+    arena.record_token(earlier, token);
+    assert!(is_at_rest());
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+#[test]
 fn a_clean_cache_is_kept_by_a_daemon_that_only_attaches_it() {
     let (directory, arena) = arena_of("attached");
     arena.publish(FrameId(0), FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty: SectorMask::NONE });

@@ -231,6 +231,8 @@ fn the_ledger_has_the_last_two_witnesses_that_the_daemon_has_not_changed_since()
     assert_eq!(pages(&arena), [4]);
     arena.record_witness(PageNo(6), FrameId(0));
     assert_eq!(pages(&arena), [6, 4]);
+    arena.begin_change(SectorSpan::new(5 * 8, 9));
+    assert_eq!(pages(&arena), [4], "a change of its first sector");
     arena.keep_on_drop(true);
 }
 

@@ -212,3 +212,43 @@ fn a_page_that_may_be_a_hole_is_not_bridged_after_a_map_that_failed() {
     let written: Vec<_> = ops.iter().filter(|(kind, _)| *kind == OpKind::Write).map(|(_, span)| *span).collect();
     assert_eq!(written, [SectorSpan::new(0, 8), SectorSpan::new(16, 8)]);
 }
+
+/// Completes all operations but a reservation. Returns the tag of that.
+fn complete_others(image: &mut SparseImage) -> Option<u32> {
+    let mut reservation = None;
+    loop {
+        image.cache.pump(image.now);
+        let mut ops = Vec::new();
+        image.cache.take_ops(|op| ops.push((op.tag, op.kind)));
+        if ops.is_empty() {
+            return reservation;
+        }
+        for (tag, kind) in ops {
+            if kind == OpKind::Allocate {
+                reservation = Some(tag);
+            } else {
+                image.cache.complete(tag, &Outcome::Done, image.now);
+            }
+        }
+    }
+}
+
+/// A reservation changes the image as well.
+#[test]
+fn a_freeze_waits_for_a_reservation() {
+    let mut image = SparseImage::new();
+    let mut access = access(0, 8);
+    let reservation = loop {
+        assert_eq!(image.cache.write(access, &mut Vec::new()), Admitted::Until(0));
+        access.attempt = Attempt::Resumed;
+        if let Some(tag) = complete_others(&mut image) {
+            break tag;
+        }
+    };
+    image.cache.freeze(Ticket(7), image.now.plus_us(1_000_000), false);
+    assert_eq!(complete_others(&mut image), None);
+    assert!(!image.cache.is_frozen());
+    image.cache.complete(reservation, &Outcome::Done, image.now);
+    assert_eq!(complete_others(&mut image), None);
+    assert!(image.cache.is_frozen());
+}

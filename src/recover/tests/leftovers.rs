@@ -164,3 +164,29 @@ fn the_cache_of_an_image_that_has_grown_has_pages_beyond_the_old_end() {
     world.live(|arena| arena.publish(FrameId(3), beyond));
     assert_eq!(world.start().unwrap(), (2, 1));
 }
+
+#[test]
+fn a_data_loss_that_the_guest_knows_of_is_not_reported_again() {
+    let world = World::new();
+    world.live(Arena::set_data_loss);
+    world.live(|arena| {
+        assert!(arena.has_data_loss());
+        arena.clear_data_loss();
+    });
+    world.live(|arena| assert!(!arena.has_data_loss()));
+}
+
+/// The ledger of an older version may have sectors beyond the end in its last page.
+#[test]
+fn sectors_beyond_the_end_of_the_image_are_not_written() {
+    let world = World::new();
+    let cut_at = (IMAGE_PAGES - 1) * PAGE_BYTES + 3 * SECTOR_BYTES;
+    world.image().set_len(cut_at).unwrap();
+    let last = FrameRecord { page: PageNo(IMAGE_PAGES - 1), valid: SectorMask::ALL, dirty: SectorMask::ALL };
+    world.live(|arena| arena.publish(FrameId(2), last));
+    let image = world.open();
+    // A cache of another size is written to the image.
+    let arena = arena_for(&world.config, &*image, [2 * FRAMES; 2], &Arc::default()).unwrap();
+    assert_eq!(arena.records().count(), 0);
+    assert_eq!(world.image().metadata().unwrap().len(), cut_at);
+}

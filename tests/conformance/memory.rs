@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::os::fd::RawFd;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
 
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -9,7 +11,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 use crate::IMAGE_BYTES;
-use crate::common::daemon::{Daemon, DaemonOptions};
+use crate::common::daemon::{Daemon, DaemonOptions, TempDir, server_binary};
 use crate::common::guest_memory::{GuestMemory, HIGH_GUEST_ADDR, LOW_GUEST_ADDR, Region};
 use crate::common::raw_message::{self, FLAG_NEED_REPLY, Reply, number, vring_state};
 use crate::common::raw_ring::{Ring, Segment};
@@ -135,6 +137,23 @@ fn a_chain_in_memory_that_is_not_shared_completes_once_it_is() {
     assert!(session.memory.read(pending.data, 4096) == bytes);
     let stopped = raw_message::exchange(&session.socket, number::GET_VRING_BASE, 0, &vring_state(0, 0), &[]);
     assert_eq!(stopped, Reply::Payload(vring_state(0, 2)), "the ring has nothing in flight, so it stops");
+}
+
+/// The page is not in the cache, so the write would have brought all of its bytes.
+#[test]
+fn a_write_from_memory_that_is_not_shared_fails_and_the_image_keeps_its_bytes() {
+    let directory = TempDir::new("not-shared");
+    let bytes = pattern(3, 0, 4096);
+    let image = File::create(directory.path().join("image")).expect("an image");
+    image.set_len(IMAGE_BYTES).and_then(|()| image.write_all_at(&bytes, 0)).expect("an image");
+    let daemon = Daemon::start_by(directory, &[""], Command::new(server_binary()));
+    let mut session = open_with_two_of_three_regions(&daemon);
+    let (pending, classic) = session.prepare(VIRTIO_BLK_T_OUT, 0, Payload::Empty);
+    session.rings[0].submit(&[classic[0], Segment::readable(HOTPLUG_GUEST_ADDR, 4096), classic[1]]);
+    session.rings[0].notify();
+    session.rings[0].wait_used(TIMEOUT);
+    assert_ne!(session.memory.byte(pending.status), OK);
+    assert!(session.read(0, 4096) == bytes);
 }
 
 /// A front-end changes a region by removing and adding it, and rings may lie in it. They keep their positions

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::CachedImage;
+use super::{CachedImage, WorkerPort};
 use crate::arena::{AllowedOwner, Arena, ArenaFile, ArenaSpec, GuestState, ImageFacts, TenureFacts};
 use crate::cache::{Access, Admitted, CopyResult, ErrorPolicy, PageCache, PolicyKind, Settings};
 use crate::counters::worker::Counters;
@@ -299,22 +299,29 @@ fn the_ledger_has_the_page_that_was_written_last_before_a_sync() {
             }
         });
         port.end_turn(cached.now(), |_| {});
-        let mut is_done = !is_flushed;
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !is_done {
-            assert!(Instant::now() < deadline, "the flush completes");
-            // The notice of the flush may have come with the last turn.
-            wait_readable(port.store_fd(), Duration::from_millis(1));
-            port.set_store_ready();
-            port.reap(false);
-            port.with_cache(cached.now(), |_, notices| is_done = !std::mem::take(notices).is_empty());
-            port.end_turn(cached.now(), |_| {});
+        if is_flushed {
+            await_flush(&mut port, &cached);
         }
         assert_eq!(witnesses(), expected, "write {number}");
     }
     drop(port);
     drop(cached);
     std::fs::remove_dir_all(directory).unwrap();
+}
+
+/// Takes turns until the one flush in progress completes.
+fn await_flush(port: &mut WorkerPort, cached: &CachedImage) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut is_done = false;
+    while !is_done {
+        assert!(Instant::now() < deadline, "the flush completes");
+        // The notice of the flush may have come with the last turn.
+        wait_readable(port.store_fd(), Duration::from_millis(1));
+        port.set_store_ready();
+        port.reap(false);
+        port.with_cache(cached.now(), |_, notices| is_done = !std::mem::take(notices).is_empty());
+        port.end_turn(cached.now(), |_| {});
+    }
 }
 
 #[test]
@@ -330,17 +337,7 @@ fn a_discard_that_the_last_daemon_noted_stays_noted_until_a_sync() {
     let ticket = port.ticket(1);
     port.with_cache(cached.now(), |cache, _| cache.flush(ticket));
     port.end_turn(cached.now(), |_| {});
-    let mut is_done = false;
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !is_done {
-        assert!(Instant::now() < deadline, "the flush completes");
-        // The notice of the flush may have come with the last turn.
-        wait_readable(port.store_fd(), Duration::from_millis(1));
-        port.set_store_ready();
-        port.reap(false);
-        port.with_cache(cached.now(), |_, notices| is_done = !std::mem::take(notices).is_empty());
-        port.end_turn(cached.now(), |_| {});
-    }
+    await_flush(&mut port, &cached);
     assert_eq!(noted(), []);
     drop(port);
     drop(cached);

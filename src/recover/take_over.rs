@@ -45,7 +45,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     if let Some(position) = problems.iter().position(|e| e.kind() == ErrorKind::Locked) {
         return Err(problems.into_iter().nth(position).expect("it is there"));
     }
-    // Of a file that no longer exists. The cache stays as it is, for the image that was moved.
+    // The cache of an original that no longer exists stays as it is, for the image that was moved.
     let moved = MovedCache::of(&*image, &facts);
     let generation_of = |header: &Header| header.tenure.map_or(0, |tenure| tenure.id.generation);
     let newest = found.iter().map(|candidate| generation_of(&candidate.header)).max().unwrap_or(0);

@@ -550,8 +550,7 @@ impl World {
                 op.content = frame_sectors.map(|(frame, at)| self.memory.get(frame, at)).collect();
                 assert!(!op.content.contains(&GARBAGE), "a write to the disk contains garbage");
                 // A Discard that completes after its daemon's crash frees space that the next daemon regards as
-                // allocated.
-                // A Sync that fails may lose allocations, of which the cache hears with the failure.
+                // allocated. A Sync that fails may lose allocations before the failure is reported to the cache.
                 let has_lost = self.operations.values().any(|op| op.kind == OpKind::Sync && op.failed == Some(true));
                 let space_is_promised = self.settings.allocate && !self.scenario.daemon_crashes && !has_lost;
                 let has_space = !space_is_promised || self.disk.has_space(first, count);

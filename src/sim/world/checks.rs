@@ -17,7 +17,7 @@ const IDLE_TURNS_MAX: u32 = 200;
 const AGE_SLACK: u64 = 100;
 
 impl World {
-    /// The witness of a Sync is on the disk, durably, as it is in its frame.
+    /// After a Sync, the disk durably holds what the frame of the Sync's witness holds.
     pub(super) fn check_witness(&mut self) {
         let Some((no, frame)) = self.cache.take_witness().filter(|_| !self.memory.has_crashed()) else { return };
         let first = (no.0 * SECTORS_PER_PAGE - self.base) as usize;

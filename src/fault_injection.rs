@@ -132,4 +132,23 @@ mod tests {
         assert!(run_with(Some(DrainEndsEarly), || panic!("the bug is found")).is_err());
         assert_eq!(seen(), [false, false]);
     }
+
+    #[test]
+    fn an_unwinding_thread_does_not_die_at_a_crash_point() {
+        struct PassesCrashPoint;
+        impl Drop for PassesCrashPoint {
+            fn drop(&mut self) {
+                crash_point();
+            }
+        }
+
+        let violation = run_with(None, || {
+            let _dropped = PassesCrashPoint;
+            crash_after(Some(0));
+            panic!("a violation of a guarantee");
+        });
+        let payload =
+            violation.map(|()| "no panic").unwrap_or_else(|panic| *panic.downcast().expect("the first panic"));
+        assert_eq!(payload, "a violation of a guarantee");
+    }
 }

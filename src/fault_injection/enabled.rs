@@ -18,7 +18,12 @@ pub struct DaemonDied;
 
 /// A point before a store to memory that outlives the daemon. Dies here with a panic of [`DaemonDied`] if
 /// [`crash_after`] says so.
+///
+/// => Does nothing while the thread unwinds: a second panic would end the whole process, and no seed would be named.
 pub fn crash_point() {
+    if thread::panicking() {
+        return;
+    }
     match POINTS_LEFT.get() {
         None => {}
         Some(0) => {

@@ -259,7 +259,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_path_of_a_listening_socket_is_read_whatever_is_in_it() {
+    fn a_listening_socket_path_may_contain_spaces() {
         let path = |line: &'static str| listening_path(line.as_bytes()).map(|path| std::str::from_utf8(path).unwrap());
         let line = "0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/my disks/ a.sock";
         assert_eq!(path(line), Some("/run/my disks/ a.sock"));

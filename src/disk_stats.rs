@@ -297,7 +297,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reader_sees_what_the_writer_published_and_ages_go_on() {
+    fn the_reader_sees_published_statistics_with_growing_ages() {
         let (reader, file) = StatsPage::create(1).unwrap();
         assert_eq!((reader.read(), reader.silent_for()), (DiskState::default(), None));
         let writer = StatsPage::open(&file, 1).unwrap();
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_words_of_a_process_are_read_once() {
+    fn a_report_of_truncated_memory_is_read_once() {
         let (page, _file) = StatsPage::create(1).unwrap();
         for memory in TruncatedMemory::ALL {
             page.record_truncated(memory);
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_operation_has_a_code() {
+    fn every_store_operation_kind_has_its_own_code() {
         for kind in KINDS {
             assert_eq!(kind_of(code_of(kind)), Some(kind));
         }

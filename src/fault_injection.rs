@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bug_is_planted_while_its_run_lasts_even_if_that_panics() {
+    fn a_planted_bug_is_removed_even_if_its_run_panics() {
         use PlantedBug::{DrainEndsEarly, NoticeDropped};
         let seen = || [planted(NoticeDropped), planted(DrainEndsEarly)];
         assert_eq!(run_with(Some(NoticeDropped), seen).unwrap(), [true, false]);
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unwinding_thread_does_not_die_at_a_crash_point() {
+    fn an_unwinding_thread_passes_crash_points() {
         struct PassesCrashPoint;
         impl Drop for PassesCrashPoint {
             fn drop(&mut self) {

@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_created_for_its_owner_alone() {
+    fn a_new_socket_is_accessible_only_to_its_owner() {
         let scratch = Scratch::new("owner");
         let socket = bind_without_listening(&scratch.socket(), 0o600).unwrap();
         assert_eq!(mode_and_group(&scratch.socket()).0 & !0o600, 0, "it never has more rights");
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_gets_the_mode_and_group_of_the_configuration() {
+    fn a_socket_gets_the_configured_mode_and_group() {
         let scratch = Scratch::new("mode");
         for mode in [0o600, 0o660, 0o666, 0o770] {
             let bound = bind("disk0", &scratch.socket(), SocketAccess { mode, group: None }).unwrap();
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_is_a_name_or_a_number() {
+    fn a_socket_group_is_a_name_or_a_number() {
         assert_eq!(SocketAccess::new(0o600, "").unwrap(), SocketAccess::OWNER);
         assert_eq!(SocketAccess::new(0o660, "root").unwrap().group, Some(0));
         assert_eq!(SocketAccess::new(0o660, "64055").unwrap().group, Some(64055));
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_another_process_bound_meanwhile_is_not_removed() {
+    fn a_socket_rebound_by_another_process_is_not_removed() {
         let scratch = Scratch::new("replaced");
         let first = bind("disk0", &scratch.socket(), SocketAccess::OWNER).unwrap();
         fs::remove_file(scratch.socket()).unwrap();
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_whose_queue_of_connections_is_full_is_in_use() {
+    fn a_socket_with_a_full_backlog_is_in_use() {
         let scratch = Scratch::new("full");
         let (listener, _bound) = bind("disk0", &scratch.socket(), SocketAccess::OWNER).unwrap();
         crate::sys::socket::set_backlog(&listener, 0).unwrap();

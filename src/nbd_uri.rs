@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_uri_is_understood_and_written_in_one_way() {
+    fn a_uri_is_written_in_canonical_form() {
         let cases = [
             ("nbd://Host/disk", "nbd://host:10809/disk"),
             ("nbd://host:1/", "nbd://host:1/"),
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_uri_that_cannot_be_meant_is_refused_with_the_reason() {
+    fn an_invalid_uri_is_refused_with_the_reason() {
         let cases = [
             ("nbd:///disk", "invalid host name"),
             ("nbd://host:0/", "port"),

@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn inconsistent_numbers_of_descriptors_and_names_are_an_error() {
+    fn a_mismatch_of_descriptor_and_name_counts_is_an_error() {
         for (count, names) in [("2", "a"), ("1", "a:b"), ("-1", ""), ("many", "a")] {
             assert_eq!(
                 named_descriptors(count, Some(names)).unwrap_err().kind(),
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn an_abstract_address_is_connected_to() {
+    fn an_abstract_notify_socket_is_supported() {
         let name = format!("genblk-test-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&name).unwrap();
         let listener = UnixDatagram::bind_addr(&address).unwrap();

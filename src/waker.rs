@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_takes_the_flag_finds_every_queued_message() {
+    fn every_message_queued_before_a_notification_is_found() {
         const MESSAGES: u32 = 100_000;
         let waker = Waker::new().unwrap();
         let (sender, receiver) = channel();

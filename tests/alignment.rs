@@ -95,7 +95,7 @@ fn socket(directory: &TempDir) -> PathBuf {
 }
 
 #[test]
-fn an_image_that_needs_memory_aligned_to_a_page_is_served_sector_by_sector() {
+fn an_image_that_requires_page_aligned_memory_is_served() {
     // The second image ends within a page.
     for sectors in [16 << 10, (16 << 10) + 3] {
         for memory_align in [1024, 4096] {
@@ -134,7 +134,7 @@ fn an_image_that_needs_memory_aligned_to_a_page_is_served_sector_by_sector() {
 }
 
 #[test]
-fn an_image_with_limits_that_no_cache_can_keep_to_is_refused() {
+fn an_image_with_unsupportable_limits_is_refused() {
     type Adjust = fn(&mut Limits);
     let cases: [(Adjust, &str); 9] = [
         (|limits| limits.size_bytes = 0.into(), "a size of 0 bytes"),

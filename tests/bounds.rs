@@ -51,7 +51,7 @@ fn timed<T>(act: impl FnOnce() -> T) -> (Duration, T) {
 }
 
 #[test]
-fn reads_of_4_gib_keep_neither_another_queue_nor_a_control_message_waiting() {
+fn reads_of_4_gib_delay_neither_other_queues_nor_control_messages() {
     let mut daemon = start("bounds", &DaemonOptions { num_queues: 2, ..DaemonOptions::default() });
     let mut session = Session::open(&daemon.socket(), &options(2));
     longest_read(&mut session, 1, 1);
@@ -78,7 +78,7 @@ fn reads_of_4_gib_keep_neither_another_queue_nor_a_control_message_waiting() {
 }
 
 #[test]
-fn a_ring_with_a_request_of_4_gib_changes_memory_and_features_at_once() {
+fn memory_and_features_can_change_during_a_4_gib_request() {
     let mut daemon = start("bounds", &DaemonOptions::default());
     let mut session = Session::open(&daemon.socket(), &options(1));
     let flood = Flood::new(&session, VIRTIO_BLK_T_IN, 0, BUFFERS);
@@ -114,7 +114,7 @@ fn sigterm_ends_a_daemon_whose_guest_floods_it() {
 }
 
 #[test]
-fn discards_and_zeros_of_the_whole_disk_keep_no_control_message_waiting() {
+fn whole_disk_discards_and_zeroes_do_not_delay_control_messages() {
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         let daemon = start("bounds", &DaemonOptions::default());
         let mut session = Session::open(&daemon.socket(), &options(1));
@@ -146,7 +146,7 @@ fn anonymous_bytes(pid: u32) -> u64 {
 }
 
 #[test]
-fn no_guest_makes_the_daemon_take_more_than_64_mib() {
+fn no_guest_grows_the_daemon_by_more_than_64_mib() {
     const DATA_BYTES: u64 = 48 << 20;
     let directory = TempDir::new("bounds");
     let image = File::create(directory.path().join("image")).expect("an image can be created");
@@ -173,7 +173,7 @@ fn no_guest_makes_the_daemon_take_more_than_64_mib() {
 
 /// The cached reads of one reader of a golden image, while another one reads all of it without end.
 #[test]
-fn a_flood_of_one_reader_leaves_the_other_reader_of_the_image_alone() {
+fn a_flood_of_one_reader_does_not_starve_another_of_the_same_image() {
     let directory = TempDir::new("bounds");
     let image = File::create(directory.path().join("image")).expect("an image can be created");
     image.set_len(IMAGE_BYTES).expect("an image can be sized");
@@ -193,7 +193,7 @@ fn a_flood_of_one_reader_leaves_the_other_reader_of_the_image_alone() {
 }
 
 #[test]
-fn a_call_eventfd_that_becomes_full_and_blocking_holds_up_neither_its_ring_nor_the_end() {
+fn a_call_eventfd_that_becomes_blocking_stalls_neither_ring_nor_shutdown() {
     let mut daemon = start("bounds", &DaemonOptions { num_queues: 2, ..DaemonOptions::default() });
     let mut session = Session::open(&daemon.socket(), &options(2));
     session.read(0, 4096);
@@ -237,7 +237,7 @@ fn a_full_call_eventfd_is_not_an_error() {
 }
 
 #[test]
-fn isolated_readers_of_an_image_have_caches_of_their_own() {
+fn isolated_readers_of_an_image_have_separate_caches() {
     let directory = TempDir::new("bounds");
     fs::write(directory.path().join("image"), vec![7; 4 << 20]).expect("space for an image");
     let device = |isolate: bool| format!("read_only = true\ncache.size = \"4M\"\nisolate = {isolate}");

@@ -191,7 +191,7 @@ fn next_process(daemon: &Daemon, before: u32) {
 }
 
 #[test]
-fn the_death_and_the_stop_of_another_disks_process_move_a_bystanders_reads_by_less_than_5_ms() {
+fn death_or_stop_of_a_disk_process_delays_other_disks_by_less_than_5_ms() {
     let mut daemon = two_disks();
     let mut bystander = open(&daemon, 1, 1);
     assert_undisturbed("kill -9", &mut bystander, |is_over| {
@@ -283,7 +283,7 @@ fn read_colliding_pages(daemon: &Daemon, is_over: &AtomicBool) -> Vec<Duration> 
 }
 
 #[test]
-fn a_guests_floods_move_the_reads_of_a_bystander_on_another_disk_by_less_than_5_ms() {
+fn a_flood_delays_reads_of_another_disk_by_less_than_5_ms() {
     let mut daemon = two_disks();
     let mut bystander = open(&daemon, 1, 1);
     assert_undisturbed("128 reads of 4 GiB", &mut bystander, |over| flood_from_a_hole(&daemon, over));
@@ -293,7 +293,7 @@ fn a_guests_floods_move_the_reads_of_a_bystander_on_another_disk_by_less_than_5_
 }
 
 #[test]
-fn a_guests_floods_move_the_reads_of_another_reader_of_its_image_by_less_than_5_ms() {
+fn a_flood_delays_another_reader_of_its_image_by_less_than_5_ms() {
     let mut daemon = two_readers();
     let mut bystander = open(&daemon, 1, 1);
     assert_undisturbed("reader: 128 reads of 4 GiB", &mut bystander, |over| flood_from_a_hole(&daemon, over));

@@ -87,7 +87,7 @@ impl Contents {
 }
 
 #[test]
-fn a_cache_grows_and_shrinks_under_load_and_its_memory_follows() {
+fn memory_use_follows_a_cache_that_is_resized_under_load() {
     let (mut daemon, control) = start("size-load");
     let mut session = Session::open(&daemon.socket_of(0), &options());
     let mut contents = Contents::new();
@@ -116,7 +116,7 @@ fn a_cache_grows_and_shrinks_under_load_and_its_memory_follows() {
 }
 
 #[test]
-fn kills_in_the_middle_of_changes_of_size_lose_nothing() {
+fn kills_during_resizes_of_the_cache_lose_no_data() {
     let (mut daemon, control) = start("size-kills");
     let mut session = Session::open(&daemon.socket_of(0), &options());
     let mut contents = Contents::new();
@@ -145,7 +145,7 @@ fn kills_in_the_middle_of_changes_of_size_lose_nothing() {
 }
 
 #[test]
-fn a_size_that_was_set_outlives_a_crash_and_what_recover_finds_is_whole() {
+fn a_changed_cache_size_survives_a_crash() {
     let (mut daemon, control) = start("size-recover");
     let mut session = Session::open(&daemon.socket_of(0), &options());
     stdout_of(&set_size(&control, "16M"));
@@ -172,7 +172,7 @@ fn a_size_that_was_set_outlives_a_crash_and_what_recover_finds_is_whole() {
 
 /// A ring keeps the cache's memory pinned, as far as the limit on pinned memory allows.
 #[test]
-fn memory_that_comes_back_is_not_what_a_ring_had_pinned() {
+fn reallocated_cache_memory_is_not_read_through_stale_pins() {
     let (daemon, control) = start("size-pinned");
     let directory = daemon.directory();
     fs::copy(daemon.image(), directory.path().join("d1.img")).expect("an image can be made");
@@ -192,7 +192,7 @@ fn memory_that_comes_back_is_not_what_a_ring_had_pinned() {
 }
 
 #[test]
-fn a_size_that_is_too_large_is_refused_and_changes_nothing() {
+fn a_refused_cache_size_changes_nothing() {
     let (daemon, control) = start("size-refused");
     let _session = Session::open(&daemon.socket_of(0), &options());
     let refused = set_size(&control, "17M");
@@ -289,7 +289,7 @@ fn events(control: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_cache_shrinks_under_memory_pressure_and_comes_back_and_loses_nothing() {
+fn a_cache_shrinks_under_memory_pressure_and_grows_back() {
     if !cfg!(debug_assertions) {
         return eprintln!("skipped: a released daemon takes indicators of memory pressure from the kernel alone");
     }
@@ -328,7 +328,7 @@ fn a_cache_shrinks_under_memory_pressure_and_comes_back_and_loses_nothing() {
 }
 
 #[test]
-fn kills_while_memory_pressure_changes_the_size_lose_nothing() {
+fn kills_during_resizes_by_memory_pressure_lose_no_data() {
     if !cfg!(debug_assertions) {
         return eprintln!("skipped: as above");
     }
@@ -356,7 +356,7 @@ fn kills_while_memory_pressure_changes_the_size_lose_nothing() {
 }
 
 #[test]
-fn a_daemon_without_memory_for_the_configured_size_serves_with_the_cache_that_it_finds() {
+fn a_daemon_short_of_memory_serves_with_the_smaller_leftover_cache() {
     let (mut daemon, control) = start("size-short");
     let config = daemon.directory().path().join("genblk.toml");
     let text = fs::read_to_string(&config).expect("it was written");

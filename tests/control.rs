@@ -122,7 +122,7 @@ fn stat_counts_every_request_and_shows_dashes_for_an_idle_disk() {
 }
 
 #[test]
-fn counters_go_on_when_a_disk_process_is_started_again() {
+fn counters_continue_across_restarts_of_a_disk_process() {
     let (daemon, control) = start("control-restart", false);
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
@@ -136,7 +136,7 @@ fn counters_go_on_when_a_disk_process_is_started_again() {
 }
 
 #[test]
-fn a_command_that_cannot_be_done_says_why_in_one_line() {
+fn a_failed_command_prints_its_reason_in_one_line() {
     let (_daemon, control) = start("control-errors", false);
     let unknown = genblk(&control, &["stat", "vm7"]);
     assert_eq!(unknown.status.code(), Some(1));
@@ -157,7 +157,7 @@ fn a_command_that_cannot_be_done_says_why_in_one_line() {
 }
 
 #[test]
-fn calls_that_make_no_sense_get_varlinks_errors_and_the_connection_goes_on() {
+fn invalid_calls_get_varlink_errors_on_a_connection_that_stays_open() {
     let (_daemon, control) = start("control-calls", false);
     let mut varlink = Varlink::connect(&control);
     let nothing = json!({});
@@ -188,7 +188,7 @@ fn calls_that_make_no_sense_get_varlinks_errors_and_the_connection_goes_on() {
 }
 
 #[test]
-fn more_connections_than_allowed_are_refused_and_slow_clients_delay_nobody() {
+fn excess_connections_are_refused() {
     let (_daemon, control) = start("control-many", false);
     let mut held: Vec<Varlink> = (0..16).map(|_| Varlink::connect(&control)).collect();
     for client in &mut held {
@@ -206,7 +206,7 @@ fn more_connections_than_allowed_are_refused_and_slow_clients_delay_nobody() {
 }
 
 #[test]
-fn a_call_with_a_hundred_thousand_parameters_is_refused_at_once() {
+fn a_call_with_a_hundred_thousand_parameters_is_refused_quickly() {
     let (_daemon, control) = start("control-parameters", false);
     let mut parameters: serde_json::Map<String, Value> = (0..100_000).map(|i| (format!("{i}"), json!(0))).collect();
     parameters.insert("device".to_owned(), json!(7));
@@ -218,7 +218,7 @@ fn a_call_with_a_hundred_thousand_parameters_is_refused_at_once() {
 }
 
 #[test]
-fn connections_of_another_user_do_not_keep_the_operator_out() {
+fn connections_of_another_user_do_not_lock_out_the_operator() {
     // SAFETY: a plain system call.
     if unsafe { libc::geteuid() } != 0 {
         eprintln!("skipped: only root can become another user");

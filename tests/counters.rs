@@ -93,7 +93,7 @@ fn known_requests_are_counted_exactly_by_four_workers() {
 }
 
 #[test]
-fn a_device_that_did_nothing_counts_nothing() {
+fn an_idle_device_counts_nothing() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 42);
     let device = FaultyDevice::new("idle", &shadow, |_| {});
     let snapshot = device.running().counters();
@@ -105,7 +105,7 @@ fn a_device_that_did_nothing_counts_nothing() {
 }
 
 #[test]
-fn a_read_that_waits_for_the_image_is_charged_with_the_wait_and_one_from_memory_is_not() {
+fn only_a_read_from_the_image_counts_its_wait() {
     const SLOW: Duration = Duration::from_millis(200);
     let shadow = Shadow::patchwork(IMAGE_BYTES, 43);
     let device = FaultyDevice::new("slow-image", &shadow, |_| {});

@@ -66,7 +66,7 @@ fn stderr_of(control: &Path, arguments: &[&str]) -> String {
 }
 
 #[test]
-fn a_disk_whose_image_fails_is_not_detached_and_is_served_on() {
+fn a_disk_whose_image_fails_stays_attached_and_served() {
     let Some(Failing { daemon, control, fails, server: _server }) = failing("detach-fails", "") else { return };
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
@@ -109,7 +109,7 @@ fn a_second_change_of_a_disk_is_refused_while_one_is_under_way() {
 }
 
 #[test]
-fn a_disk_of_a_group_whose_image_hangs_is_detached_without_harm_to_the_others() {
+fn detaching_a_hanging_disk_does_not_disturb_its_group() {
     let directory = TempDir::new("detach-group");
     let Some(server) = NbdServer::nbdkit(&directory.path().join("nbd"), &["memory", "8M"]) else { return };
     let sockets = ["d0", "d1"].map(|name| directory.path().join(format!("{name}.sock"))).to_vec();
@@ -157,7 +157,7 @@ fn detach_unkept(name: &str) -> Option<(Failing, Call)> {
 }
 
 #[test]
-fn a_forced_detach_waits_until_the_image_takes_what_its_cache_would_lose() {
+fn a_forced_detach_waits_until_completed_writes_are_on_the_image() {
     let Some((Failing { daemon, control, fails, server }, mut detach)) = detach_unkept("detach-unkept") else { return };
     fs::remove_file(&fails).expect("it exists");
     assert!(detach.reply()["error"].is_null());
@@ -169,7 +169,7 @@ fn a_forced_detach_waits_until_the_image_takes_what_its_cache_would_lose() {
 }
 
 #[test]
-fn only_an_explicit_discard_gives_up_what_a_cache_loses() {
+fn only_an_explicit_discard_abandons_completed_writes() {
     let Some((failing, mut detach)) = detach_unkept("detach-discard") else { return };
     let control = failing.control.clone();
     let usage = genblk(&control, &["detach", "d0", "--discard"]);
@@ -182,7 +182,7 @@ fn only_an_explicit_discard_gives_up_what_a_cache_loses() {
 }
 
 #[test]
-fn a_discard_that_cannot_be_recorded_says_so() {
+fn a_forced_discard_that_cannot_be_recorded_is_reported() {
     let Some((failing, mut detach)) = detach_unkept("detach-unrecorded") else { return };
     let runtime = failing.control.with_file_name("runtime.toml");
     // A directory in its place cannot be replaced.
@@ -231,7 +231,7 @@ fn resuming_one_disk_of_a_group_leaves_the_others_stopped() {
 }
 
 #[test]
-fn a_disk_that_ends_is_not_frozen() {
+fn a_detaching_disk_cannot_be_frozen() {
     let Some(Failing { daemon, control, server, .. }) = failing("detach-freeze", "") else { return };
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
@@ -268,7 +268,7 @@ fn a_disk_whose_image_hangs_while_it_is_attached_can_be_detached() {
 }
 
 #[test]
-fn a_disk_of_a_group_may_have_the_name_of_one_that_has_left_it() {
+fn a_group_can_reuse_the_name_of_a_detached_disk() {
     let directory = TempDir::new("detach-names");
     for image in ["image", "other.img"] {
         File::create(directory.path().join(image)).and_then(|file| file.set_len(1 << 20)).expect("an image");

@@ -83,7 +83,7 @@ fn reconnect(session: Session, daemon: &Daemon, disk: usize) -> Session {
 }
 
 #[test]
-fn a_disk_process_that_is_killed_is_started_again_with_its_cache_and_the_others_see_nothing() {
+fn a_killed_disk_process_is_restarted_with_its_cache() {
     let mut daemon = start("die", 2, SMALL);
     let (mut one, mut other) = (open(&daemon, 0), open(&daemon, 1));
     one.write(8, &pattern(1, 8, 8192));
@@ -110,7 +110,7 @@ fn a_disk_process_that_is_killed_is_started_again_with_its_cache_and_the_others_
 }
 
 #[test]
-fn a_front_end_that_cuts_its_memory_short_ends_its_own_disk_alone() {
+fn truncating_guest_memory_ends_only_its_own_disk() {
     let mut daemon = start("cut", 2, SMALL);
     let mut other = open(&daemon, 1);
     other.write(8, &pattern(2, 8, 4096));
@@ -127,7 +127,7 @@ fn a_front_end_that_cuts_its_memory_short_ends_its_own_disk_alone() {
 }
 
 #[test]
-fn a_front_end_that_cuts_its_inflight_region_short_ends_its_own_disk_alone() {
+fn truncating_an_inflight_region_ends_only_its_own_disk() {
     const QUEUE_SIZE: u16 = 128;
     let mut daemon = start("cut", 2, SMALL);
     let mut other = open(&daemon, 1);
@@ -158,7 +158,7 @@ fn a_front_end_that_cuts_its_inflight_region_short_ends_its_own_disk_alone() {
 /// Only the daemon's own user can do that. What was in the cache is gone: the disk is not served, rather than with
 /// other bytes.
 #[test]
-fn a_cache_file_that_is_cut_short_ends_its_own_disk_alone_and_the_log_says_so() {
+fn a_truncated_cache_file_ends_only_its_own_disk() {
     let mut daemon = start("cut", 2, SMALL);
     let (mut one, mut other) = (open(&daemon, 0), open(&daemon, 1));
     one.write(8, &pattern(1, 8, 4096));
@@ -185,7 +185,7 @@ fn is_open_in(file: &std::path::Path, process: u32) -> bool {
 }
 
 #[test]
-fn a_disk_whose_process_dies_too_often_is_left_alone_until_sighup() {
+fn a_disk_whose_process_dies_too_often_is_not_restarted_until_sighup() {
     let mut daemon = start("often", 2, &format!("{SMALL}\nrestart_burst = 2"));
     let mut session = open(&daemon, 0);
     session.write(8, &pattern(1, 8, 4096));
@@ -206,7 +206,7 @@ fn a_disk_whose_process_dies_too_often_is_left_alone_until_sighup() {
 
 /// A clean stop cannot write back the cache of a disk without a process, and reports that.
 #[test]
-fn a_disk_that_was_left_alone_with_completed_writes_ends_the_daemon_with_an_error_and_keeps_its_cache() {
+fn stopping_an_unserved_disk_with_completed_writes_is_an_error_and_keeps_its_cache() {
     let mut daemon = start("unserved", 2, &format!("{SMALL}\nrestart_burst = 0"));
     let mut session = open(&daemon, 0);
     session.write(8, &pattern(1, 8, 4096));
@@ -225,7 +225,7 @@ fn a_disk_that_was_left_alone_with_completed_writes_ends_the_daemon_with_an_erro
 
 /// The same for a disk whose image can no longer be opened.
 #[test]
-fn an_orderly_end_names_a_disk_that_could_not_be_opened_if_its_cache_holds_completed_writes() {
+fn an_orderly_stop_names_an_unopened_disk_with_completed_writes() {
     let mut daemon = start("unopened", 2, SMALL);
     let mut session = open(&daemon, 0);
     session.write(8, &pattern(1, 8, 4096));
@@ -268,7 +268,7 @@ fn requests_fail_after_the_loss_of_a_volatile_cache_until_the_guest_resets() {
 }
 
 #[test]
-fn readers_of_one_image_share_a_process_and_are_all_served_again() {
+fn all_readers_of_a_shared_process_are_served_after_its_restart() {
     let directory = TempDir::new("readers");
     fs::write(directory.path().join("image"), pattern(7, 0, IMAGE_BYTES as usize)).expect("an image can be written");
     let device = "cache.size = \"4M\"\nread_only = true";
@@ -289,7 +289,7 @@ fn readers_of_one_image_share_a_process_and_are_all_served_again() {
 }
 
 #[test]
-fn the_disks_of_a_group_share_a_process_and_are_all_served_again() {
+fn all_disks_of_a_group_are_served_after_the_restart_of_its_process() {
     let mut daemon = start("group", 3, &format!("{SMALL}\ngroup = \"tenant\""));
     let open_all = |daemon: &Daemon| [0, 1, 2].map(|disk| open(daemon, disk));
     for (disk, session) in open_all(&daemon).iter_mut().enumerate() {
@@ -312,7 +312,7 @@ fn the_disks_of_a_group_share_a_process_and_are_all_served_again() {
 
 /// The supervisor dies: its disk processes end by themselves, and the next daemon has everything.
 #[test]
-fn after_the_death_of_the_supervisor_the_next_daemon_has_every_completed_write() {
+fn completed_writes_survive_the_death_of_the_supervisor() {
     for survive in ["auto", "never"] {
         let mut daemon = start("orphan", 2, &format!("{SMALL}\ncache.survive = {survive:?}"));
         let mut sessions = [open(&daemon, 0), open(&daemon, 1)];
@@ -352,7 +352,7 @@ fn after_the_death_of_the_supervisor_the_next_daemon_has_every_completed_write()
 }
 
 #[test]
-fn a_stopped_disk_process_delays_neither_the_other_disks_nor_the_end_of_the_daemon() {
+fn a_stopped_disk_process_delays_neither_other_disks_nor_shutdown() {
     let mut daemon = start("stopped", 2, SMALL);
     let (mut one, mut other) = (open(&daemon, 0), open(&daemon, 1));
     one.write(8, &pattern(1, 8, 4096));
@@ -390,7 +390,7 @@ fn own_kib(pid: u32) -> u64 {
 }
 
 #[test]
-fn forty_disks_start_in_two_seconds_and_each_process_takes_at_most_6_mib_beside_cache_and_tables() {
+fn forty_disks_start_in_two_seconds_with_6_mib_of_overhead_each() {
     const DISKS: usize = 40;
     let begun = Instant::now();
     let mut daemon = start("forty", DISKS, "cache.size = \"4M\"");
@@ -440,7 +440,7 @@ fn a_disk_process_has_no_descriptor_of_another_disk_or_of_the_configuration() {
 /// is busy only adds to that, so the shortest of five pauses counts. With `GENBLK_STRICT=1` (`make bystander`) it must
 /// be what genblk promises for an idle host.
 #[test]
-fn the_pause_of_a_disk_whose_process_dies_is_short() {
+fn a_dead_disk_process_is_replaced_within_a_short_pause() {
     let limit = if std::env::var_os("GENBLK_STRICT").is_some() { 100 } else { 5000 };
     let mut pauses = Vec::new();
     for _ in 0..5 {

@@ -91,27 +91,27 @@ fn write_back(queues: usize, poll: bool, default_seed: u64) {
 }
 
 #[test]
-fn random_io_on_one_queue_with_interrupts() {
+fn random_io_on_one_queue_with_interrupts_reads_back() {
     write_back(1, false, 101);
 }
 
 #[test]
-fn random_io_on_four_queues_with_interrupts() {
+fn random_io_on_four_queues_with_interrupts_reads_back() {
     write_back(4, false, 102);
 }
 
 #[test]
-fn random_io_on_one_polled_queue() {
+fn random_io_on_one_polled_queue_reads_back() {
     write_back(1, true, 103);
 }
 
 #[test]
-fn random_io_on_four_polled_queues() {
+fn random_io_on_four_polled_queues_reads_back() {
     write_back(4, true, 104);
 }
 
 #[test]
-fn random_io_in_write_through_mode() {
+fn random_io_in_write_through_mode_reads_back() {
     let daemon = DaemonOptions { cache_mode: "writethrough", ..small_cache(2) };
     let client = ClientOptions { queues: 2, ..ClientOptions::default() };
     let plan = IoPlan { requests: requests(20_000), seed: seed(105), checkpoints: 4, read_only: false };
@@ -119,7 +119,7 @@ fn random_io_in_write_through_mode() {
 }
 
 #[test]
-fn random_io_without_a_cache() {
+fn random_io_without_a_cache_reads_back() {
     let daemon = DaemonOptions { cache_mode: "none", ..small_cache(2) };
     let client = ClientOptions { queues: 2, ..ClientOptions::default() };
     let plan = IoPlan { requests: requests(20_000), seed: seed(106), checkpoints: 4, read_only: false };
@@ -127,7 +127,7 @@ fn random_io_without_a_cache() {
 }
 
 #[test]
-fn random_reads_of_a_read_only_image() {
+fn random_reads_of_a_read_only_image_return_its_data() {
     let daemon = DaemonOptions { read_only: true, ..small_cache(2) };
     let client = ClientOptions { queues: 2, read_only: true, ..ClientOptions::default() };
     let plan = IoPlan { requests: requests(20_000), seed: seed(107), checkpoints: 2, read_only: true };
@@ -143,12 +143,12 @@ fn check_random_io_on_a_configured_device(device: &str, default_seed: u64) {
 }
 
 #[test]
-fn random_io_with_the_threads_engine() {
+fn random_io_with_the_threads_engine_reads_back() {
     check_random_io_on_a_configured_device("engine = \"threads\"\ncache.size = \"6M\"", 112);
 }
 
 #[test]
-fn random_io_with_two_workers_on_four_queues() {
+fn random_io_with_two_workers_on_four_queues_reads_back() {
     check_random_io_on_a_configured_device("num_queues = 4\nworkers = 2\ncache.size = \"6M\"", 113);
 }
 
@@ -161,7 +161,7 @@ fn two_workers_without_a_cache_read_and_write_the_right_data() {
 }
 
 #[test]
-fn random_io_with_lru_and_buffered_io() {
+fn random_io_with_lru_and_buffered_io_reads_back() {
     let device = "direct = false\npoll_us = 0\ncache.size = \"6M\"\ncache.policy = \"lru\"\ncache.readahead_max = 0";
     check_random_io_on_a_configured_device(device, 115);
 }
@@ -255,7 +255,7 @@ fn sighup_resumes_a_stopped_device() {
 
 /// A front-end disconnects without a FLUSH, and another one connects: it finds all of the cache, with its dirty pages.
 #[test]
-fn written_data_outlives_the_connection() {
+fn written_data_survives_a_reconnection() {
     let mut prng = Prng::new(seed(108));
     let mut shadow = Shadow::zeros(IMAGE_BYTES);
     let mut daemon = serve(&shadow, &small_cache(1));

@@ -32,7 +32,7 @@ fn await_served(control: &Path) {
 }
 
 #[test]
-fn what_happens_is_told_to_those_who_watch() {
+fn watchers_receive_every_event() {
     let (daemon, control) = start("events-watch");
     await_served(&control);
     let mut stream = Call::start(&control, "Watch", &json!({"since": 0}), true);
@@ -100,7 +100,7 @@ fn watchers_that_do_not_read_delay_nobody() {
 }
 
 #[test]
-fn streams_of_users_with_read_access_leave_places_for_calls() {
+fn streams_of_read_only_users_leave_connections_for_calls_of_others() {
     // SAFETY: a plain system call.
     if unsafe { libc::geteuid() } != 0 {
         eprintln!("skipped: only root can become another user");

@@ -107,7 +107,7 @@ fn busy_daemon(name: &str) -> (common::daemon::Daemon, PathBuf) {
 }
 
 #[test]
-fn once_shows_the_numbers_of_each_device_in_a_format_that_promtool_accepts() {
+fn once_prints_metrics_that_promtool_accepts() {
     let (_daemon, control) = busy_daemon("exporter-once");
     let text = stdout_of(&genblk(&control, &["exporter", "--once"]));
     let has = |text: &str, line: &str| assert!(text.lines().any(|found| found == line), "{line} in {text}");
@@ -158,7 +158,7 @@ fn a_scraper_gets_the_format_that_it_accepts_over_tcp_and_over_a_unix_socket() {
 }
 
 #[test]
-fn a_socket_of_systemd_is_served() {
+fn the_exporter_serves_a_socket_passed_by_systemd() {
     let (daemon, control) = start("exporter-systemd", false);
     let path = daemon.directory().path().join("exporter.sock");
     let listener = UnixListener::bind(&path).expect("a socket can be bound");
@@ -182,7 +182,7 @@ fn a_socket_of_systemd_is_served() {
 }
 
 #[test]
-fn bad_requests_are_refused_and_neither_they_nor_silent_clients_keep_a_scraper_from_its_metrics() {
+fn bad_requests_and_silent_clients_do_not_block_scrapes() {
     let (_daemon, control) = start("exporter-bad", false);
     let address = free_address();
     let _exporter = export(&control, &address);
@@ -207,7 +207,7 @@ fn bad_requests_are_refused_and_neither_they_nor_silent_clients_keep_a_scraper_f
 }
 
 #[test]
-fn a_daemon_that_hangs_or_has_ended_is_not_up_within_the_time_of_a_scrape() {
+fn a_hung_or_stopped_daemon_is_scraped_as_not_up() {
     let (mut daemon, control) = start("exporter-hangs", false);
     let address = free_address();
     let _exporter = export(&control, &address);
@@ -232,7 +232,7 @@ fn a_daemon_that_hangs_or_has_ended_is_not_up_within_the_time_of_a_scrape() {
 }
 
 #[test]
-fn prometheus_scrapes_the_exporter_in_the_format_that_it_prefers() {
+fn prometheus_scrapes_the_exporter_in_its_preferred_format() {
     let Some(prometheus) = prometheus_program("prometheus") else { return };
     let (daemon, control) = busy_daemon("exporter-prometheus");
     let address = free_address();
@@ -272,7 +272,7 @@ fn prometheus_scrapes_the_exporter_in_the_format_that_it_prefers() {
 }
 
 #[test]
-fn the_alert_rules_fire_when_they_should_and_not_before() {
+fn the_alert_rules_fire_at_their_thresholds() {
     let Some(promtool) = prometheus_program("promtool") else { return };
     for arguments in [["check", "rules", "genblk.rules.yml"], ["test", "rules", "genblk.rules.test.yml"]] {
         let output = Command::new(&promtool).args(arguments).current_dir(packaging("prometheus")).output();
@@ -293,7 +293,7 @@ fn metric_names(text: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_rules_the_board_and_the_documentation_name_metrics_that_exist() {
+fn rules_dashboard_and_documentation_name_only_existing_metrics() {
     let (_daemon, control) = start("exporter-names", true);
     let text = stdout_of(&genblk(&control, &["exporter", "--once"]));
     let families: BTreeSet<String> =
@@ -321,7 +321,7 @@ fn the_rules_the_board_and_the_documentation_name_metrics_that_exist() {
 }
 
 #[test]
-fn a_reply_of_many_disks_is_longer_than_a_call_may_be() {
+fn a_reply_for_many_disks_may_exceed_the_limit_of_a_call() {
     // A daemon with 2000 disks, each of which has completed a request.
     let directory = TempDir::new("exporter-many");
     let control = directory.path().join("control.sock");

@@ -272,7 +272,7 @@ fn policy_hold_waits_for_the_image() {
 }
 
 #[test]
-fn policy_stop_stops_the_device_until_it_resumes() {
+fn policy_stop_stops_the_device_until_it_is_resumed() {
     every_cell(OnError::Stop);
 }
 
@@ -350,7 +350,7 @@ fn a_write_without_space_fails_and_the_flush_succeeds() {
 }
 
 #[test]
-fn under_hold_a_write_waits_for_space_up_to_the_limit() {
+fn a_write_under_hold_waits_for_space_up_to_the_limit() {
     let device = device_on_a_full_disk(OnError::Hold);
     let mut client = device.client(1);
     let started = Instant::now();

@@ -68,7 +68,7 @@ fn failed_writes_are_retried() {
 }
 
 #[test]
-fn a_full_disk_that_gets_space_again_loses_no_data() {
+fn freeing_space_on_a_full_disk_loses_no_data() {
     check_random_io_with("full-disk", 13, 1, |faults| faults.fail_randomly(OpClass::Write, 100_000, 3, Fault::NoSpace));
 }
 
@@ -87,7 +87,7 @@ fn all_operations_may_fail_with_two_workers() {
 }
 
 #[test]
-fn devices_of_one_image_shut_down_while_one_waits_for_the_others_read() {
+fn devices_of_one_image_shut_down_during_a_shared_read() {
     const DELAY: Duration = Duration::from_secs(1);
     let directory = TempDir::new("two-readers");
     let image = directory.path().join("disk.img");
@@ -151,7 +151,7 @@ fn a_new_front_end_is_served_while_earlier_writes_are_held() {
 }
 
 #[test]
-fn a_failing_image_fails_the_flush_and_not_the_write() {
+fn a_failing_image_fails_the_flush_but_not_the_write() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 21);
     let device = FaultyDevice::new("flush-fails", &shadow, |_| {});
     let mut client = device.client(1);
@@ -169,7 +169,7 @@ fn a_failing_image_fails_the_flush_and_not_the_write() {
 }
 
 #[test]
-fn writes_at_the_dirty_limit_of_a_failing_image_fail_and_do_not_hang() {
+fn writes_at_the_dirty_limit_of_a_failing_image_fail_promptly() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 22);
     let device = FaultyDevice::new("limit", &shadow, |_| {});
     let mut client = device.client(1);
@@ -204,7 +204,7 @@ fn a_flush_syncs_the_image() {
 
 /// An earlier daemon may have changed the image and died before it saw the changes end.
 #[test]
-fn the_first_flush_of_a_daemons_life_syncs_the_image() {
+fn the_first_flush_of_a_daemon_syncs_the_image() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 33);
     let device = FaultyDevice::new("first-flush", &shadow, |_| {});
     let mut client = device.client(1);
@@ -215,7 +215,7 @@ fn the_first_flush_of_a_daemons_life_syncs_the_image() {
 }
 
 #[test]
-fn dirty_age_max_ms_bounds_how_long_a_write_stays_volatile_even_if_it_was_written_back_early() {
+fn dirty_age_max_ms_bounds_the_time_until_a_write_is_synced() {
     const AGE_MS: u32 = 1000;
     const AGE: Duration = Duration::from_millis(AGE_MS as u64);
     let shadow = Shadow::patchwork(IMAGE_BYTES, 34);
@@ -368,7 +368,7 @@ fn worker_activity() -> u64 {
 /// A front-end that loses its daemon takes the base for the next one from the used ring. So the daemon must complete
 /// every request that it took before it closes the connection.
 #[test]
-fn shutdown_completes_taken_requests_before_closing_the_connection() {
+fn shutdown_completes_requests_in_flight_before_it_disconnects() {
     const SYNC: Duration = Duration::from_millis(600);
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 29);
     let device = FaultyDevice::new("hangs-up", &shadow, |config| config.name = "drains".to_owned());
@@ -394,7 +394,7 @@ fn shutdown_completes_taken_requests_before_closing_the_connection() {
 
 /// The front-end has sent a part of a message.
 #[test]
-fn a_stalled_front_end_does_not_delay_shutdown() {
+fn a_front_end_stalled_within_a_message_does_not_delay_shutdown() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 30);
     let device = FaultyDevice::new("stalls", &shadow, |_| {});
     let session = Session::open(device.socket(), &SessionOptions::default());

@@ -66,7 +66,7 @@ fn has(tool: &str) -> bool {
 }
 
 #[test]
-fn every_format_of_qemu_img_is_refused_and_the_suggested_command_converts_it() {
+fn every_qemu_img_format_is_refused_with_a_working_command_to_convert_it() {
     if !has("qemu-img") {
         return;
     }
@@ -109,7 +109,7 @@ fn every_format_of_qemu_img_is_refused_and_the_suggested_command_converts_it() {
 }
 
 #[test]
-fn compressed_images_are_refused_and_the_suggested_command_unpacks_them() {
+fn compressed_images_are_refused_with_a_working_command_to_unpack_them() {
     for (tool, name) in [("gzip", "gzip"), ("xz", "xz"), ("zstd", "zstd"), ("bzip2", "bzip2")] {
         if !has(tool) {
             continue;
@@ -141,7 +141,7 @@ fn format_raw_serves_the_bytes_of_any_image() {
 }
 
 #[test]
-fn a_memory_directory_on_a_disk_is_refused_by_the_name_of_its_file_system() {
+fn a_memory_directory_on_a_disk_is_refused_with_its_file_system_type() {
     let directory = image(b"", 4 * MIB);
     let on_disk = directory.path().join("memory");
     let output = Command::new("stat").args(["-f", "-c", "%T"]).arg(directory.path()).output().expect("stat runs");
@@ -177,7 +177,7 @@ fn luks() -> Vec<u8> {
 }
 
 #[test]
-fn a_guest_that_writes_the_header_of_another_format_is_served_again() {
+fn a_format_header_written_by_the_guest_does_not_lock_it_out() {
     let directory = image(b"", 4 * MIB);
     let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -199,7 +199,7 @@ fn a_guest_that_writes_the_header_of_another_format_is_served_again() {
 }
 
 #[test]
-fn a_guest_that_writes_a_footer_at_the_end_of_its_disk_is_served_again() {
+fn a_format_footer_written_by_the_guest_does_not_lock_it_out() {
     let directory = image(b"", 4 * MIB);
     let mut daemon = Daemon::start_configured(directory, &[""]);
     let mut footer = vec![0; 512];
@@ -214,7 +214,7 @@ fn a_guest_that_writes_a_footer_at_the_end_of_its_disk_is_served_again() {
 }
 
 #[test]
-fn a_kept_cache_shows_that_an_image_is_raw() {
+fn a_kept_cache_proves_its_image_raw() {
     let directory = image(b"", 4 * MIB);
     let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -227,7 +227,7 @@ fn a_kept_cache_shows_that_an_image_is_raw() {
 }
 
 #[test]
-fn a_kept_cache_does_not_vouch_for_an_image_that_was_replaced_in_place() {
+fn a_kept_cache_does_not_prove_a_replaced_image_raw() {
     let directory = image(b"", 4 * MIB);
     let mut daemon = Daemon::start_configured(directory, &[""]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -250,7 +250,7 @@ fn qcow2() -> Vec<u8> {
 }
 
 #[test]
-fn whichever_of_several_headers_a_crash_leaves_the_guest_is_served_again() {
+fn a_crash_between_several_header_writes_does_not_lock_the_guest_out() {
     let directory = image(b"", 4 * MIB);
     let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -269,7 +269,7 @@ fn whichever_of_several_headers_a_crash_leaves_the_guest_is_served_again() {
 }
 
 #[test]
-fn a_header_that_recover_writes_does_not_lock_the_guest_out() {
+fn a_format_header_written_by_recover_does_not_lock_the_guest_out() {
     let directory = image(b"", 4 * MIB);
     let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -284,7 +284,7 @@ fn a_header_that_recover_writes_does_not_lock_the_guest_out() {
 }
 
 #[test]
-fn a_description_that_ends_in_a_later_sector_does_not_lock_the_guest_out() {
+fn a_format_header_completed_by_a_later_sector_does_not_lock_the_guest_out() {
     let directory = image(b"", 4 * MIB);
     let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -302,7 +302,7 @@ fn a_description_that_ends_in_a_later_sector_does_not_lock_the_guest_out() {
 /// On a block device nothing can be recorded at the image: the cache file has the record, also after an orderly end,
 /// and whether or not the cache holds the first page.
 #[test]
-fn a_guest_of_a_block_device_is_not_locked_out_by_its_own_header() {
+fn a_header_on_a_block_device_does_not_lock_its_guest_out() {
     let directory = image(b"", 64 * MIB);
     let path = directory.path().join("image");
     let Some(device) = Loop::attach(&path, &[]) else { return };

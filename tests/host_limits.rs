@@ -159,7 +159,7 @@ impl Drop for Tmpfs {
 }
 
 #[test]
-fn survive_auto_falls_back_where_shared_memory_is_full_and_memory_is_not() {
+fn survive_auto_falls_back_to_anonymous_memory_where_shm_is_full() {
     let directory = directory("full", MIB);
     let Some(shared) = Tmpfs::new(directory.path().join("shm"), "size=8M") else { return };
     // Not even a page is free.
@@ -240,7 +240,7 @@ fn a_cache_above_the_memory_limit_of_a_parent_control_group_is_refused_by_name()
 
 /// SIGXFSZ would end the process.
 #[test]
-fn a_write_beyond_the_limit_of_file_sizes_fails_and_the_daemon_goes_on() {
+fn a_write_past_the_file_size_limit_fails_without_ending_the_daemon() {
     let directory = directory("fsize", 16 * MIB);
     let mut command = Command::new(server_binary());
     limit_child(&mut command, libc::RLIMIT_FSIZE, 6 * MIB);
@@ -259,7 +259,7 @@ fn a_write_beyond_the_limit_of_file_sizes_fails_and_the_daemon_goes_on() {
 }
 
 #[test]
-fn signals_without_a_meaning_end_nothing() {
+fn unused_signals_do_not_end_the_daemon() {
     let mut daemon = Daemon::start("signals", MIB, &DaemonOptions::default());
     for signal in
         [libc::SIGPIPE, libc::SIGUSR2, libc::SIGALRM, libc::SIGVTALRM, libc::SIGPROF, libc::SIGIO, libc::SIGXFSZ]
@@ -273,7 +273,7 @@ fn signals_without_a_meaning_end_nothing() {
 
 /// What the process maps of shared memory: the cache in an anonymous memfd, and the guest's memory.
 #[test]
-fn neither_the_cache_nor_guest_memory_is_part_of_a_core_dump() {
+fn core_dumps_exclude_cache_and_guest_memory() {
     let directory = directory("dump", MIB);
     let mut daemon = Daemon::start_configured(directory, &["cache.survive = \"never\"\ncache.size = \"16M\""]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -299,7 +299,7 @@ fn neither_the_cache_nor_guest_memory_is_part_of_a_core_dump() {
 
 /// Thousands of reads beyond the end of a truncated image: some lines with an offset each, then a count once a second.
 #[test]
-fn the_log_of_a_device_that_fails_every_read_is_bounded() {
+fn a_device_that_fails_every_read_does_not_flood_the_log() {
     let directory = directory("flood", 16 * MIB);
     let mut daemon = Daemon::start_configured(directory, &["cache.size = \"4M\""]);
     // A test's request takes new guest memory.
@@ -322,7 +322,7 @@ fn the_log_of_a_device_that_fails_every_read_is_bounded() {
 
 /// A guest can also make lines: by turning its write cache on and off.
 #[test]
-fn a_front_end_that_changes_its_mind_does_not_fill_the_log() {
+fn toggling_the_cache_mode_does_not_flood_the_log() {
     let mut daemon = Daemon::start("mind", MIB, &DaemonOptions::default());
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     (0..500).for_each(|n| session.set_writeback(n % 2 == 0));
@@ -344,7 +344,7 @@ fn with_blocked_stderr(directory: &TempDir) -> Child {
 }
 
 #[test]
-fn a_standard_error_that_takes_nothing_stops_no_device() {
+fn a_blocked_standard_error_stops_no_device() {
     let directory = directory("blocked", 16 * MIB);
     let socket = directory.path().join("socket");
     let mut child = with_blocked_stderr(&directory);
@@ -375,7 +375,7 @@ fn a_standard_error_that_takes_nothing_stops_no_device() {
 }
 
 #[test]
-fn a_daemon_whose_standard_error_stays_blocked_ends_even_so() {
+fn a_daemon_with_a_blocked_standard_error_still_stops() {
     let directory = directory("jammed", MIB);
     let socket = directory.path().join("socket");
     let mut child = with_blocked_stderr(&directory);
@@ -406,7 +406,7 @@ fn processor_ticks(pid: u32) -> u64 {
 }
 
 #[test]
-fn a_lack_of_descriptors_is_named_and_ends_neither_the_daemon_nor_the_other_guests() {
+fn running_out_of_descriptors_is_logged_and_disturbs_no_other_guest() {
     let directory = directory("nofile", MIB);
     let device = "cache.size = \"4M\"\nread_only = true";
     let mut daemon = Daemon::start_configured(directory, &[device, device]);

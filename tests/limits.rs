@@ -68,7 +68,7 @@ fn two_rings(region_bytes: u64) -> SessionOptions {
 }
 
 #[test]
-fn a_guest_reads_at_the_rate_of_its_limit() {
+fn a_read_limit_sets_the_rate_of_a_guest() {
     let (daemon, control) = start("limits-rate");
     let mut session = Session::open(&daemon.socket_of(0), &two_rings(256 << 20));
     session.read(0, 65536);
@@ -109,7 +109,7 @@ macro_rules! guest_that_owes {
 }
 
 #[test]
-fn what_a_limit_holds_back_delays_neither_reads_nor_flushes_nor_a_stop_and_costs_no_time() {
+fn requests_held_by_a_limit_delay_neither_reads_nor_flushes_nor_a_stop() {
     guest_that_owes!("limits-held", daemon, control, session, held);
     let pid = daemon.disk_process("d0");
     let before = processor_time(pid);
@@ -132,7 +132,7 @@ fn what_a_limit_holds_back_delays_neither_reads_nor_flushes_nor_a_stop_and_costs
 }
 
 #[test]
-fn limits_change_while_requests_wait_and_are_shown() {
+fn limits_can_change_while_requests_wait() {
     guest_that_owes!("limits-set", daemon, control, session, held);
     set(&control, &["limits.write_bytes_per_second=1G"]);
     let used = session.rings[0].wait_used(TIMEOUT);

@@ -95,7 +95,7 @@ fn worker_allocations(act: impl FnOnce()) -> u64 {
 
 /// The counters count: otherwise a count of 0 would prove nothing.
 #[test]
-fn allocations_are_counted() {
+fn the_counting_allocator_counts_allocations() {
     let mut grown = Vec::with_capacity(1);
     assert_eq!(allocations(|| grown.extend([1, 2])), 1, "growing a vector is one allocation");
     assert_eq!(allocations(|| drop(grown)), 0, "freeing memory is none");
@@ -161,7 +161,7 @@ fn access(page: u64, pages: u64) -> Access {
 }
 
 #[test]
-fn a_hit_in_the_cache_allocates_nothing() {
+fn a_cache_hit_allocates_nothing() {
     for policy in [PolicyKind::S3Fifo, PolicyKind::Lru] {
         let mut owner = Owner::new(policy);
         for page in (0..PAGES).step_by(16) {
@@ -189,7 +189,7 @@ const ROUND: u64 = 500;
 /// The whole path: ring, parser, cache, copy, completion. Write-back allocates, and it starts when the machine stalls,
 /// because that looks like an idle guest. So rounds in which pages were written back do not count.
 #[test]
-fn a_worker_serves_what_is_cached_without_allocating() {
+fn a_worker_serves_cached_requests_without_allocating() {
     let directory = TempDir::new("no-allocation");
     let (image, socket) = (directory.path().join("disk.img"), directory.path().join("blk.sock"));
     Shadow::patchwork(8 << 20, 31).write_image(&image);

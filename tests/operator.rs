@@ -19,7 +19,7 @@ use common::session::{Session, SessionOptions};
 use common::wait::{ABSENCE, TIMEOUT, poll_until};
 
 #[test]
-fn flush_makes_completed_writes_durable_and_drop_empties_the_cache() {
+fn the_flush_and_drop_commands_sync_and_empty_the_cache() {
     let (daemon, control) = start("operator-flush");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[7; 8192]);
@@ -37,7 +37,7 @@ fn flush_makes_completed_writes_durable_and_drop_empties_the_cache() {
 }
 
 #[test]
-fn a_frozen_image_holds_all_that_has_completed_and_does_not_change_until_the_thaw() {
+fn a_frozen_image_has_all_completed_writes_and_stays_unchanged() {
     let (daemon, control) = start("operator-freeze");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 65536]);
@@ -63,7 +63,7 @@ fn a_frozen_image_holds_all_that_has_completed_and_does_not_change_until_the_tha
 }
 
 #[test]
-fn reads_and_flushes_go_on_during_a_freeze() {
+fn reads_and_flushes_complete_during_a_freeze() {
     let (daemon, control) = start("operator-freeze-reads");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
@@ -75,7 +75,7 @@ fn reads_and_flushes_go_on_during_a_freeze() {
 }
 
 #[test]
-fn a_freeze_runs_a_command_and_its_end_ends_the_freeze() {
+fn a_freeze_with_a_command_ends_when_the_command_does() {
     let (daemon, control) = start("operator-freeze-command");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[9; 4096]);
@@ -93,7 +93,7 @@ fn a_freeze_runs_a_command_and_its_end_ends_the_freeze() {
 }
 
 #[test]
-fn a_freeze_ends_with_its_time_its_client_or_its_process() {
+fn a_freeze_ends_at_its_timeout_or_when_its_client_or_process_dies() {
     let (daemon, control) = start("operator-freeze-ends");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 100}));
@@ -115,7 +115,7 @@ fn a_freeze_ends_with_its_time_its_client_or_its_process() {
 }
 
 #[test]
-fn a_thaw_with_the_lease_of_a_freeze_that_is_over_leaves_the_freeze_of_another_client() {
+fn a_thaw_with_an_expired_lease_does_not_end_another_clients_freeze() {
     let (_daemon, control) = start("operator-freeze-lease");
     poll_until("the disk to be served", TIMEOUT, || (state(&control) == json!("serving")).then_some(()));
     let freeze = |timeout_ms: u32| {
@@ -133,7 +133,7 @@ fn a_thaw_with_the_lease_of_a_freeze_that_is_over_leaves_the_freeze_of_another_c
 }
 
 #[test]
-fn a_daemon_without_disks_waits_for_those_that_are_attached() {
+fn a_daemon_without_disks_serves_those_attached_later() {
     let (mut daemon, control) = start("operator-empty");
     let table = fs::read_to_string(daemon.config()).expect("it can be read");
     fs::write(daemon.config(), format!("[control]\nsocket = {control:?}\n")).expect("it can be written");
@@ -155,7 +155,7 @@ fn a_daemon_without_disks_waits_for_those_that_are_attached() {
 }
 
 #[test]
-fn a_daemon_that_ends_thaws_and_completes_what_waited() {
+fn shutdown_thaws_a_device_and_completes_its_waiting_requests() {
     let (mut daemon, control) = start("operator-freeze-end");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
@@ -169,7 +169,7 @@ fn a_daemon_that_ends_thaws_and_completes_what_waited() {
 }
 
 #[test]
-fn a_ring_that_stops_does_not_wait_for_the_end_of_a_freeze_which_is_lost() {
+fn stopping_a_ring_ends_a_freeze_instead_of_waiting_for_it() {
     let (daemon, control) = start("operator-freeze-stop");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
@@ -239,7 +239,7 @@ fn a_disk_is_attached_and_detached_while_another_is_served() {
 }
 
 #[test]
-fn a_disk_in_use_is_detached_only_by_force_and_loses_nothing() {
+fn a_disk_in_use_is_detached_only_by_force() {
     let (daemon, control) = start("operator-detach");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[3; 4096]);
@@ -258,7 +258,7 @@ fn a_disk_in_use_is_detached_only_by_force_and_loses_nothing() {
 }
 
 #[test]
-fn a_reader_leaves_the_others_of_its_image() {
+fn detaching_a_reader_does_not_disturb_other_readers_of_its_image() {
     let (daemon, control) = start("operator-readers");
     fs::write(daemon.directory().path().join("r1.img"), vec![6; 8 << 20]).expect("an image");
     let first = attach(&daemon, &control, "r1", "read_only = true\n");
@@ -281,7 +281,7 @@ fn a_reader_leaves_the_others_of_its_image() {
 }
 
 #[test]
-fn cache_keys_of_a_shared_cache_are_refused_with_the_names_of_those_that_share_it() {
+fn changing_a_shared_cache_through_one_device_is_refused() {
     let (daemon, control) = start("operator-shared-keys");
     fs::write(daemon.directory().path().join("r1.img"), vec![6; 8 << 20]).expect("an image");
     let first = attach(&daemon, &control, "r1", "read_only = true\n");
@@ -309,7 +309,7 @@ fn cache_keys_of_a_shared_cache_are_refused_with_the_names_of_those_that_share_i
 }
 
 #[test]
-fn what_was_attached_and_detached_outlives_a_crash_and_not_an_orderly_stop() {
+fn attaches_and_detaches_survive_a_crash_but_not_an_orderly_stop() {
     let (mut daemon, control) = start("operator-runtime");
     let socket = attach(&daemon, &control, "d1", "");
     let mut session = Session::open(&socket, &SessionOptions::default());
@@ -330,7 +330,7 @@ fn what_was_attached_and_detached_outlives_a_crash_and_not_an_orderly_stop() {
 }
 
 #[test]
-fn an_attach_that_cannot_be_served_changes_nothing() {
+fn a_failed_attach_changes_nothing() {
     let (daemon, control) = start("operator-attach-wrong");
     let before = call(&control, "List", &json!({}));
     let paths = daemon.directory().path();

@@ -49,7 +49,7 @@ fn has(program: &str) -> bool {
 
 #[test]
 #[ignore = "needs root, cargo-deb, lintian and debootstrap; make package-test"]
-fn the_package_passes_lintian_and_is_installed_used_and_purged_in_a_clean_root() {
+fn the_package_can_be_installed_used_and_purged_in_a_clean_root() {
     let Some(package) = build() else { return };
     let listed = run(Command::new("dpkg-deb").arg("--contents").arg(&package));
     for path in [
@@ -165,7 +165,7 @@ fn a_removal_is_refused_while_a_cache_in_any_memory_dir_holds_completed_writes()
 }
 
 #[test]
-fn a_removal_is_refused_while_a_unit_has_failed_or_runs() {
+fn a_removal_is_refused_while_a_unit_runs_or_has_failed() {
     let before = BeforeRemoval::new();
     fake(&before.programs, "systemctl", "echo 'genblk.service loaded failed failed Disks'");
     before.assert_refused("genblk.service loaded failed");
@@ -174,7 +174,7 @@ fn a_removal_is_refused_while_a_unit_has_failed_or_runs() {
 }
 
 #[test]
-fn the_units_are_those_of_the_source_for_a_binary_of_the_package() {
+fn the_packaged_units_match_the_source_units() {
     let script = fs::read_to_string(root().join("scripts/deb.sh")).expect("the script");
     let unit = fs::read_to_string(root().join("configs/genblk.service")).expect("the unit");
     // What the script replaces is in the unit.

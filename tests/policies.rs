@@ -33,7 +33,7 @@ fn not_met(gates: Vec<Gate>) -> Vec<String> {
 }
 
 #[test]
-fn replacement_meets_its_demands_at_a_small_scale() {
+fn replacement_meets_its_targets_at_a_small_scale() {
     let scale = Scale { pages: 8000, accesses: 80_000 };
     let sizes = [10, 100];
     let cells: Vec<Cell> =
@@ -47,7 +47,7 @@ fn replacement_meets_its_demands_at_a_small_scale() {
 }
 
 #[test]
-fn readahead_meets_its_demands_at_a_small_scale() {
+fn readahead_meets_its_targets_at_a_small_scale() {
     for store in readahead::STORES {
         let pages = 1 << 18;
         let rows = readahead::measure(store, pages);
@@ -106,7 +106,7 @@ fn a_workload_gives_the_same_trace_each_time_within_its_scale() {
 }
 
 #[test]
-fn each_algorithm_matches_its_paper_on_small_traces() {
+fn each_policy_matches_its_paper_on_small_traces() {
     // A loop over four pages, with a cache of three.
     let trace = reads(&[0, 1, 2, 3, 0, 1, 2, 3]);
     assert_eq!(Algorithm::Lru.misses(&trace, 4, 3), 8);

@@ -29,7 +29,7 @@ fn configure(daemon: &Daemon, control: &Path, tables: &str) {
 }
 
 #[test]
-fn a_key_that_is_set_is_in_force_at_once_and_after_a_crash() {
+fn a_setting_takes_effect_at_once_and_survives_a_crash() {
     let (mut daemon, control) = start("reload-set");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
@@ -63,7 +63,7 @@ fn a_key_that_is_set_is_in_force_at_once_and_after_a_crash() {
 }
 
 #[test]
-fn keys_that_two_operators_set_at_a_time_are_all_in_force() {
+fn concurrent_settings_of_two_operators_all_take_effect() {
     let (mut daemon, control) = start("reload-two");
     let set = |key: &str| {
         for number in 101..=140 {
@@ -88,7 +88,7 @@ fn keys_that_two_operators_set_at_a_time_are_all_in_force() {
 }
 
 #[test]
-fn a_key_that_cannot_be_set_changes_nothing() {
+fn a_refused_setting_changes_nothing() {
     let (_daemon, control) = start("reload-refused");
     let before = stdout_of(&genblk(&control, &["config"]));
     for (setting, words) in [
@@ -131,7 +131,7 @@ fn the_commands_suggested_for_a_pending_key_apply_it() {
 }
 
 #[test]
-fn a_reload_reports_keys_that_wait_and_those_that_a_command_has_set() {
+fn a_reload_reports_pending_keys_and_keys_set_by_command() {
     let (daemon, control) = start("reload-told");
     stdout_of(&genblk(&control, &["set", "d0", "poll_us=7"]));
     configure(&daemon, &control, &table(daemon.directory(), "d0", "image", "poll_us = 9\nworkers = 2\n"));
@@ -149,7 +149,7 @@ fn a_reload_reports_keys_that_wait_and_those_that_a_command_has_set() {
 }
 
 #[test]
-fn a_reload_attaches_detaches_and_changes_what_the_file_says() {
+fn a_reload_applies_every_difference_in_the_file() {
     let (mut daemon, control) = start("reload-all");
     let directory = daemon.directory();
     let old = table(directory, "d0", "image", "");
@@ -182,7 +182,7 @@ fn a_reload_attaches_detaches_and_changes_what_the_file_says() {
 }
 
 #[test]
-fn a_disk_that_a_reload_keeps_is_kept_by_the_next_daemon_too() {
+fn an_undetachable_disk_kept_by_a_reload_survives_a_restart() {
     let (mut daemon, control) = start("reload-kept");
     let directory = daemon.directory();
     let d1 = directory.path().join("d1.sock");
@@ -238,7 +238,7 @@ fn a_reload_does_not_detach_a_disk_whose_process_has_died() {
 }
 
 #[test]
-fn a_reload_with_anything_wrong_changes_nothing() {
+fn a_reload_of_an_invalid_file_changes_nothing() {
     let (daemon, control) = start("reload-wrong");
     let directory = daemon.directory();
     let good = table(directory, "d0", "image", "poll_us = 9\n");
@@ -262,7 +262,7 @@ fn a_reload_with_anything_wrong_changes_nothing() {
 }
 
 #[test]
-fn sighup_reads_the_configuration_again_and_resumes_nothing() {
+fn sighup_reloads_the_configuration_without_resuming_devices() {
     let (daemon, control) = start("reload-sighup");
     let directory = daemon.directory();
     fs::write(directory.path().join("d1.img"), vec![7; 1 << 20]).expect("an image");
@@ -285,7 +285,7 @@ fn sighup_reads_the_configuration_again_and_resumes_nothing() {
 }
 
 #[test]
-fn sighup_with_a_wrong_configuration_changes_nothing_and_says_why() {
+fn sighup_with_an_invalid_configuration_logs_the_problems_and_changes_nothing() {
     let (daemon, control) = start("reload-sighup-wrong");
     let wrong = table(daemon.directory(), "d0", "image", "poll_us = 9\nworkers = 0\n");
     configure(&daemon, &control, &wrong);

@@ -47,7 +47,7 @@ fn grow(control: &Path, size: &str) {
 }
 
 #[test]
-fn a_disk_that_grows_is_told_to_its_guest_which_uses_it_at_once() {
+fn a_guest_is_notified_of_a_grown_disk_and_can_use_it_at_once() {
     let (daemon, control) = start("resize-command");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     let channel = open_channel(&session);
@@ -72,7 +72,7 @@ fn a_disk_that_grows_is_told_to_its_guest_which_uses_it_at_once() {
 }
 
 #[test]
-fn a_file_that_somebody_makes_grow_is_followed() {
+fn a_file_grown_by_another_process_is_followed() {
     let (daemon, control) = start("resize-file");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     let channel = open_channel(&session);
@@ -90,7 +90,7 @@ fn a_file_that_somebody_makes_grow_is_followed() {
 }
 
 #[test]
-fn what_was_written_beyond_the_old_end_outlives_deaths_of_the_process_and_the_daemon() {
+fn data_past_the_old_end_survives_deaths_of_disk_process_and_daemon() {
     let (mut daemon, control) = start("resize-kill");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     grow(&control, "16M");
@@ -114,7 +114,7 @@ fn what_was_written_beyond_the_old_end_outlives_deaths_of_the_process_and_the_da
 }
 
 #[test]
-fn every_reader_of_an_image_follows_it() {
+fn every_reader_of_an_image_follows_its_size() {
     let (daemon, control) = start("resize-readers");
     let directory = daemon.directory();
     fs::write(directory.path().join("r.img"), vec![6; 1 << 20]).expect("an image");
@@ -133,7 +133,7 @@ fn every_reader_of_an_image_follows_it() {
 }
 
 #[test]
-fn a_hundred_sizes_in_a_row_hold_nobody_up_though_the_front_end_reads_no_message() {
+fn resizes_do_not_wait_for_a_front_end_that_reads_no_message() {
     let (daemon, control) = start("resize-storm");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     let _channel = open_channel(&session);
@@ -149,7 +149,7 @@ fn a_hundred_sizes_in_a_row_hold_nobody_up_though_the_front_end_reads_no_message
 }
 
 #[test]
-fn a_size_that_makes_no_sense_changes_nothing() {
+fn an_invalid_size_changes_nothing() {
     let (daemon, control) = start("resize-refused");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     for (bytes, words) in [
@@ -188,7 +188,7 @@ fn is_readable(session: &mut Session, sector: u64) -> bool {
 }
 
 #[test]
-fn a_disk_that_shrinks_keeps_everything_up_to_its_new_end_and_nothing_beyond() {
+fn a_shrinking_disk_keeps_exactly_the_data_up_to_its_new_end() {
     let (daemon, control) = start("shrink");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     let channel = open_channel(&session);
@@ -220,7 +220,7 @@ fn a_disk_that_shrinks_keeps_everything_up_to_its_new_end_and_nothing_beyond() {
 }
 
 #[test]
-fn a_disk_that_shrank_has_that_size_after_deaths_of_the_process_and_the_daemon() {
+fn a_shrunk_size_survives_deaths_of_disk_process_and_daemon() {
     let (mut daemon, control) = start("shrink-kill");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
@@ -246,7 +246,7 @@ fn a_disk_that_shrank_has_that_size_after_deaths_of_the_process_and_the_daemon()
 
 /// Shrinks a disk and kills the disk process, or the whole daemon, after every pause of a list.
 #[test]
-fn a_kill_in_the_middle_of_a_shrink_leaves_the_old_size_with_all_data_or_the_new_one() {
+fn a_kill_during_a_shrink_leaves_the_old_or_the_new_size_intact() {
     let (mut daemon, control) = start("shrink-midway");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     let end = OLD_END / 2;
@@ -286,7 +286,7 @@ fn a_kill_in_the_middle_of_a_shrink_leaves_the_old_size_with_all_data_or_the_new
 }
 
 #[test]
-fn a_guest_that_uses_its_whole_disk_sees_only_requests_beyond_the_new_end_fail() {
+fn a_shrink_under_load_fails_only_requests_past_the_new_end() {
     let (daemon, control) = start("shrink-load");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     let end = OLD_END / 2;
@@ -327,7 +327,7 @@ fn a_guest_that_uses_its_whole_disk_sees_only_requests_beyond_the_new_end_fail()
 }
 
 #[test]
-fn a_shrink_that_makes_no_sense_changes_nothing() {
+fn an_invalid_shrink_changes_nothing() {
     let (daemon, control) = start("shrink-refused");
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(OLD_END - 8, &[7; 4096]);

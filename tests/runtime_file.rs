@@ -67,7 +67,7 @@ fn check_next(attached: &mut Attached) {
 }
 
 #[test]
-fn a_disk_whose_image_fails_at_the_stop_is_served_by_the_next_daemon_with_its_data() {
+fn an_image_failure_during_an_orderly_stop_loses_no_data() {
     let Some(mut attached) = attached("runtime-fails") else { return };
     File::create(&attached.fails).expect("a file can be created");
     attached.daemon.terminate();
@@ -78,7 +78,7 @@ fn a_disk_whose_image_fails_at_the_stop_is_served_by_the_next_daemon_with_its_da
 }
 
 #[test]
-fn a_disk_whose_daemon_is_killed_in_the_middle_of_a_stop_is_served_by_the_next_one_with_its_data() {
+fn a_kill_during_an_orderly_stop_loses_no_data() {
     let Some(mut attached) = attached("runtime-killed") else { return };
     attached.server.signal(libc::SIGSTOP);
     attached.daemon.terminate();
@@ -89,7 +89,7 @@ fn a_disk_whose_daemon_is_killed_in_the_middle_of_a_stop_is_served_by_the_next_o
 }
 
 #[test]
-fn a_daemon_that_is_started_while_the_one_before_it_serves_gets_its_disks_its_changes_and_its_control_socket() {
+fn a_replacing_daemon_inherits_disks_runtime_changes_and_control_socket() {
     let (mut daemon, control) = start("runtime-next");
     let image = |name: &str| daemon.directory().path().join(name).display().to_string();
     let (first_image, second_image) = (image("d1.img"), image("d2.img"));

@@ -116,7 +116,7 @@ fn has(fence: &str) -> bool {
 }
 
 #[test]
-fn a_system_call_that_a_thread_does_not_need_ends_the_daemon_with_a_line_that_names_it() {
+fn a_forbidden_system_call_ends_the_daemon_with_a_line_that_names_it() {
     if !can_trespass() || !has("seccomp") {
         return;
     }
@@ -147,7 +147,7 @@ fn a_system_call_that_a_thread_does_not_need_ends_the_daemon_with_a_line_that_na
 }
 
 #[test]
-fn a_thread_that_is_taken_over_makes_no_file_socket_process_ring_or_code() {
+fn a_hijacked_thread_cannot_create_files_sockets_processes_or_code() {
     if !can_trespass() || !has("seccomp") {
         return;
     }
@@ -175,7 +175,7 @@ fn a_thread_that_is_taken_over_makes_no_file_socket_process_ring_or_code() {
 }
 
 #[test]
-fn landlock_alone_refuses_paths_tcp_and_other_processes() {
+fn landlock_alone_denies_paths_tcp_and_signals_to_other_processes() {
     if !can_trespass() || !has("landlock") {
         return;
     }
@@ -201,7 +201,7 @@ fn landlock_alone_refuses_paths_tcp_and_other_processes() {
 }
 
 #[test]
-fn a_thread_has_no_capability_and_the_process_cannot_be_dumped() {
+fn threads_have_no_capabilities_and_cannot_become_dumpable() {
     if !can_trespass() {
         return;
     }
@@ -226,7 +226,7 @@ fn abort_works_in_a_confined_thread() {
 
 /// The GNU C library reads a file of proc when it does that for the first time.
 #[test]
-fn a_confined_thread_returns_memory_to_the_system() {
+fn a_confined_thread_can_return_memory_to_the_system() {
     if !can_trespass() {
         return;
     }
@@ -236,7 +236,7 @@ fn a_confined_thread_returns_memory_to_the_system() {
 }
 
 #[test]
-fn a_confined_thread_may_do_what_the_libraries_do_late_or_rarely() {
+fn the_sandbox_allows_the_rare_system_calls_of_libraries() {
     if !can_trespass() {
         return;
     }
@@ -259,7 +259,7 @@ fn statuses(pid: u32, name: &str, field: &str) -> Vec<String> {
 const CONFINED: [&str; 5] = ["genblk disk0", "accept disk0", "vhost disk0", "store-", "log"];
 
 #[test]
-fn every_thread_that_faces_a_guest_a_front_end_or_an_image_is_confined() {
+fn every_thread_that_handles_untrusted_input_is_confined() {
     let daemon = Daemon::start("sandbox", 1 << 20, &DaemonOptions::default());
     let _session = Session::open(&daemon.socket(), &SessionOptions::default());
     for thread in CONFINED.into_iter().chain(["control disk0", "watchdog"]) {
@@ -281,7 +281,7 @@ fn every_thread_that_faces_a_guest_a_front_end_or_an_image_is_confined() {
 }
 
 #[test]
-fn without_its_sandbox_the_daemon_serves_and_warns() {
+fn a_daemon_without_sandbox_support_serves_with_a_warning() {
     let directory = TempDir::new("sandbox");
     new_image(&directory);
     let daemon = Daemon::start_configured(directory, &["sandbox = \"off\""]);
@@ -297,7 +297,7 @@ fn without_its_sandbox_the_daemon_serves_and_warns() {
 const NOBODY: u32 = 65534;
 
 #[test]
-fn a_disk_process_is_confined_in_every_thread_and_runs_as_its_own_user() {
+fn every_thread_of_a_disk_process_is_confined_and_unprivileged() {
     if !can_trespass() {
         return;
     }
@@ -330,7 +330,7 @@ fn a_disk_process_is_confined_in_every_thread_and_runs_as_its_own_user() {
 }
 
 #[test]
-fn a_disk_process_that_violates_its_filter_is_named_and_started_again() {
+fn a_disk_process_that_violates_its_filter_is_logged_and_restarted() {
     if !can_trespass() || !has("seccomp") {
         return;
     }
@@ -345,7 +345,7 @@ fn a_disk_process_that_violates_its_filter_is_named_and_started_again() {
 
 /// Computed by `systemd-analyze`, which does not need a running systemd.
 #[test]
-fn the_unit_file_exposes_little() {
+fn the_unit_file_has_a_low_systemd_exposure_score() {
     let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/genblk.service");
     let Ok(output) =
         Command::new("systemd-analyze").args(["security", "--offline=true", "--no-pager"]).arg(unit).output()

@@ -29,7 +29,7 @@ fn space_of(daemon: &Daemon, client: &mut Client) -> u64 {
 }
 
 #[test]
-fn random_writes_of_4_kib_into_a_sparse_image_take_at_most_16_times_their_size() {
+fn random_4_kib_writes_into_a_sparse_image_take_at_most_16_times_their_size() {
     const WRITES: u64 = 1000;
     let mut prng = Prng::new(seed(1));
     for image_mib in [100 << 10, 64] {
@@ -59,7 +59,7 @@ fn a_stream_into_a_sparse_image_takes_at_most_a_tenth_more_than_its_size() {
 }
 
 #[test]
-fn what_the_guest_has_trimmed_stays_free_until_it_is_written() {
+fn trimmed_space_stays_free_until_it_is_written() {
     let (daemon, mut client) = start("space-trim", 64 * MIB);
     for at in 0..64 {
         client.write(at * MIB_SECTORS, &pattern(at, 0, 1 << 20));
@@ -84,7 +84,7 @@ fn what_the_guest_has_trimmed_stays_free_until_it_is_written() {
 }
 
 #[test]
-fn a_preallocated_image_keeps_its_space_if_discards_are_ignored() {
+fn a_preallocated_image_keeps_its_space_with_discard_ignore() {
     for (setting, keeps) in [("discard = \"ignore\"", true), ("discard = \"unmap\"", false)] {
         let directory = TempDir::new("space-preallocated");
         let image = File::create(directory.path().join("image")).expect("an image can be created");

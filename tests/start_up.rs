@@ -202,7 +202,7 @@ fn a_cache_too_small_or_too_large_is_refused() {
 }
 
 #[test]
-fn every_problem_of_a_configuration_is_reported_and_no_device_is_started() {
+fn an_invalid_configuration_reports_all_problems_and_starts_no_device() {
     let fixture = Fixture::new();
     let wrong = "num_queues = 0\ncolour = \"red\"\nengine = \"iouring\"\n[device.cache]\nsize = \"1M\"\nmode = 7";
     let text = fixture.table("good", "image", "") + &fixture.table("bad", "missing", wrong);
@@ -265,7 +265,7 @@ fn check_reports_every_problem_of_every_device_at_once() {
 }
 
 #[test]
-fn check_beside_a_running_daemon_disturbs_nothing_and_finds_no_problem() {
+fn check_passes_beside_a_running_daemon_without_disturbing_it() {
     let fixture = Fixture::new();
     let memory = fixture.directory.memory();
     let text = fixture.table("a", "image", &format!("[device.cache]\nmemory_dir = {memory:?}"));
@@ -288,7 +288,7 @@ fn check_beside_a_running_daemon_disturbs_nothing_and_finds_no_problem() {
 
 /// All or nothing: if one device cannot be served, the daemon closes what it opened for the others.
 #[test]
-fn with_strict_one_device_that_fails_keeps_the_others_from_starting() {
+fn with_strict_one_failed_device_stops_the_start() {
     let fixture = Fixture::new();
     let text = fixture.table("first", "image", "cache.size = \"4M\"") + &fixture.table("second", "missing", "");
     fixture.serve_config(&text, &["--strict"]).assert_refused(1, &["missing", "No such file or directory"]);
@@ -300,7 +300,7 @@ fn with_strict_one_device_that_fails_keeps_the_others_from_starting() {
 
 /// The socket is the last thing that is opened.
 #[test]
-fn a_start_that_fails_late_leaves_nothing_behind() {
+fn a_late_start_failure_leaves_no_files_behind() {
     let fixture = Fixture::new();
     let memory = fixture.directory.memory();
     let options = ["--memory-dir", memory.to_str().expect("UTF-8"), "--cache-size", "4M"];
@@ -323,7 +323,7 @@ fn a_daemon_that_can_serve_no_device_ends_with_the_reasons() {
 
 /// Also: it is served as soon as possible, and the service manager is notified.
 #[test]
-fn one_missing_image_does_not_keep_the_other_devices_from_being_served() {
+fn one_missing_image_does_not_stop_other_devices() {
     const DEVICES: usize = 8;
     let fixture = Fixture::new();
     let mut text = String::new();
@@ -400,7 +400,7 @@ fn with_inherited(descriptor: &impl AsRawFd, image: &Path) -> Command {
 }
 
 #[test]
-fn an_inherited_socket_is_served_and_its_path_stays() {
+fn an_inherited_sockets_path_survives_the_daemon() {
     let fixture = Fixture::new();
     let (socket, image) = (fixture.path("inherited"), fixture.path("image"));
     let listener = UnixListener::bind(&socket).expect("a socket can be bound");
@@ -438,7 +438,7 @@ fn an_inherited_descriptor_that_is_not_a_listening_unix_socket_is_refused() {
 
 /// From the first moment at which the socket exists, and with every umask.
 #[test]
-fn the_socket_has_the_configured_rights_whatever_the_umask() {
+fn the_socket_has_the_configured_mode_under_any_umask() {
     for umask in ["0000", "0022", "0177"] {
         for (keys, mode) in [("", 0o600), ("socket_mode = \"0666\"", 0o666), ("socket_mode = \"0660\"", 0o660)] {
             let fixture = Fixture::new();
@@ -469,7 +469,7 @@ fn the_socket_has_the_configured_rights_whatever_the_umask() {
 }
 
 #[test]
-fn an_unknown_log_level_is_a_warning_and_the_level_is_info() {
+fn an_unknown_log_level_falls_back_to_info_with_a_warning() {
     for level in ["verbose", "genblk::cache=debug", "\u{1b}[31m"] {
         let lines = log_at(Some(level));
         assert!(lines[0].contains(" WARN  GENBLK_LOG: ") && lines[0].ends_with("; using info"), "{lines:#?}");

@@ -27,7 +27,7 @@ fn all_done<'a>(events: impl IntoIterator<Item = &'a Event>) -> bool {
 }
 
 #[test]
-fn reaping_an_idle_queue_finds_no_event_and_its_wake_fd_is_not_readable() {
+fn an_idle_queue_has_no_events_and_no_readable_wake_fd() {
     on_each("idle", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut events = Vec::new();
@@ -76,7 +76,7 @@ fn written_data_reads_back_through_segments_cut_elsewhere() {
 }
 
 #[test]
-fn the_first_runs_of_data_are_found_when_a_sparse_file_is_opened() {
+fn opening_a_sparse_file_finds_its_first_data_runs() {
     let directory = std::env::temp_dir().join(format!("genblk-runs-{}", std::process::id()));
     let file = std::fs::File::create(&directory).unwrap();
     file.set_len(8 * MIB).unwrap();
@@ -94,7 +94,7 @@ fn the_first_runs_of_data_are_found_when_a_sparse_file_is_opened() {
 
 /// A store may pin memory that it got a hint of. Segments inside it, outside it and across its end must all work.
 #[test]
-fn hinted_memory_transfers_like_any_other() {
+fn transfers_work_across_the_ends_of_hinted_memory() {
     const PAGE: usize = 4096;
     const PAGES: usize = 64;
     on_each("hinted", MIB, |backing| {
@@ -135,7 +135,7 @@ fn hinted_memory_transfers_like_any_other() {
 /// A cache that shrinks gives memory back to the host, and gets other memory when it grows again. What a store has
 /// pinned of it must not be used any more.
 #[test]
-fn memory_that_was_freed_and_allocated_anew_is_transferred_as_it_is() {
+fn reallocated_memory_transfers_its_new_contents() {
     const FRAMES: usize = 64;
     on_each("anew", MIB, |backing| {
         let arena = Arena::anonymous(FRAMES).expect("256 KiB");
@@ -159,7 +159,7 @@ fn memory_that_was_freed_and_allocated_anew_is_transferred_as_it_is() {
 }
 
 #[test]
-fn a_worker_that_polls_finds_every_event() {
+fn a_polling_worker_finds_every_event() {
     on_each("polls", 8 * MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(8 * 4096, 7);
@@ -209,7 +209,7 @@ fn the_largest_transfer_with_the_most_segments_succeeds() {
 }
 
 #[test]
-fn an_inadmissible_request_is_returned_as_invalid_and_nothing_is_in_flight() {
+fn an_inadmissible_request_is_rejected_as_invalid() {
     on_each("invalid", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(8192, 0);
@@ -251,7 +251,7 @@ fn an_inadmissible_request_is_returned_as_invalid_and_nothing_is_in_flight() {
 }
 
 #[test]
-fn a_full_queue_returns_the_request_and_accepts_it_after_a_reap() {
+fn a_full_queue_accepts_a_request_again_after_a_reap() {
     on_each("full", 4 * MIB, |backing| {
         let mut driver = Driver::new(backing);
         let depth = usize::from(backing.limits().depth);
@@ -273,7 +273,7 @@ fn a_full_queue_returns_the_request_and_accepts_it_after_a_reap() {
 }
 
 #[test]
-fn zero_clears_its_range_and_no_sector_beside_it() {
+fn zero_clears_exactly_its_range() {
     on_each("zero", MIB, |backing| {
         let mut driver = Driver::new(backing);
         for unmap in [Unmap::Allowed, Unmap::Forbidden] {
@@ -360,7 +360,7 @@ fn a_map_covers_its_range_and_never_reports_data_as_a_hole() {
 }
 
 #[test]
-fn an_image_that_ends_within_a_page_is_read_and_written_to_its_end() {
+fn a_partial_last_page_is_read_and_written_to_its_end() {
     const SIZE: u64 = 512 * 2049;
     on_each("tail", SIZE, |backing| {
         let mut driver = Driver::new(backing);
@@ -379,7 +379,7 @@ fn an_image_that_ends_within_a_page_is_read_and_written_to_its_end() {
 }
 
 #[test]
-fn the_wake_fd_is_readable_while_events_wait_and_not_after_a_reap() {
+fn the_wake_fd_is_readable_exactly_while_events_wait() {
     on_each("wake", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(4096, 3);

@@ -26,7 +26,7 @@ fn write(driver: &mut Driver, offset: u64, buffer: &mut Buffer) -> Event {
 }
 
 #[test]
-fn the_nth_operation_of_a_class_fails_and_does_not_change_the_image() {
+fn a_planned_failure_of_an_operation_does_not_change_the_image() {
     let (_image, backing, faults) = faulty("nth");
     let mut driver = Driver::new(&backing);
     let mut buffer = Buffer::copy_of(&pattern(4096, 1));
@@ -69,7 +69,7 @@ fn a_permanent_fault_hits_all_workers_until_it_is_healed() {
 }
 
 #[test]
-fn random_failures_have_the_given_rate_and_repeat_with_their_seed() {
+fn random_failures_repeat_with_their_seed() {
     let (_image, backing, faults) = faulty("random");
     let mut driver = Driver::new(&backing);
     let mut outcome = |seed| {
@@ -123,7 +123,7 @@ fn a_delayed_operation_completes_after_a_later_one_and_wakes_its_worker() {
 }
 
 #[test]
-fn delayed_operations_count_toward_the_depth_and_dropping_the_queue_completes_them() {
+fn delayed_operations_count_toward_the_queue_depth() {
     let (_image, backing, faults) = faulty("depth");
     let depth = u64::from(backing.limits().depth);
     faults.delay(OpClass::Write, Duration::from_secs(3600));

@@ -38,7 +38,7 @@ fn refusal(path: &Path, options: &OpenOptions) -> ErrorKind {
 }
 
 #[test]
-fn anything_but_an_image_is_refused_and_named() {
+fn a_path_that_is_not_an_image_is_refused_with_its_type() {
     let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
     let fifo = Image::file("fifo", 512);
     std::fs::remove_file(&fifo.path).unwrap();
@@ -89,7 +89,7 @@ fn the_lock_lasts_until_the_last_queue_is_dropped() {
 }
 
 #[test]
-fn two_names_of_an_image_have_one_identity() {
+fn two_names_of_an_image_have_the_same_identity() {
     let (image, other) = (Image::file("identity", MIB), Image::file("other", MIB));
     let link = Image::file("link", MIB);
     std::fs::remove_file(&link.path).unwrap();
@@ -251,7 +251,7 @@ fn fail_syncs() {
 /// After a power cut the image must carry the record of the daemon that had it: otherwise an older cache looks like the
 /// newest one.
 #[test]
-fn a_record_of_a_tenure_that_is_not_durable_is_an_error() {
+fn failing_to_make_a_tenure_record_durable_is_an_error() {
     let image = Image::file("record", MIB);
     let record = Record {
         tenure: TenureId::new(1).unwrap(),

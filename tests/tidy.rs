@@ -255,7 +255,7 @@ fn modules_import_only_what_the_table_allows() {
 }
 
 #[test]
-fn no_modules_import_each_other_in_a_circle() {
+fn no_modules_import_each_other_in_a_cycle() {
     let bench_roots: Vec<String> = files(&root().join("benches"), "rs")
         .iter()
         .filter_map(|file| file.strip_prefix(root().join("benches")).ok()?.to_str().map(str::to_string))
@@ -319,7 +319,7 @@ fn every_source_file_is_part_of_the_crate() {
 }
 
 #[test]
-fn every_source_file_has_a_doc_and_holds_only_ascii_and_no_banned_word() {
+fn every_source_file_follows_the_text_rules() {
     let mut faults = Vec::new();
     for file in ["src", "tests", "benches", "fuzz"].iter().flat_map(|folder| files(&root().join(folder), "rs")) {
         faults.extend(text_faults(&read(&file)).into_iter().map(|fault| format!("{}: {fault}", file.display())));
@@ -507,7 +507,7 @@ fn declares(text: &str, name: &str) -> bool {
 // Tests of the rules.
 
 #[test]
-fn a_forbidden_import_is_found_in_every_spelling() {
+fn a_forbidden_import_is_found_in_every_syntax() {
     let code =
         "use crate::units::X;\nuse crate::{\n    store::{Op, Store},\n    cache,\n};\nfn f() { crate::device::g(); }";
     let faults = ["line 2: cache must not import store", "line 6: cache must not import device"];
@@ -535,7 +535,7 @@ fn the_types_of_a_file_are_found() {
 }
 
 #[test]
-fn faults_of_a_text_are_found() {
+fn violations_of_the_text_rules_are_found() {
     let word = BANNED[0];
     let text = format!("// {word}: all\nlet a = \"\u{e9}\";\nlet {word}S = 1; // {word}_LIST\n");
     let faults =
@@ -553,7 +553,7 @@ fn relative_links_are_found() {
 }
 
 #[test]
-fn proofs_are_found_in_tables() {
+fn test_names_in_tables_are_found() {
     let text = "| a | `b` | c |\n| d | `e_*` of | `src/f`: `g`, `h_*`; `i/j.rs`: `k` |\n`src/l`: `m`";
     let found = [("src/f", "g"), ("src/f", "h_*"), ("i/j.rs", "k")];
     assert_eq!(proofs(text), found.map(|(path, name)| (path.to_string(), name.to_string())));

@@ -11,7 +11,7 @@ use common::session::{Session, SessionOptions};
 use common::wait::{TIMEOUT, poll_until};
 
 #[test]
-fn one_picture_is_printed_as_text() {
+fn top_once_prints_one_screen_as_text() {
     let (daemon, control) = start("top-once", true);
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
@@ -23,7 +23,7 @@ fn one_picture_is_printed_as_text() {
 }
 
 #[test]
-fn without_a_terminal_or_a_daemon_it_says_what_to_do() {
+fn top_without_a_terminal_or_a_daemon_prints_advice() {
     let (_daemon, control) = start("top-pipe", false);
     let piped = genblk(&control, &["top"]);
     assert_eq!(piped.status.code(), Some(2));
@@ -59,7 +59,7 @@ impl Drop for Tmux {
 }
 
 #[test]
-fn top_draws_on_a_terminal_obeys_keys_and_gives_the_terminal_back() {
+fn top_restores_the_terminal_when_it_ends() {
     if !Command::new("tmux").arg("-V").output().is_ok_and(|output| output.status.success()) {
         eprintln!("skipped: there is no tmux");
         return;

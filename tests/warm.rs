@@ -77,7 +77,7 @@ fn a_disk_is_warm_again_after_an_orderly_stop() {
 }
 
 #[test]
-fn a_list_of_another_image_or_of_rubbish_is_not_used() {
+fn a_foreign_or_corrupt_warm_list_is_not_used() {
     let (mut daemon, control, warm) = start("warm-rubbish");
     read_hot(&daemon);
     daemon.stop();
@@ -98,7 +98,7 @@ fn restart_cold(daemon: &mut Daemon, control: &Path) {
 }
 
 #[test]
-fn a_list_is_not_used_once_another_daemon_has_served_the_image() {
+fn a_warm_list_is_not_used_after_another_daemon_served_the_image() {
     let (mut daemon, control, warm) = start("warm-tenure");
     read_hot(&daemon);
     daemon.stop();
@@ -114,7 +114,7 @@ fn a_list_is_not_used_once_another_daemon_has_served_the_image() {
 }
 
 #[test]
-fn a_list_is_not_used_for_an_image_that_took_the_place_of_another() {
+fn a_warm_list_is_not_used_for_a_replaced_image() {
     let (mut daemon, control, _) = start("warm-replaced");
     read_hot(&daemon);
     daemon.stop();
@@ -141,7 +141,7 @@ fn started(name: &str) -> (Daemon, PathBuf, PathBuf) {
 }
 
 #[test]
-fn a_disk_is_warmed_by_the_list_of_what_was_resident() {
+fn a_disk_is_warmed_from_a_list_of_resident_extents() {
     let (daemon, control, list) = started("warm-from");
     assert_eq!(resident(&control).1, 0);
     read_hot(&daemon);
@@ -159,7 +159,7 @@ fn a_disk_is_warmed_by_the_list_of_what_was_resident() {
 }
 
 #[test]
-fn a_whole_disk_is_warmed_as_far_as_it_fits() {
+fn warming_a_whole_disk_stops_when_the_cache_is_full() {
     let (daemon, control, _) = started("warm-whole");
     let warmed = stdout_of(&genblk(&control, &["warm", "d0"]));
     assert_eq!(warmed, "d0: the cache is full\n");
@@ -169,7 +169,7 @@ fn a_whole_disk_is_warmed_as_far_as_it_fits() {
 }
 
 #[test]
-fn a_list_that_is_wrong_warms_nothing_and_the_error_says_why() {
+fn an_invalid_warm_list_is_refused_with_the_reason() {
     let (daemon, control, list) = started("warm-wrong");
     let path = list.display().to_string();
     let refused = |text: &str| {
@@ -194,7 +194,7 @@ fn a_list_that_is_wrong_warms_nothing_and_the_error_says_why() {
 }
 
 #[test]
-fn warming_reports_its_progress_and_keeps_to_a_rate() {
+fn warming_reports_progress_and_observes_its_rate_limit() {
     let (daemon, control, _) = started("warm-rate");
     let extents = json!([{"offset": 0, "bytes": HOT_BYTES}]);
     let parameters =
@@ -254,7 +254,7 @@ fn hit_ratio(daemon: &Daemon, control: &Path, prng: &mut Prng, count: usize) -> 
 }
 
 #[test]
-fn the_hit_ratio_after_a_clean_restart_is_nine_tenths_of_that_before_it() {
+fn a_clean_restart_keeps_nine_tenths_of_the_hit_ratio() {
     let (mut daemon, control, _) = start("warm-ratio");
     poll_until("the disk", TIMEOUT, || genblk(&control, &["resident", "d0"]).status.success().then_some(()));
     let mut prng = Prng::new(7);

@@ -220,7 +220,7 @@ fn is_on_the_way(state: &Found, old: &Found, new: &Found, guest: GuestState) -> 
 }
 
 #[test]
-fn what_a_file_records_of_the_guest_outlives_the_creation_of_a_new_arena() {
+fn guest_state_in_a_cache_file_survives_the_creation_of_a_new_arena() {
     for (bytes, old) in earlier_files() {
         for guest in GUESTS {
             for frames in [0, 1, 5] {
@@ -242,7 +242,7 @@ fn what_a_file_records_of_the_guest_outlives_the_creation_of_a_new_arena() {
 }
 
 #[test]
-fn the_choice_of_write_through_outlives_an_orderly_end() {
+fn the_write_through_mode_survives_an_orderly_stop() {
     for (bytes, found) in earlier_files() {
         let Found::Cache { guest, .. } = found else { continue };
         let step = Step::run(&bytes, |file| {
@@ -261,7 +261,7 @@ fn the_choice_of_write_through_outlives_an_orderly_end() {
 }
 
 #[test]
-fn a_frame_is_recorded_as_it_was_or_as_it_is() {
+fn a_frame_record_is_updated_atomically() {
     let other = FrameRecord { page: PageNo(1 << 39), valid: SectorMask::ALL, dirty: SectorMask::NONE };
     let records = [FrameRecord::empty(PageNo(7)), DIRTY, FrameRecord { dirty: SectorMask::ALL, ..other }, other];
     for old in records {
@@ -280,7 +280,7 @@ fn a_frame_is_recorded_as_it_was_or_as_it_is() {
 
 /// While a page moves to another frame, at least one of the two frames has its bytes and a record of it.
 #[test]
-fn the_bytes_of_a_page_that_moves_are_in_a_frame_that_is_recorded_for_it() {
+fn a_moving_page_always_has_a_recorded_frame_with_its_bytes() {
     let (old, new) = (FrameId(0), FrameId(1));
     let record = FrameRecord { page: PageNo(7), valid: SectorMask::ALL, dirty: SectorMask::ALL };
     let fill = |arena: &Arena| {
@@ -308,7 +308,7 @@ fn the_bytes_of_a_page_that_moves_are_in_a_frame_that_is_recorded_for_it() {
 }
 
 #[test]
-fn a_range_to_be_zeroed_is_recorded_as_it_was_or_not_at_all() {
+fn a_range_to_be_zeroed_is_recorded_whole_or_not_at_all() {
     let later = SectorSpan { start: 8, count: 800 };
     let step = Step::on_arena(
         |arena| arena.note_zero(5, Some(ZEROES)),
@@ -324,7 +324,7 @@ fn a_range_to_be_zeroed_is_recorded_as_it_was_or_not_at_all() {
 }
 
 #[test]
-fn a_change_token_is_recorded_as_it_was_or_as_it_is() {
+fn a_change_token_is_updated_atomically() {
     let token = |number: u64| ChangeToken::from_words(std::array::from_fn(|word| number * 100 + word as u64));
     let step = Step::on_arena(
         |arena| {
@@ -385,7 +385,7 @@ fn states_without_page(step: &Step) -> Vec<String> {
 }
 
 #[test]
-fn a_page_is_found_with_its_bytes_at_every_step_of_a_shrink_and_of_a_growth() {
+fn a_resize_keeps_a_pages_bytes_at_every_step() {
     let spec = spec_with_room(RESERVED as usize, ROOM as usize, GuestState::FRESH);
     let shrunk = Step::on_arena_of(&spec, |arena| put_page(arena, LAST), shrink);
     assert!(crash_states(&shrunk.events).len() > 5);
@@ -403,7 +403,7 @@ fn a_page_is_found_with_its_bytes_at_every_step_of_a_shrink_and_of_a_growth() {
 }
 
 #[test]
-fn memory_that_is_freed_before_its_records_are_empty_is_found() {
+fn the_crash_check_catches_memory_freed_before_its_records_are_cleared() {
     let spec = spec_with_room(RESERVED as usize, ROOM as usize, GuestState::FRESH);
     let step = || Step::on_arena_of(&spec, |arena| put_page(arena, LAST), shrink);
     let freed = |event: &TraceEvent| matches!(event, TraceEvent::File(_, FileChange::ZerosFrom(_)));
@@ -426,7 +426,7 @@ fn stores(step: &Step) -> Vec<usize> {
 }
 
 #[test]
-fn a_header_that_is_marked_complete_first_is_found() {
+fn the_crash_check_catches_a_header_marked_complete_too_early() {
     let create = || Step::run(&[], |file| Arena::persistent(file, &spec(FRAMES, WRITE_THROUGH)).unwrap());
     let is_allowed = |found: &Found| *found == Found::Nothing || found.guest() == WRITE_THROUGH;
     assert_eq!(create().faults(is_allowed), [""; 0]);
@@ -436,7 +436,7 @@ fn a_header_that_is_marked_complete_first_is_found() {
 }
 
 #[test]
-fn frames_that_are_counted_before_their_guest_is_recorded_are_found() {
+fn the_crash_check_catches_frames_counted_before_the_guest_state_is_stored() {
     let (marker, _) = earlier_files().remove(1);
     let create = || Step::run(&marker, |file| Arena::persistent(file, &spec(FRAMES, LOST)).unwrap());
     let is_allowed = |found: &Found| !matches!(found, Found::Cache { guest, .. } if *guest != LOST);
@@ -447,7 +447,7 @@ fn frames_that_are_counted_before_their_guest_is_recorded_are_found() {
 }
 
 #[test]
-fn a_range_whose_length_is_stored_before_its_start_is_found() {
+fn the_crash_check_catches_a_range_whose_length_is_stored_first() {
     let note = || Step::on_arena(|_| {}, |arena| arena.note_zero(5, Some(ZEROES)));
     let is_allowed =
         |found: &Found| matches!(found, Found::Cache { zeroes, .. } if zeroes.is_empty() || *zeroes == [(5, ZEROES)]);

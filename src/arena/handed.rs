@@ -274,7 +274,7 @@ mod tests {
     use crate::units::FrameId;
 
     #[test]
-    fn what_one_user_of_an_anonymous_arena_wrote_the_next_one_maps() {
+    fn the_next_user_of_an_anonymous_arena_maps_the_same_bytes() {
         let kept = Arena::anonymous(2).unwrap().into_kept();
         let attach = || {
             let files = kept.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap().into());
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_death_of_an_anonymous_arenas_user_loses_data_unless_it_only_reads() {
+    fn only_the_death_of_a_writer_marks_an_anonymous_arena_as_lost() {
         let mut kept = Arena::anonymous(1).unwrap().into_kept();
         kept.note_death(true);
         assert!(!kept.parts().data_loss);

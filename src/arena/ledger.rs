@@ -524,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_is_decoded_as_it_was_encoded() {
+    fn an_encoded_header_decodes_to_itself() {
         let lost = GuestState { data: GuestData::Lost, ..GuestState::FRESH };
         let write_through = GuestState { write_through: true, ..GuestState::FRESH };
         let long = "/".repeat(PATH_BYTES_MAX + 1);
@@ -549,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_layout_is_read_but_does_not_fit() {
+    fn an_older_layout_is_readable_but_does_not_fit() {
         for (layout, records_at) in [(1, 4096), (2, 8192)] {
             let image = ImageFacts { alias: String::new(), ..header().image };
             let old = Header { layout, tenure: None, image, reserved: 1024, ..header() };
@@ -568,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layout_without_samples_is_read_and_does_not_fit() {
+    fn a_layout_without_samples_is_readable_but_does_not_fit() {
         let old = Header { layout: 3, reserved: 1024, ..header() };
         let mut bytes = encode(&old);
         bytes[field::GUEST_FORMATS] = 1;
@@ -577,14 +577,14 @@ mod tests {
     }
 
     #[test]
-    fn a_layout_without_changed_ranges_is_read_and_does_not_fit() {
+    fn a_layout_without_changed_ranges_is_readable_but_does_not_fit() {
         let old = Header { layout: 4, ..header() };
         assert_eq!(Header::decode(&encode(&old), &"f").unwrap(), Some(old.clone()));
         assert_eq!((old.changed_slots_at(), old.records_at(), old.fits(1024)), (None, 8192, false));
     }
 
     #[test]
-    fn a_record_is_decoded_as_it_was_encoded() {
+    fn an_encoded_frame_record_decodes_to_itself() {
         let record = FrameRecord { page: PageNo((1 << 40) - 1), valid: SectorMask(0xf1), dirty: SectorMask(0x81) };
         assert_eq!(decode_record(encode_record(record)), Some(record));
         assert_eq!(encode_record(FrameRecord { valid: SectorMask::NONE, ..record }), 0);

@@ -27,7 +27,7 @@ fn reports_loss(test: &str, act: impl Fn(&Arena)) -> bool {
 }
 
 #[test]
-fn the_first_dirty_page_or_noted_zero_sets_a_marker_and_a_clean_page_does_not() {
+fn only_a_dirty_page_or_a_pending_zero_sets_the_loss_marker() {
     let page = |dirty| FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty };
     assert!(!reports_loss("marker-clean", |arena| arena.publish(FrameId(0), page(SectorMask::NONE))));
     assert!(reports_loss("marker-dirty", |arena| arena.publish(FrameId(0), page(SectorMask::run(2, 1)))));
@@ -35,7 +35,7 @@ fn the_first_dirty_page_or_noted_zero_sets_a_marker_and_a_clean_page_does_not() 
 }
 
 #[test]
-fn a_marker_is_cleared_once_all_is_written_unless_a_loss_is_not_yet_reported_to_the_guest() {
+fn only_an_unreported_loss_keeps_the_marker_once_all_is_written() {
     let dirty = FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty: SectorMask::ALL };
     assert!(!reports_loss("marker-written", |arena| {
         arena.publish(FrameId(0), dirty);

@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_in_use_moves_into_huge_pages_and_keeps_its_bytes() {
+    fn memory_in_use_keeps_its_bytes_when_it_moves_into_huge_pages() {
         let frames = 7 * HUGE_PAGE_BYTES / 2 / PAGE_SIZE;
         let arena = Arc::new(Arena::anonymous(frames).unwrap());
         let ids = || (0..).map(FrameId).take(frames);

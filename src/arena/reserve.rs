@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn an_arena_takes_memory_for_the_frames_that_are_reserved_and_gives_it_back() {
+    fn reserving_frames_allocates_memory_and_shrinking_frees_it() {
         let dir = Directory::new(&[]);
         let spec = spec_with_room(4096, 16_384, GuestState::FRESH);
         let arena = Arena::persistent(dir.file(), &spec).unwrap();
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn anonymous_memory_grows_and_shrinks_too() {
+    fn an_anonymous_arena_grows_and_shrinks() {
         let arena = Arena::anonymous_with_room(1024, 8192).unwrap();
         let file = arena.backing_file().try_clone().unwrap();
         assert_eq!(kib(&file), 4096);

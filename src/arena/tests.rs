@@ -19,7 +19,7 @@ fn the_ledger_takes_at_most_0_2_percent_and_three_pages() {
 }
 
 #[test]
-fn only_the_sectors_of_the_mask_are_copied_and_zeroed() {
+fn copies_and_zeroing_touch_only_the_sectors_of_the_mask() {
     let arena = Arena::anonymous(2).unwrap();
     let (a, b) = (FrameId(0), FrameId(1));
     // SAFETY: both frames belong to this test alone.
@@ -39,7 +39,7 @@ fn only_the_sectors_of_the_mask_are_copied_and_zeroed() {
 }
 
 #[test]
-fn a_page_that_the_image_cuts_has_only_its_first_sectors_within_it() {
+fn a_partial_last_page_has_only_its_first_sectors_within_the_image() {
     let within = |image_sectors| [0, 1, 2].map(|page| sectors_within(image_sectors, PageNo(page)).0);
     assert_eq!(within(1), [0b0000_0001, 0, 0]);
     assert_eq!(within(8), [0xff, 0, 0]);

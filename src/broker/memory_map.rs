@@ -54,7 +54,7 @@ mod tests {
     use crate::sys::memfd;
 
     #[test]
-    fn a_private_mapping_is_told_from_a_shared_one() {
+    fn private_and_shared_mappings_are_distinguished() {
         const BYTES: usize = 1 << 20;
         let (memory, other) = (memfd::create(c"test").unwrap(), memfd::create(c"other").unwrap());
         [&memory, &other].into_iter().for_each(|file| file.set_len(BYTES as u64).unwrap());
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_the_maps_is_read() {
+    fn a_line_of_proc_maps_is_parsed() {
         let line = "7f00c0000000-7f00d0000000 rw-p 00001000 00:01 4242                 /memfd:my ram (deleted)";
         let range = 0x7f00_c000_0000..0x7f00_d000_0000;
         assert_eq!(MappedRange::parse(line), Some(MappedRange { range, private: true, identity: (1, 4242) }));

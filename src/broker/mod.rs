@@ -264,7 +264,7 @@ mod tests {
     use crate::sys::memfd;
 
     #[test]
-    fn a_broker_answers_what_a_confined_thread_cannot_find_out() {
+    fn the_broker_answers_queries_that_the_sandbox_forbids() {
         let broker = Broker::start("test").unwrap();
         let own = std::process::id();
         assert_eq!(broker.name_of(own), name_of(own));
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn questions_of_no_known_kind_or_without_their_file_are_denied() {
+    fn queries_of_an_unknown_kind_or_without_their_file_are_denied() {
         let broker = Broker::start("test").unwrap();
         for (kind, file) in [(IS_PRIVATE, None), (77, Some(io::stdin().as_raw_fd()))] {
             let answer = broker.query(&question(kind, 1, 2), file).unwrap();
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broker_that_was_stopped_answers_again_and_late_answers_are_skipped() {
+    fn answers_to_queries_that_timed_out_are_skipped() {
         let (client, server) = UnixStream::pair().unwrap();
         let broker = Broker::new("test", client.try_clone().unwrap().into());
         client.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broker_that_has_ended_leaves_its_clients_without_answers() {
+    fn queries_to_a_dead_broker_get_no_answer() {
         let (client, server) = UnixStream::pair().unwrap();
         drop(server);
         let broker = Broker::new("test", client.into());

@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_connection_is_refused() {
+    fn a_private_listener_accepts_only_its_own_connection() {
         let (listener, ours) = listener_and_stream().unwrap();
         let address = listener.local_addr().unwrap();
         let name = address.as_abstract_name().unwrap();

@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_partly_a_hole_is_data() {
+    fn a_partial_hole_counts_as_data() {
         let mut holes = holes_of(IMAGE_SECTORS);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Unknown);
         assert!(holes.begin_map(PageNo(3)));
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_that_was_under_way_during_a_discard_is_ignored() {
+    fn a_map_in_flight_during_a_discard_is_ignored() {
         let mut holes = holes_of(IMAGE_SECTORS);
         assert!(holes.begin_map(PageNo(0)));
         holes.forget(PageSpan::new(PageNo(10), 1));
@@ -353,7 +353,7 @@ mod tests {
     const FAR: PageNo = PageNo(50 * REGION_PAGES + 7);
 
     #[test]
-    fn a_run_that_reaches_beyond_its_region_is_remembered_whole() {
+    fn a_run_is_recorded_past_the_end_of_its_region() {
         for (kind, status) in [(ExtentKind::Data, BlockStatus::Data), (ExtentKind::Hole, BlockStatus::Hole)] {
             let mut holes = holes_of(IMAGE_SECTORS);
             assert!(holes.begin_map(PageNo(3)));
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_written_or_discarded_during_a_map_of_another_region_is_no_part_of_its_run() {
+    fn a_page_changed_during_a_map_is_unknown_even_in_another_region() {
         for kind in [ExtentKind::Data, ExtentKind::Hole] {
             let mut holes = holes_of(IMAGE_SECTORS);
             assert!(holes.begin_map(PageNo(0)));
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_written_after_a_map_is_no_part_of_its_hole() {
+    fn a_page_written_after_a_map_is_no_longer_a_hole() {
         let mut holes = holes_of(IMAGE_SECTORS);
         assert!(holes.begin_map(PageNo(0)));
         holes.end_map(PageNo(0), &[(IMAGE_SECTORS, ExtentKind::Hole)]);
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_does_not_include_a_page_of_which_it_has_only_a_part() {
+    fn a_run_excludes_pages_that_it_covers_only_in_part() {
         let mut holes = holes_of(IMAGE_SECTORS);
         assert!(holes.begin_map(PageNo(0)));
         // The hole ends in the middle of a page.
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_span_of_more_regions_than_the_table_has_makes_them_unknown_in_the_time_of_the_table() {
+    fn forgetting_a_huge_span_takes_no_longer_than_the_size_of_the_table() {
         // 2^40 pages: a walk over their regions would take minutes.
         let sectors = 1 << 43;
         let mut holes = holes_of(sectors);

@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_ends_at_pages_of_the_set() {
+    fn an_extension_stops_at_pages_of_the_set() {
         let mut set = PageRanges::new(64);
         set.insert(span(10, 5));
         set.insert(span(30, 5));
@@ -127,7 +127,7 @@ mod tests {
 
     /// Random steps, compared with a model: no extension includes a page that was inserted.
     #[test]
-    fn a_full_set_holds_too_much_and_never_too_little() {
+    fn a_full_set_may_gain_pages_but_never_loses_one() {
         const PAGES: u64 = 4000;
         let mut prng = Prng::new(1);
         let mut model = vec![false; PAGES as usize];

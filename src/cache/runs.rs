@@ -116,7 +116,7 @@ mod tests {
 
     /// Random steps, compared with a model that has the true kind of every page: the table is never wrong.
     #[test]
-    fn the_table_forgets_and_is_never_wrong() {
+    fn the_run_table_may_forget_but_is_never_wrong() {
         const PAGES: u64 = 4000;
         for seed in 0..50 {
             let mut prng = Prng::new(seed);
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sequential_writer_into_a_hole_leaves_one_run() {
+    fn sequential_writes_into_a_hole_leave_one_run() {
         let mut runs = Runs::new(0);
         runs.record(span(0, 10_000), ExtentKind::Hole);
         (0..1000).for_each(|no| runs.mark_data(span(no, 1)));

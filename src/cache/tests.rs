@@ -122,7 +122,7 @@ fn shapes(pieces: &[Piece]) -> Vec<(u32, u8, u32, usize)> {
 }
 
 #[test]
-fn contiguous_sectors_and_frames_make_one_piece() {
+fn contiguous_sectors_and_frames_form_one_piece() {
     let mut cache = cache_of(1024, 1 << 20);
     write(&mut cache, 24, 8);
     let mut pieces = Vec::new();
@@ -152,7 +152,7 @@ fn contiguous_sectors_and_frames_make_one_piece() {
 }
 
 #[test]
-fn a_read_that_waited_for_a_failed_write_finds_the_hole() {
+fn a_read_behind_a_failed_write_sees_the_old_hole() {
     let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..Settings::of(64, 1 << 10) });
     let (mut written, mut pieces) = (Vec::new(), Vec::new());
     assert_eq!(cache.write(access(0, 8), &mut written), Admitted::All);
@@ -231,7 +231,7 @@ fn written_when_idle(cache: &mut PageCache) -> Vec<SectorSpan> {
 
 /// A partition that starts at sector 63: each block of the guest lies in two pages.
 #[test]
-fn a_block_that_lies_in_two_pages_takes_one_write() {
+fn a_block_that_spans_two_pages_takes_one_write() {
     for block in [1, 8] {
         let mut cache = cache_with(Settings { block_sectors: block, ..Settings::of(4096, 1 << 20) });
         for n in [0, 100, 1000] {
@@ -245,7 +245,7 @@ fn a_block_that_lies_in_two_pages_takes_one_write() {
 }
 
 #[test]
-fn a_run_of_blocks_that_lie_in_two_pages_each_takes_one_write() {
+fn a_run_of_blocks_that_each_span_two_pages_takes_one_write() {
     let mut cache = cache_of(4096, 1 << 20);
     for n in [3, 0, 2, 1, 4] {
         write(&mut cache, 63 + n * 8, 8);
@@ -254,7 +254,7 @@ fn a_run_of_blocks_that_lie_in_two_pages_each_takes_one_write() {
 }
 
 #[test]
-fn parts_of_pages_that_do_not_adjoin_are_written_apart() {
+fn parts_of_pages_with_a_gap_between_them_are_written_separately() {
     let mut cache = cache_of(4096, 1 << 20);
     // The ends of pages 1 and 2, with clean sectors between them; page 4 whole, next to a part of page 5 that does not
     // adjoin; both ends of page 8.
@@ -268,7 +268,7 @@ fn parts_of_pages_that_do_not_adjoin_are_written_apart() {
 }
 
 #[test]
-fn a_discard_that_is_to_be_ignored_does_nothing_and_a_zero_keeps_the_space() {
+fn without_unmap_no_range_operation_frees_space() {
     let settings =
         Settings { unmap: false, holes: ImageHoles::Possible, allocate: true, ..Settings::of(4096, 1 << 20) };
     let mut cache = cache_with(settings);
@@ -280,7 +280,7 @@ fn a_discard_that_is_to_be_ignored_does_nothing_and_a_zero_keeps_the_space() {
 }
 
 #[test]
-fn a_region_that_a_sequential_writer_fills_is_written_whole() {
+fn a_region_filled_by_sequential_writes_is_written_back_in_one_operation() {
     // The store's longest operation is shorter than a region.
     let settings = Settings { cluster_pages_max: 96, ..Settings::of(4096, 1 << 20) };
     let mut cache = cache_with(settings);
@@ -311,7 +311,7 @@ fn background_write_back_keeps_the_store_busy() {
 }
 
 #[test]
-fn background_write_back_skips_a_page_that_is_rewritten_all_the_time() {
+fn background_write_back_skips_a_constantly_rewritten_page() {
     let mut cache = cache_of(1024, 1 << 20);
     for page in 0..120 {
         write(&mut cache, page * 16 * 8, 8);
@@ -364,7 +364,7 @@ fn read_sequentially(cache: &mut PageCache, first: u64, pages: u64, now: Tick) -
 
 /// A reader stops at the end of its file, and the window beyond stays unread as long as the cache is not full.
 #[test]
-fn windows_that_stay_unread_do_not_stop_the_readahead_of_later_readers() {
+fn unread_windows_do_not_stop_later_readahead() {
     let mut cache = cache_of(65_536, 1 << 30);
     for file in 0..40 {
         // Five files a second.
@@ -428,7 +428,7 @@ fn random_reads_cause_almost_no_readahead() {
 }
 
 #[test]
-fn streams_that_get_no_window_are_served_as_usual() {
+fn a_stream_without_a_readahead_window_is_still_served() {
     // Readahead may hold three unread pages, which is too few for a window.
     let mut cache = cache_of(64, 1 << 20);
     for page in 0..1000 {
@@ -464,7 +464,7 @@ impl FrameMemory for PublishLog {
 /// The next daemon zeroes the recorded ranges, and treats clean pages as durable. In the opposite order it would zero a
 /// page that was written after the zero. The simulator rarely produces that case.
 #[test]
-fn a_sync_clears_noted_zeroes_before_it_publishes_pages_as_clean() {
+fn a_sync_clears_pending_zeroes_before_it_publishes_pages_as_clean() {
     let log = PublishLog::default();
     let mut cache = PageCache::new(Settings::of(64, 1 << 20), Box::new(log.clone()));
     assert!(cache.zero(Ticket(1), SectorSpan::new(0, 64), Unmap::Forbidden));

@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_what_the_store_writes_in_the_flush_target() {
+    fn the_dirty_limit_is_the_bandwidth_times_the_flush_target() {
         assert_eq!(measured(100_000).limit_pages(), 25_000);
         // 5 MiB/s.
         let slow = after_second(Throttle::new(250_000, PAGES_MAX), 1280, 80);
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operation_counts_for_what_the_store_could_write_instead() {
+    fn an_operation_costs_the_pages_that_the_store_could_write_meanwhile() {
         // 200 operations of 1 MiB in a second.
         let disk = after_second(Throttle::new(250_000, PAGES_MAX), 200 * 256, 200);
         assert_eq!(disk.limit_pages(), 50 * 256);
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fast_stores_first_burst_need_not_be_written_back_again() {
+    fn the_first_burst_of_a_fast_store_stays_below_the_start_threshold() {
         let mut throttle = Throttle::new(250_000, PAGES_MAX);
         for cluster in 0..4 {
             let now = Tick::from_us(cluster * 1000);
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_at_the_begin_of_a_throttled_disks_period_is_no_measure() {
+    fn a_burst_of_a_throttled_disk_does_not_raise_the_limit() {
         let mut throttle = Throttle::new(250_000, PAGES_MAX);
         // 5 MiB/s in periods of 100 ms.
         for period in 0..20 {
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn delays_rise_monotonically_from_zero_to_their_bound() {
+    fn write_delays_rise_monotonically_from_zero_to_their_bound() {
         let throttle = measured(100_000);
         let limit = throttle.limit_pages();
         let delay_us = |cost: u32, sectors| throttle.delay_us(cost, cost, sectors);

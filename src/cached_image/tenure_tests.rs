@@ -135,7 +135,7 @@ fn ended_tenures(test: &str, prepare: impl Fn(&Arena)) -> u32 {
 }
 
 #[test]
-fn a_tenure_is_over_only_when_the_image_has_everything_and_each_loss_was_reported_to_the_guest() {
+fn a_tenure_ends_only_when_nothing_is_dirty_and_no_loss_is_unreported() {
     let page = |dirty| FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty };
     let is_over = |test: &str, prepare: &dyn Fn(&Arena)| ended_tenures(test, prepare) == 1;
     assert!(is_over("tenure-clean", &|arena| arena.publish(FrameId(0), page(SectorMask::NONE))));
@@ -147,7 +147,7 @@ fn a_tenure_is_over_only_when_the_image_has_everything_and_each_loss_was_reporte
 /// If the daemon dies in between, or the image cannot record the end, the cache must not look like one that can be
 /// removed: the next daemon would report it as missing.
 #[test]
-fn the_ledger_says_that_a_tenure_is_over_only_after_the_image_has_recorded_it() {
+fn the_ledger_ends_a_tenure_only_after_the_image_has_recorded_the_end() {
     for fails in [false, true] {
         let (directory, arena) = arena_of("tenure-order");
         let CachePlace::Path(ledger) = arena.place() else { panic!("it is in a file") };
@@ -162,7 +162,7 @@ fn the_ledger_says_that_a_tenure_is_over_only_after_the_image_has_recorded_it() 
 }
 
 #[test]
-fn the_tenure_of_a_cache_without_a_file_is_over_only_when_all_is_durable_and_no_loss_is_to_be_reported() {
+fn the_tenure_of_an_anonymous_cache_ends_only_when_all_is_durable_and_no_loss_is_unreported() {
     for (is_flushed, is_lost) in [(false, false), (true, false), (true, true)] {
         let directory = std::env::temp_dir().join(format!("genblk-tenure-anonymous-{}", std::process::id()));
         std::fs::create_dir(&directory).unwrap();
@@ -194,7 +194,7 @@ fn the_tenure_of_a_cache_without_a_file_is_over_only_when_all_is_durable_and_no_
 }
 
 #[test]
-fn the_begin_of_a_change_is_a_heartbeat() {
+fn the_start_of_a_change_records_a_heartbeat() {
     let (directory, arena) = arena_of("heartbeat");
     let last_seen = || arena.file().expect("it is persistent").header().unwrap().expect("it has a header").last_seen;
     assert_eq!(last_seen().heartbeat_ns, 0);
@@ -205,7 +205,7 @@ fn the_begin_of_a_change_is_a_heartbeat() {
 }
 
 #[test]
-fn a_token_that_was_read_earlier_does_not_replace_a_newer_one() {
+fn an_older_change_token_does_not_replace_a_newer_one() {
     let (directory, arena) = arena_of("tokens");
     let image = ending_image(&directory, None, false);
     let token = image.image.change_token().unwrap();
@@ -223,7 +223,7 @@ fn a_token_that_was_read_earlier_does_not_replace_a_newer_one() {
 }
 
 #[test]
-fn a_clean_cache_is_kept_by_a_daemon_that_only_attaches_it() {
+fn attaching_a_clean_cache_keeps_its_file() {
     let (directory, arena) = arena_of("attached");
     arena.publish(FrameId(0), FrameRecord { page: PageNo(3), valid: SectorMask::ALL, dirty: SectorMask::NONE });
     arena.keep_on_drop(true);
@@ -239,7 +239,7 @@ fn a_clean_cache_is_kept_by_a_daemon_that_only_attaches_it() {
 }
 
 #[test]
-fn the_ledger_records_each_change_of_the_image_from_before_its_start_until_after_its_end() {
+fn the_ledger_records_each_change_of_the_image_for_its_whole_duration() {
     let (directory, arena) = arena_of("changes");
     let path = directory.join("image");
     File::create(&path).and_then(|file| file.set_len(IMAGE_SECTORS * 512)).unwrap();
@@ -275,7 +275,7 @@ fn the_ledger_records_each_change_of_the_image_from_before_its_start_until_after
 }
 
 #[test]
-fn the_ledger_has_the_page_that_was_written_last_before_a_sync() {
+fn a_sync_records_the_last_written_page_as_a_witness() {
     let (directory, arena) = arena_of("witness");
     let path = directory.join("image");
     File::create(&path).and_then(|file| file.set_len(IMAGE_SECTORS * 512)).unwrap();
@@ -325,7 +325,7 @@ fn await_flush(port: &mut WorkerPort, cached: &CachedImage) {
 }
 
 #[test]
-fn a_discard_that_the_last_daemon_noted_stays_noted_until_a_sync() {
+fn a_discard_recorded_by_the_last_daemon_stays_recorded_until_a_sync() {
     let (directory, arena) = arena_of("noted");
     let image = ending_image(&directory, None, false);
     let discarded = SectorSpan::new(8, 16);

@@ -219,7 +219,7 @@ fn prose(roff: &mut Roff, lines: &[String]) {
 }
 
 #[test]
-fn the_manual_and_the_completions_are_those_of_the_command_line_and_of_the_keys() {
+fn manual_and_completions_match_the_command_line_and_the_keys() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");
     let pages = pages();
     if std::env::var_os("GENBLK_WRITE_MANUAL").is_some() {
@@ -244,7 +244,7 @@ fn the_manual_and_the_completions_are_those_of_the_command_line_and_of_the_keys(
 }
 
 #[test]
-fn every_page_has_its_parts() {
+fn every_manual_page_has_its_sections() {
     let pages = pages();
     for command in ["list", "stat", "top", "exporter", "recover", "take-over"] {
         let page = &pages[&format!("man/genblk-{command}.1")];

@@ -16,7 +16,7 @@ fn failure(line: &str) -> String {
 }
 
 #[test]
-fn clap_finds_no_fault_with_the_definition() {
+fn the_command_line_definition_passes_claps_own_checks() {
     Cli::command().debug_assert();
 }
 
@@ -73,7 +73,7 @@ fn every_problem_names_its_option() {
 }
 
 #[test]
-fn a_file_excludes_the_options_of_a_device() {
+fn config_file_and_device_options_exclude_each_other() {
     for option in [
         "--socket-path s",
         "--fd 3",
@@ -108,20 +108,20 @@ fn usage_errors_are_configuration_errors() {
 }
 
 #[test]
-fn capabilities_override_everything_even_what_is_wrong() {
+fn print_capabilities_overrides_all_other_options() {
     for line in ["--print-capabilities", "--fd 1 --print-capabilities --config x", "--no-such --print-capabilities"] {
         assert_eq!(run(line).unwrap(), Action::Print(CAPABILITIES.to_string()), "{line}");
     }
 }
 
 #[test]
-fn capabilities_have_the_form_of_the_schema() {
+fn capabilities_match_their_schema() {
     let compact: String = CAPABILITIES.split_whitespace().collect();
     assert_eq!(compact, r#"{"type":"block","features":["read-only","blk-file"]}"#);
 }
 
 #[test]
-fn help_and_version_are_no_errors() {
+fn help_and_version_exit_successfully() {
     let Ok(Action::Print(help)) = run("--help") else { panic!("--help failed") };
     for word in ["Limitations:", "configs/default.toml", "GENBLK_LOG", "--config", "--blk-file"] {
         assert!(help.contains(word), "{word}");
@@ -130,7 +130,7 @@ fn help_and_version_are_no_errors() {
 }
 
 #[test]
-fn the_defaults_in_the_help_are_the_defaults() {
+fn the_help_shows_the_actual_defaults() {
     let default = DeviceConfig::new(DEVICE_NAME, Socket::Fd(3), "a");
     let Ok(Action::Print(help)) = run("--help") else { panic!("--help failed") };
     let flat = help.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -142,7 +142,7 @@ fn the_defaults_in_the_help_are_the_defaults() {
 }
 
 #[test]
-fn caches_are_listed_recovered_discarded_or_pruned() {
+fn recover_takes_one_action_at_a_time() {
     let recover =
         |image: Option<&str>, force| Action::Recover { caches: vec!["f".into()], image: image.map(Into::into), force };
     assert_eq!(run("recover").unwrap(), Action::ListCaches("/dev/shm".into()));
@@ -168,7 +168,7 @@ fn caches_are_listed_recovered_discarded_or_pruned() {
 }
 
 #[test]
-fn check_serves_nothing() {
+fn check_is_an_action_that_serves_no_device() {
     let Ok(Action::Check { source, config }) = run("--check --socket-path s --blk-file a") else { panic!("--check") };
     assert_eq!((source.as_str(), config.devices.len()), ("the command line", 1));
 }

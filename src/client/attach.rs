@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_has_tables_of_devices_or_the_keys_of_one() {
+    fn an_attach_file_has_device_tables_or_the_keys_of_one_device() {
         let read = |text: &str| devices(&text.parse().unwrap());
         let one = read("name = \"db\"\nimage = \"/a\"\n[cache]\nsize = \"8M\"\n").unwrap();
         assert_eq!(one, [json!({"name": "db", "image": "/a", "cache": {"size": "8M"}})]);
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn the_disks_of_a_daemons_own_configuration_are_chosen_by_name() {
+    fn attach_selects_devices_of_a_configuration_file_by_name() {
         let read = |text: &str| devices(&text.parse().unwrap());
         let control = "[control]\nsocket = \"/s\"\n";
         assert!(read(control).unwrap_err().contains("no [[device]] table"));

@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_are_keys_with_numbers_flags_and_words() {
+    fn a_setting_is_a_key_with_a_number_a_boolean_or_a_word() {
         let settings = ["poll_us=7", "cache.mode=writethrough", "x=true"].map(ToOwned::to_owned);
         assert_eq!(object_of(&settings), Ok(json!({"poll_us": 7, "cache.mode": "writethrough", "x": true})));
         assert!(object_of(&["poll_us".to_owned()]).unwrap_err().contains("KEY=VALUE"));

@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_image_and_a_small_cache_are_told_apart() {
+    fn a_diagnosis_distinguishes_a_slow_image_from_a_small_cache() {
         let cache =
             |evicted_pages| CacheStatistics { hit_pages: 900, miss_pages: 100, evicted_pages, ..Default::default() };
         let of = |evicted_pages| DeviceStatistics {
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_write_back_flushes_and_workers_are_named() {
+    fn a_diagnosis_names_rate_limits_write_back_flushes_and_workers() {
         let now = DeviceStatistics {
             requests: vec![requests("write", (1000, 900), (20 * MS, 100)), requests("flush", (0, 0), (50 * MS, 10))],
             stores: vec![store("write", 8 * MS, 100), store("sync", 30 * MS, 10)],

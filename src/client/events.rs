@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_a_line_without_tricks_on_the_terminal() {
+    fn an_event_prints_as_one_line_with_control_characters_escaped() {
         let event = |device: Option<&str>, detail| ControlEvent {
             sequence: 1,
             time_us: 1_795_970_651_042_000,
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_those_of_the_calendar() {
+    fn times_print_as_calendar_dates() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00.000Z"),
             (951_782_399, "2000-02-28T23:59:59.000Z"),

@@ -68,7 +68,7 @@ mod tests {
     use crate::control::wire::{DeviceState, FrontEnd};
 
     #[test]
-    fn what_is_wrong_with_a_device_is_below_the_table() {
+    fn the_list_explains_each_unserved_device_below_the_table() {
         let served = DeviceStatus {
             name: "vm1".to_owned(),
             state: DeviceState::Serving,

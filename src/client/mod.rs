@@ -270,7 +270,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_reported_in_words() {
+    fn errors_of_the_daemon_print_as_sentences() {
         let text = in_words("io.genblk.Control.NoSuchDevice", &json!({"device": "vm1", "devices": ["db", "golden"]}));
         assert_eq!(text, "vm1: no such device; devices: db, golden");
         let text = in_words("org.varlink.service.MethodNotFound", &json!({"method": "x"}));
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_of_the_daemon_play_no_tricks_on_the_terminal() {
+    fn control_characters_in_texts_of_the_daemon_are_escaped() {
         let trick = "a\u{1b}[2J\r\u{9b}31m";
         let replies = [
             ("io.genblk.Control.Refused", json!({"what": trick, "why": trick})),

@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_has_the_rates_of_its_interval_and_a_dash_for_what_did_not_happen() {
+    fn a_report_shows_the_rates_of_its_interval_and_dashes_for_idle_columns() {
         let (before, now) = (statistics(0, 1000, 1000), statistics(2_000_000, 3000, 1000));
         let text = report(&before, &now, &StatOptions::default(), true);
         let row: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().collect();
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn histograms_count_each_request_once_by_powers_of_two() {
+    fn the_printed_histogram_counts_each_request_once() {
         let now = statistics(1_000_000, 70, 1500);
         let nothing = Statistics::default();
         let options = StatOptions { view: View::Histograms, numbers: Numbers::Exact, ..StatOptions::default() };
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_busy_time_are_those_of_the_interval() {
+    fn sizes_and_busy_time_cover_only_the_interval() {
         let sample = |time_us, count: u64| {
             let mut sizes = Sizes::default();
             (sizes[3], sizes[SIZE_BUCKETS - 1]) = (count, count / 10);
@@ -438,7 +438,7 @@ vm1: from  read  write  discard  write zeroes  image read  image write
     }
 
     #[test]
-    fn pages_of_holes_are_no_misses() {
+    fn pages_of_holes_do_not_count_as_misses() {
         let mut now = statistics(1_000_000, 60, 1000);
         (now.devices[0].cache.hole_pages, now.devices[0].cache.miss_pages) = (20, 20);
         let options = StatOptions { view: View::Cache, for_programs: true, ..StatOptions::default() };
@@ -447,7 +447,7 @@ vm1: from  read  write  discard  write zeroes  image read  image write
     }
 
     #[test]
-    fn programs_get_tabs_without_a_header() {
+    fn machine_readable_output_has_tabs_and_no_header() {
         let options = StatOptions { for_programs: true, numbers: Numbers::Exact, ..StatOptions::default() };
         let text = report(&statistics(0, 0, 1), &statistics(1_000_000, 500, 1000), &options, true);
         assert!(text.starts_with("vm1\t500\t"), "{text}");

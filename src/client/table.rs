@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_three_digits_and_a_letter() {
+    fn numbers_print_as_three_digits_and_a_unit_prefix() {
         let counts = [(0.0, "0"), (7.0, "7"), (0.5, "0.5"), (999.0, "999"), (999.7, "1.0k"), (48_213.0, "48.2k")];
         for (value, text) in counts {
             assert_eq!(Numbers::Short.count(value), text);
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_are_aligned_and_a_program_gets_tabs() {
+    fn columns_are_aligned_for_people_and_tab_separated_for_programs() {
         let mut table = TextTable::new(&["disk", "r/s"], 1);
         table.row(vec!["a".to_owned(), "100".to_owned()]);
         assert_eq!(table.render(true, false), "disk  r/s\na     100\n");

@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_has_an_extent_in_each_line() {
+    fn a_list_of_extents_has_one_per_line() {
         let list = parse("# vm1\n\n0+4096\n 8192+12288 \n").unwrap();
         assert_eq!(list, [ByteExtent { offset: 0, bytes: 4096 }, ByteExtent { offset: 8192, bytes: 12_288 }]);
         assert_eq!(bytes_of(&list), 16_384);
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_is_wrong_is_refused_with_its_line() {
+    fn an_invalid_list_of_extents_is_refused_with_its_line_number() {
         for wrong in ["x", "1", "1+", "+1", "-1+2", "1+0", "1+2+3", "0x1+2", "9223372036854775807+1", "1 + 2"] {
             let why = parse(&format!("0+4096\n{wrong}\n")).unwrap_err();
             assert!(why.starts_with("2: ") && why.contains("is not OFFSET+BYTES"), "{why}");

@@ -595,7 +595,7 @@ mod tests {
     }
 
     #[test]
-    fn every_word_sets_the_value_that_displays_as_it() {
+    fn every_choice_word_round_trips_through_its_value() {
         let mut device = DeviceConfig::unset();
         for (name, shown) in [
             ("engine", (|d| d.engine.to_string()) as fn(&DeviceConfig) -> String),
@@ -620,7 +620,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mode_has_three_octal_digits() {
+    fn a_socket_mode_has_three_octal_digits() {
         for (text, mode) in [("0600", 0o600), ("660", 0o660), ("0777", 0o777), ("000", 0)] {
             assert_eq!(parse_mode(text), Some(mode), "{text}");
         }
@@ -630,7 +630,7 @@ mod tests {
     }
 
     #[test]
-    fn a_misspelt_or_misplaced_key_is_recognised() {
+    fn a_misspelt_or_misplaced_key_gets_a_suggestion() {
         let cases = [
             ("sokcet", Some("socket")),
             ("read-only", Some("read_only")),

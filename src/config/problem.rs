@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slips_are_counted() {
+    fn the_edit_distance_counts_typing_mistakes() {
         let cases = [
             ("size", "size", 0),
             ("sise", "size", 1),
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_close_word_is_suggested() {
+    fn only_a_similar_word_is_suggested() {
         let words = ["socket", "serial", "poll_us"];
         assert_eq!(nearest("sockte", words.into_iter()), Some("socket"));
         assert_eq!(nearest("poll_ms", words.into_iter()), Some("poll_us"));
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_links_to_the_lines() {
+    fn a_report_gives_file_line_and_column_of_each_problem() {
         let file = Problem { line: Some(3), column: Some(7), key: String::new(), message: "bad".into() };
         let option = Problem { line: None, column: None, key: "--fd".into(), message: "worse".into() };
         assert_eq!(report("a.toml", &[file]), "1 problem in a.toml\na.toml:3:7: bad");

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_changed_is_read_again_in_the_same_boot_alone() {
+    fn runtime_changes_are_read_only_within_the_same_boot() {
         let mut runtime = RuntimeConfig::default();
         assert_eq!(RuntimeConfig::read(&runtime.write("b1"), "b1"), Ok(Some(runtime.clone())));
         runtime.note_attached(&device("db"));
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_apply_to_the_devices_of_the_files() {
+    fn runtime_changes_apply_on_top_of_the_configuration_files() {
         let (files, mut problems) = ([device("vm1"), device("vm2")], Vec::new());
         let mut runtime = RuntimeConfig::default();
         runtime.note_attached(&device("db"));
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_read_from_an_object_and_every_problem_is_told() {
+    fn every_problem_of_a_device_object_is_reported() {
         let object = json!({"name": "db", "socket": "/run/db.sock", "image": "/srv/db.img", "cache": {"size": "8M"}});
         let mut expected = device("db");
         expected.cache.size_bytes = 8 << 20;
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_changed_or_adopted_and_others_stay() {
+    fn a_change_affects_only_the_given_keys() {
         let old = device("db");
         let new = changed(&old, &json!({"poll_us": 7, "cache.mode": "writethrough", "cache": {"hold_max_ms": 100}}));
         let new = new.expect("it is valid");

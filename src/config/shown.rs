@@ -86,7 +86,7 @@ mod tests {
     use crate::config::{CacheMode, Config, Engine, OnError, Sandbox};
 
     #[test]
-    fn a_device_that_was_written_is_read_as_it_was() {
+    fn a_written_device_reads_back_unchanged() {
         let mut device = DeviceConfig::new("db", Socket::Path("/run/a \"b\".sock".into()), "/srv/db.img");
         let default = Config::from_toml(&device_table(&device)).expect("it is valid");
         assert_eq!(default.devices, [device.clone()]);
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_has_a_value_and_a_difference_is_found_by_its_key() {
+    fn differing_keys_lists_exactly_the_changed_keys() {
         let device = DeviceConfig::new("db", Socket::Path("/run/db.sock".into()), "/srv/db.img");
         assert!(KEYS.iter().all(|key| value_of(key.name, &device).is_some()));
         let mut other = device.clone();

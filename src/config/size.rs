@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_refused() {
+    fn a_malformed_size_is_refused() {
         for text in
             ["", "M", "64MB", "64  M", "64MM", "-1", "+1", "1.5G", "0x10", "16777216T", "99999999999999999999", "1i"]
         {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_that_was_probably_meant_is_suggested() {
+    fn a_malformed_size_gets_a_suggestion() {
         let cases = [
             ("256MB", Some("256M")),
             ("1gb", Some("1G")),
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn formatting_is_read_back() {
+    fn a_formatted_size_parses_to_itself() {
         for (bytes, text) in
             [(0, "0"), (512, "512"), (4096, "4K"), (6 << 20, "6M"), (1 << 40, "1T"), (u64::MAX, "18446744073709551615")]
         {

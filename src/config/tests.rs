@@ -21,13 +21,13 @@ fn device(name: &str, rest: &str) -> String {
 }
 
 #[test]
-fn three_keys_are_enough() {
+fn name_socket_and_image_suffice_for_a_device() {
     let config = Config::from_toml(MINIMAL).unwrap();
     assert_eq!(config.devices, [DeviceConfig::new("a", Socket::Path("/run/a".into()), "/a.img")]);
 }
 
 #[test]
-fn the_defaults_are_those_of_the_design() {
+fn a_device_has_the_documented_defaults() {
     let device = DeviceConfig::new("a-name-of-more-than-twenty-bytes", Socket::Fd(3), "/a.img");
     assert_eq!(device.serial, "a-name-of-more-than-");
     assert_eq!((device.socket_mode, device.socket_group.as_str()), (0o600, ""));
@@ -102,7 +102,7 @@ fn every_key_reaches_its_field() {
 }
 
 #[test]
-fn the_sizes_of_a_cache_are_in_order() {
+fn cache_sizes_must_be_in_ascending_order() {
     let sizes = |size: &str, min: &str, max: &str| {
         device("a", &format!("cache.size = \"{size}\"\ncache.size_min = \"{min}\"\ncache.size_max = \"{max}\""))
     };
@@ -120,7 +120,7 @@ fn the_sizes_of_a_cache_are_in_order() {
 }
 
 #[test]
-fn memory_is_below_a_directory_or_with_systemd() {
+fn memory_dir_takes_an_absolute_path_or_systemd() {
     let memory_dir = |value: &str| device("a", &format!("cache.memory_dir = \"{value}\""));
     for (value, expected) in [("/dev/shm", MemoryDir::Path("/dev/shm".into())), ("systemd", MemoryDir::Systemd)] {
         assert_eq!(Config::from_toml(&memory_dir(value)).unwrap().devices[0].cache.memory_dir, expected);
@@ -132,7 +132,7 @@ fn memory_is_below_a_directory_or_with_systemd() {
 }
 
 #[test]
-fn all_spellings_of_a_table_are_one() {
+fn dotted_inline_and_array_tables_are_equivalent() {
     let dotted = format!("{MINIMAL}cache.size = \"8M\"\n");
     let inline = format!("{MINIMAL}cache = {{ size = 0x80_0000 }}\n");
     let array = "device = [{ name = \"a\", socket = \"/run/a\", image = \"/a.img\", cache.size = \"8192K\" }]";
@@ -142,7 +142,7 @@ fn all_spellings_of_a_table_are_one() {
 }
 
 #[test]
-fn every_problem_is_reported_at_once_with_its_line() {
+fn all_problems_are_reported_at_once_with_their_lines() {
     let text = r#"title = 1
 num_queue = 2
 
@@ -208,7 +208,7 @@ name = "b"
 }
 
 #[test]
-fn nothing_to_serve_is_a_problem() {
+fn a_configuration_without_device_or_control_table_is_refused() {
     let missing =
         "1: device: is missing: nothing to serve; write a [[device]] table, or [control] for \"genblk attach\"";
     assert_eq!(problems(""), [missing]);
@@ -217,7 +217,7 @@ fn nothing_to_serve_is_a_problem() {
 }
 
 #[test]
-fn a_configuration_without_devices_has_a_control_socket() {
+fn a_configuration_with_only_a_control_socket_is_valid() {
     let shipped = include_str!("../../packaging/deb/genblk.toml");
     for text in [shipped, "[control]\nsocket = \"/run/c.sock\"", "device = []\ncontrol.socket = \"/run/c.sock\""] {
         let config = Config::from_toml(text).expect("it is valid");
@@ -226,7 +226,7 @@ fn a_configuration_without_devices_has_a_control_socket() {
 }
 
 #[test]
-fn tables_of_the_wrong_shape_are_named() {
+fn a_key_of_the_wrong_type_is_named() {
     assert_eq!(problems("[device]\nname = 1"), ["1: device: must be an array of tables: write [[device]] above each"]);
     assert_eq!(problems("device = [3]"), ["1: device[0]: takes a table: write [[device]] above it"]);
     let cache = format!("{MINIMAL}cache = \"64M\"");
@@ -236,13 +236,13 @@ fn tables_of_the_wrong_shape_are_named() {
 }
 
 #[test]
-fn a_key_can_play_no_tricks_on_the_terminal() {
+fn control_characters_in_a_key_are_escaped() {
     let text = format!("{MINIMAL}\"\\u001b[31m\\n\" = 1");
     assert_eq!(problems(&text), ["5: device[0].\\u{1b}[31m\\n: unknown key"]);
 }
 
 #[test]
-fn workers_need_queues() {
+fn more_workers_than_queues_are_refused() {
     let text = device("a", "num_queues = 2\nworkers = 3");
     assert_eq!(problems(&text), ["6: device[0].workers: 3 workers are more than the 2 queues they would serve"]);
     // A wrong value is reported as such, and not once more by the rule.
@@ -274,7 +274,7 @@ fn devices_of_a_group_run_as_one_user_in_one_sandbox() {
 }
 
 #[test]
-fn a_writer_has_its_image_alone() {
+fn devices_that_share_an_image_must_all_be_read_only() {
     let two = |first: &str, second: &str| device("a", first) + &device("b", second).replace("/b.img", "/a.img");
     let advice = "devices that share an image must all be read_only";
     for (first, second) in [("", ""), ("", "read_only = true"), ("read_only = true", "")] {
@@ -300,7 +300,7 @@ fn devices_on_one_image_agree_on_its_cache() {
 }
 
 #[test]
-fn syntax_errors_have_line_and_column() {
+fn a_syntax_error_has_a_line_and_a_column() {
     let one = problems("[[device]]\nname = \"a\"\nimage = /a.img\n");
     assert!(one[0].starts_with("3:9: "), "{one:?}");
     let twice = problems(&format!("{MINIMAL}name = \"b\"\n"));
@@ -311,7 +311,7 @@ fn syntax_errors_have_line_and_column() {
 }
 
 #[test]
-fn numbers_of_any_length_are_only_out_of_range() {
+fn a_number_of_any_length_is_reported_as_out_of_range() {
     let text = device("a", "poll_us = 999999999999999999999999999999999999999999");
     let expected = "5: device[0].poll_us: takes an integer from 0 to 10000, not an integer of more than 127 bits";
     assert_eq!(problems(&text), [expected]);
@@ -319,7 +319,7 @@ fn numbers_of_any_length_are_only_out_of_range() {
 }
 
 #[test]
-fn load_prefixes_the_file() {
+fn load_errors_start_with_the_file_name() {
     let path = std::env::temp_dir().join(format!("genblk-config-{}.toml", std::process::id()));
     fs::write(&path, "[[device]]\nname = \"a\"\n").unwrap();
     let error = Config::load(&path).unwrap_err();
@@ -350,7 +350,7 @@ fn the_default_file_shows_every_key_with_its_default() {
 }
 
 #[test]
-fn every_file_beside_it_is_accepted() {
+fn every_shipped_configuration_file_is_accepted() {
     let mut count = 0;
     for entry in fs::read_dir(configs()).unwrap() {
         let path = entry.unwrap().path();
@@ -363,7 +363,7 @@ fn every_file_beside_it_is_accepted() {
 }
 
 #[test]
-fn the_control_table_has_a_socket_and_a_group() {
+fn the_control_table_sets_a_socket_and_a_group() {
     let device = "[[device]]\nname = \"a\"\nsocket = \"/s\"\nimage = \"/i\"\n";
     let parse = |control: &str| Config::from_toml(&format!("{control}\n{device}"));
     assert_eq!(parse("").unwrap().control, None);

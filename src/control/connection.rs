@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_arrive_one_by_one_however_they_are_cut() {
+    fn messages_arrive_one_by_one_however_the_stream_is_split() {
         let (mut raw, mut connection) = pair();
         raw.write_all(b"{\"a\":1}\0{\"b\"").unwrap();
         assert_eq!(connection.receive::<Value>().unwrap(), Some(json!({"a": 1})));
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_no_json_or_never_ends_is_an_error() {
+    fn invalid_json_and_endless_messages_are_errors() {
         let (mut raw, mut connection) = pair();
         raw.write_all(b"hello\0").unwrap();
         assert_eq!(connection.receive::<Value>().unwrap_err().kind(), io::ErrorKind::InvalidData);
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_ends_a_message_that_comes_byte_by_byte() {
+    fn a_message_sent_byte_by_byte_still_times_out() {
         let (mut raw, connection) = pair();
         let until = Instant::now() + Duration::from_millis(50);
         let sender = std::thread::spawn(move || {
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_receiver_may_take_longer_messages() {
+    fn a_receiver_can_raise_its_message_limit() {
         let (mut raw, connection) = pair();
         let text = "x".repeat(2 * MESSAGE_BYTES_MAX);
         let message = serde_json::to_vec(&text).unwrap();

@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watcher_goes_on_where_it_was_and_is_told_how_many_events_it_has_lost() {
+    fn a_watcher_resumes_at_its_position_and_learns_how_many_events_it_missed() {
         let log = EventLog::default();
         log.add(None, "started", json!({}));
         log.add(Some("vm1"), "frozen", json!({"by": 7}));
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_an_earlier_daemon_means_that_events_are_lost() {
+    fn a_sequence_number_of_an_earlier_daemon_reports_lost_events() {
         let log = EventLog::default();
         log.add(None, "started", json!({}));
         let (watched, next) = log.since(500, None);
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watcher_that_waits_is_woken_by_an_event() {
+    fn an_event_wakes_a_waiting_watcher() {
         let log = EventLog::default();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| log.wait_for(1, Duration::from_secs(60)));

@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn places_are_kept_for_clients_that_may_change_something_and_for_other_users() {
+    fn connections_are_reserved_for_operators_and_for_other_users() {
         let permits = Arc::new(Permits::default());
         let held: Vec<_> = from_fn(|| permits.connection(user(1))).collect();
         assert_eq!(held.len(), CONNECTIONS_OF_USER_MAX);
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_of_users_who_may_change_nothing_leave_places_for_calls() {
+    fn streams_of_read_only_users_leave_connections_for_calls() {
         let permits = Arc::new(Permits::default());
         let operators: Vec<_> = (0..CONNECTIONS_MAX).map_while(|_| permits.stream(OPERATOR)).collect();
         assert_eq!(operators.len(), CONNECTIONS_MAX);

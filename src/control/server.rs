@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_without_a_whole_call_ends_unless_its_client_may_change_something() {
+    fn an_idle_connection_is_closed_unless_its_client_is_an_operator() {
         for half in ["", "{\"method\""] {
             let (mut client, server) = UnixStream::pair().unwrap();
             client.write_all(half.as_bytes()).unwrap();

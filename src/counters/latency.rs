@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_time_is_below_the_bound_of_its_bucket_and_not_below_the_one_before() {
+    fn each_time_is_within_the_bounds_of_its_bucket() {
         let near_powers = (0..LIMIT_BITS).flat_map(|bits| [(1u64 << bits) - 1, 1 << bits, (1 << bits) + 1]);
         for ns in (0..5000).chain(near_powers).chain([(1 << LIMIT_BITS) - 1]) {
             let bucket = bucket_of(ns);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_is_an_eighth_of_its_times_wide_at_most() {
+    fn a_bucket_is_at_most_an_eighth_of_its_lower_bound_wide() {
         for bucket in 8..BUCKETS {
             let (from, to) = (bound_of(bucket - 1), bound_of(bucket));
             assert!((to - from) * 8 <= from, "bucket {bucket} goes from {from} to {to} ns");
@@ -134,13 +134,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_has_neither_quantile_nor_mean() {
+    fn an_empty_histogram_has_neither_quantiles_nor_a_mean() {
         let nothing = Latencies::default();
         assert_eq!((nothing.quantile(500), nothing.mean_ns(), nothing.count()), (None, None, 0));
     }
 
     #[test]
-    fn quantiles_are_exact_to_a_bucket() {
+    fn quantiles_are_exact_to_one_bucket() {
         let times: Vec<u64> = (1..=1000).map(|n| n * 1000).collect();
         let latencies = latencies(&times);
         for (thousandths, exact) in [(500, 500_000), (990, 990_000), (999, 999_000)] {
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_difference_has_what_was_counted_between() {
+    fn a_difference_of_histograms_has_the_times_counted_between_them() {
         let (before, after) = (latencies(&[10, 5_000_000]), latencies(&[10, 5_000_000, 70, 70]));
         let between = after.since(&before);
         assert_eq!((between.count(), between.sum_ns), (2, 140));

@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_class_has_its_place() {
+    fn each_class_has_its_own_index() {
         for (index, class) in Class::ALL.into_iter().enumerate() {
             assert_eq!(class.index(), index);
             assert_eq!(Class::new(class.operation, class.served), class);

@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_size_is_in_the_bucket_whose_bounds_it_is_between() {
+    fn a_size_is_within_the_bounds_of_its_bucket() {
         for bucket in 0..SIZE_BUCKETS {
             let least = least_size_of(bucket);
             assert_eq!([least, least + 1, least * 2 - 1].map(size_bucket_of), [bucket; 3]);

@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_snapshot_has_what_the_workers_counted() {
+    fn a_snapshot_sums_the_counters_of_all_workers() {
         let counters = Counters::new(2).unwrap();
         let read = Class::new(Operation::Read, Served::Memory);
         let workers = [0, 1].map(|worker| counters.of_worker(worker));
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_process_that_died_left_in_flight_is_not_in_flight_any_more() {
+    fn requests_in_flight_of_a_dead_process_are_not_counted() {
         let counters = Counters::new(1).unwrap();
         let worker = counters.of_worker(0);
         (0..3).for_each(|_| worker.request_taken(Operation::Write));
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn each_counter_has_words_of_its_own() {
+    fn no_two_counters_share_memory() {
         let counters = Counters::new(1).unwrap();
         let worker = counters.of_worker(0);
         for class in Class::ALL {

@@ -99,14 +99,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rings_share_what_may_be_taken_and_each_may_take_a_window() {
+    fn rings_share_the_budget_with_at_least_a_window_each() {
         let budget = Budget::default();
         let shares = [0, 1, 4, 16, 256].map(|rings| (budget.ring_share(rings) * PAGE_BYTES) >> 20);
         assert_eq!(shares, [32, 32, 8, 2, 1]);
     }
 
     #[test]
-    fn a_window_ends_with_a_page_or_with_its_request() {
+    fn a_window_ends_at_a_page_boundary_or_with_its_request() {
         let budget = Budget { window_pages: 2, ..Budget::default() };
         for (start, total, settled, end) in
             [(0, 100, 0, 16), (3, 100, 0, 13), (3, 100, 13, 29), (0, 5, 0, 5), (7, 9, 8, 9)]

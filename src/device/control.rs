@@ -327,7 +327,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_freeze_follows_the_last_thaw() {
+    fn a_closed_device_is_not_frozen_again() {
         let (control, commands) = WorkerControl::new("disk0", Arc::new(Waker::new().unwrap()));
         let workers = Workers::new(vec![control]);
         std::thread::scope(|scope| {

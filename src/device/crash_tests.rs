@@ -345,7 +345,7 @@ fn a_request_in_flight_at_a_crash_completes_exactly_once() {
 // The exploration finds what it is meant to find: a planted bug, and the same stores in a wrong order.
 
 #[test]
-fn marks_that_are_cleared_before_the_used_index_is_published_are_found() {
+fn the_crash_check_catches_marks_cleared_before_the_used_index_is_published() {
     let found = run_with(Some(PlantedBug::InflightClearedBeforePublishing), || World::new(|_| {}).explore());
     assert!(found.expect("it returns what it finds").is_err());
 }
@@ -366,7 +366,7 @@ fn assert_found(disorder: Disorder) {
 }
 
 #[test]
-fn an_index_that_is_recorded_before_the_marks_are_cleared_is_found() {
+fn the_crash_check_catches_an_index_recorded_before_the_marks_are_cleared() {
     assert_found(|events| {
         if matches!(lengths(events)[..], [2, 1, .., 2]) {
             events[1..].rotate_right(1);
@@ -375,7 +375,7 @@ fn an_index_that_is_recorded_before_the_marks_are_cleared_is_found() {
 }
 
 #[test]
-fn a_mark_that_is_set_before_its_counter_is_found() {
+fn the_crash_check_catches_a_mark_set_before_its_counter() {
     assert_found(|events| {
         if lengths(events).starts_with(&[8, 1]) {
             events.chunks_mut(2).for_each(<[TraceEvent]>::reverse);
@@ -384,7 +384,7 @@ fn a_mark_that_is_set_before_its_counter_is_found() {
 }
 
 #[test]
-fn a_region_that_is_marked_as_initialized_first_is_found() {
+fn the_crash_check_catches_a_region_marked_initialized_too_early() {
     assert_found(|events| {
         if lengths(events).starts_with(&[1, 1, 2, 2, 2]) {
             events.rotate_right(1);
@@ -410,7 +410,7 @@ fn no_more_requests_are_in_flight_than_the_queue_has_descriptors() {
 }
 
 #[test]
-fn a_request_that_is_given_back_to_the_driver_is_not_marked_as_in_flight() {
+fn a_request_returned_to_the_driver_is_not_marked_in_flight() {
     let memory = Memory::new();
     let mut ring = memory.ring(START);
     let mut driver = Driver::default();
@@ -426,7 +426,7 @@ fn a_request_that_is_given_back_to_the_driver_is_not_marked_as_in_flight() {
 }
 
 #[test]
-fn a_call_descriptor_that_comes_late_gets_the_interrupt_that_is_due() {
+fn a_call_descriptor_set_late_gets_the_pending_interrupt() {
     let memory = Memory::new();
     // The previous daemon may have died between a completion and its interrupt.
     let mut ring = memory.ring(START);

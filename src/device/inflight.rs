@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_crash_a_chain_is_either_on_the_used_ring_or_in_flight() {
+    fn each_chain_is_on_the_used_ring_or_in_flight_after_a_crash() {
         let memory = Arc::new(MmapRegion::new(2 * ring_bytes(8)).unwrap());
         let mut first = track(&memory);
         first.recover(0);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_with_a_loop_is_followed_to_an_end() {
+    fn a_list_with_a_loop_ends() {
         let memory = Arc::new(MmapRegion::new(2 * ring_bytes(8)).unwrap());
         let mut first = track(&memory);
         first.recover(0);

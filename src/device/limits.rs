@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_count_whatever_the_size_of_the_requests() {
+    fn a_byte_limit_holds_for_any_request_size() {
         for size in [512, 4096, 1 << 20, 100 << 20] {
             for rate in [10 << 20, 50 << 20, 5 << 30] {
                 let limits = RateLimits { write: bytes(rate), burst_ms: 10, ..RateLimits::default() };
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_one_direction_leaves_the_other_alone_and_the_total_is_shared() {
+    fn a_limit_on_writes_does_not_delay_reads() {
         let limits = RateLimits { write: requests(100), total: requests(1000), burst_ms: 10, ..Default::default() };
         let counts = begun(&limiter(limits), &[read(512), write(512)], SECOND_US, 11 * SECOND_US, 100);
         assert_within(counts[1], 1000, 20);
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_device_saves_up_for_its_burst_and_no_longer() {
+    fn an_idle_device_accumulates_at_most_one_burst() {
         let limits = RateLimits { total: requests(1000), burst_ms: 500, ..RateLimits::default() };
         let limiter = limiter(limits);
         let free = |now_us| {
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn rings_that_wait_take_turns() {
+    fn waiting_rings_take_turns() {
         for late_us in [0, 1500] {
             let limits = RateLimits { total: requests(10_000), burst_ms: 100, ..RateLimits::default() };
             let prices = [read(4096), write(4096), read(512), read(512)];
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_is_held_keeps_its_price_and_its_place() {
+    fn a_held_request_is_charged_once_and_keeps_its_position() {
         let limits = RateLimits { total: bytes(1 << 20), burst_ms: 10, ..RateLimits::default() };
         let limiter = limiter(limits);
         let at = |us| Tick::from_us(SECOND_US + us);
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn other_limits_hold_at_once_and_forget_what_is_owed() {
+    fn new_limits_apply_at_once_and_cancel_old_debt() {
         let slow = RateLimits { read: bytes(4096), burst_ms: 10, ..RateLimits::default() };
         let limiter = limiter(slow);
         let now = Tick::from_us(SECOND_US);

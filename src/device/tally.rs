@@ -165,7 +165,7 @@ mod tests {
     use crate::counters::worker::Counters;
 
     #[test]
-    fn a_request_of_one_turn_ends_when_the_clock_is_read_next_and_others_count_from_their_own_turn() {
+    fn a_latency_runs_from_the_requests_own_turn_to_the_next_clock_reading() {
         let counters = Counters::new(1).unwrap();
         let mut tally = Tally::new(counters.of_worker(0));
         let mut table = PendingTable::new(Ticket(0));

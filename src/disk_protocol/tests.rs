@@ -31,13 +31,13 @@ where
 }
 
 #[test]
-fn recorded_messages_are_understood_and_sent_as_they_were() {
+fn the_wire_format_matches_the_recorded_messages() {
     check_recording::<ToDisk>(TO_DISK, 18);
     check_recording::<FromDisk>(FROM_DISK, 15);
 }
 
 #[test]
-fn another_version_is_refused_with_both_versions() {
+fn a_hello_of_another_version_is_refused_with_both_versions() {
     let later = TO_DISK.lines().next().unwrap().replace("{\"version\":3,", "{\"version\":4,");
     let error = decode::<ToDisk>(later.as_bytes()).unwrap_err().to_string();
     assert!(error.ends_with("it has version 4, but this process uses version 3"), "{error}");
@@ -59,13 +59,13 @@ fn check_refused<M: std::fmt::Debug + serde::de::DeserializeOwned>(recordings: [
 }
 
 #[test]
-fn every_message_of_an_earlier_version_is_refused_with_both_versions() {
+fn messages_of_earlier_versions_are_refused_with_both_versions() {
     check_refused::<ToDisk>(EARLIER_TO_DISK);
     check_refused::<FromDisk>(EARLIER_FROM_DISK);
 }
 
 #[test]
-fn a_message_comes_with_its_descriptors_and_a_closed_end_is_told() {
+fn a_message_arrives_with_its_descriptors() {
     let (ours, theirs) = Channel::<ToDisk, FromDisk>::pair().unwrap();
     let file = std::fs::File::open("/dev/null").unwrap();
     let serve = ToDisk::Serve { device: 3, image_of: 2, settings: Box::new(settings()) };

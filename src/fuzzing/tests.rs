@@ -95,7 +95,7 @@ fn any_descriptor_chain_is_parsed_as_the_model_parses_it() {
 }
 
 #[test]
-fn a_ring_completes_each_request_once_whatever_its_driver_stores() {
+fn a_ring_completes_each_request_once_with_any_driver_state() {
     run("ring_turn");
 }
 
@@ -105,7 +105,7 @@ fn any_inflight_region_is_recovered_within_its_bounds() {
 }
 
 #[test]
-fn a_front_end_can_send_any_messages_and_the_next_one_is_served() {
+fn no_front_end_messages_prevent_the_next_session() {
     run("wire_relay");
     run("control_plane");
     sessions::clean_up();
@@ -117,29 +117,29 @@ fn the_cache_keeps_its_guarantees_under_any_script_of_events() {
 }
 
 #[test]
-fn any_cache_file_is_refused_or_refers_to_what_exists() {
+fn any_accepted_cache_file_refers_only_to_existing_frames_and_pages() {
     run("ledger_decode");
     files::clean_up();
 }
 
 #[test]
-fn any_configuration_is_refused_with_its_lines_or_has_values_in_range() {
+fn any_accepted_configuration_has_values_in_range() {
     run("config");
 }
 
 #[test]
-fn any_request_is_within_the_limits_exactly_if_the_model_says_so() {
+fn requests_and_model_agree_on_the_limits() {
     run("store_limits");
 }
 
 #[test]
-fn no_message_and_no_statistics_of_a_disk_process_end_the_supervisor() {
+fn no_message_or_statistics_of_a_disk_process_ends_the_supervisor() {
     run("disk_protocol");
 }
 
 /// The inputs of another version would be refused at their first field, and so would nearly all mutations of them.
 #[test]
-fn the_corpus_has_every_message_that_is_recorded_of_the_present_version() {
+fn the_corpus_has_every_recorded_message_of_the_current_version() {
     let corpus = corpus("disk_protocol");
     for (first, recording) in [
         (0, include_str!("../disk_protocol/recorded/from_disk.3.jsonl")),
@@ -168,7 +168,7 @@ fn every_target_has_a_fuzzer_and_a_corpus() {
 /// `make fuzz` builds with `--locked`, which a new dependency of genblk makes fail: copy Cargo.lock to fuzz/, and run
 /// `cargo metadata --manifest-path fuzz/Cargo.toml`.
 #[test]
-fn the_fuzzers_are_locked_to_the_dependencies_of_genblk() {
+fn the_fuzzers_lock_file_matches_the_dependencies_of_genblk() {
     let read = |path: &str| {
         let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(path);
         let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));

@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_is_a_line_and_then_a_count_each_second() {
+    fn a_flood_of_equal_lines_is_logged_as_one_line_and_a_count_each_second() {
         let (mut limiter, start) = (Limiter::default(), Instant::now());
         let mut lines = 0;
         for ms in 0..3000 {
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn no_flood_hides_a_line_of_another_device_statement_or_text() {
+    fn a_flood_suppresses_only_lines_of_its_own_kind() {
         let (mut limiter, now) = (Limiter::default(), Instant::now());
         let mut admit = |kind: LineKind, message| limiter.admit(kind, message, now);
         for _ in 0..1000 {
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_differ_are_bounded_too() {
+    fn a_flood_of_different_lines_is_bounded() {
         let (mut limiter, now) = (Limiter::default(), Instant::now());
         let admit = |n: u32| {
             let message = format!("d: the chain at descriptor {n} is broken");
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kind_that_goes_on_with_new_lines_is_written_once_a_second() {
+    fn a_message_with_varying_values_is_logged_once_a_second() {
         let (mut limiter, start) = (Limiter::default(), Instant::now());
         let mut written = 0;
         for second in 0..20 {
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_counted_is_told_at_the_end() {
+    fn counts_of_suppressed_lines_are_logged_at_the_end() {
         let (mut limiter, now) = (Limiter::default(), Instant::now());
         for _ in 0..5 {
             limiter.admit(kind(Level::Warn, "d: lost"), "d: lost", now);
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn events_that_follow_each_other_are_written_and_debug_lines_are_never_counted() {
+    fn a_few_equal_events_and_all_debug_lines_are_logged() {
         let (mut limiter, now) = (Limiter::default(), Instant::now());
         let mut written = |level, times| {
             let message = "d: front-end connected";

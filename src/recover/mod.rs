@@ -480,7 +480,7 @@ mod decision_tests {
     use super::*;
 
     #[test]
-    fn a_cache_is_restored_only_if_size_location_and_lifetime_are_as_configured() {
+    fn a_cache_is_restored_only_if_size_location_and_lifetime_match_the_configuration() {
         for survive in [Survive::Auto, Survive::Always, Survive::Never] {
             for found_at in [FoundAt::Configured, FoundAt::Elsewhere] {
                 for contents in [Contents::FittingCache, Contents::OtherCache] {

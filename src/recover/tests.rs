@@ -92,14 +92,14 @@ fn is_used(bug: Option<PlantedBug>, in_flight: bool, change: impl Fn(&World)) ->
 }
 
 #[test]
-fn a_cache_is_used_if_nothing_changed() {
+fn the_cache_of_an_unchanged_image_is_used() {
     for in_flight in [false, true] {
         assert!(is_used(None, in_flight, |_| {}));
     }
 }
 
 #[test]
-fn a_proof_that_does_not_compare_generations_is_found() {
+fn the_tests_catch_a_check_that_skips_the_generation() {
     // Another host has held the image, and has set the image's times back.
     let overtake = |world: &World| {
         let image = world.open();
@@ -115,7 +115,7 @@ fn a_proof_that_does_not_compare_generations_is_found() {
 }
 
 #[test]
-fn an_old_copy_of_a_cache_is_not_used_after_its_tenure_has_ended() {
+fn a_copy_of_a_cache_is_not_used_after_its_tenure_has_ended() {
     for (is_recorded, is_used) in [(true, false), (false, true)] {
         let world = World::new();
         world.live_and_die(SectorMask::ALL, true);
@@ -135,7 +135,7 @@ fn an_old_copy_of_a_cache_is_not_used_after_its_tenure_has_ended() {
 }
 
 #[test]
-fn a_proof_that_does_not_compare_change_tokens_is_found() {
+fn the_tests_catch_a_check_that_skips_the_change_token() {
     // No clean page of the cache covers the write.
     let write = |world: &World| world.image().write_all_at(&[7; 512], 20 * PAGE_BYTES).unwrap();
     assert!(!is_used(None, false, write));
@@ -143,7 +143,7 @@ fn a_proof_that_does_not_compare_change_tokens_is_found() {
 }
 
 #[test]
-fn a_proof_that_compares_no_sample_is_found() {
+fn the_tests_catch_a_check_that_skips_the_samples() {
     // The modification time could be one of the daemon's own writes.
     let write = |world: &World| {
         let file = world.image();
@@ -169,7 +169,7 @@ fn killed_without_clean_pages(in_flight: SectorSpan) -> World {
 }
 
 #[test]
-fn a_backup_restored_right_after_a_kill_is_noticed_by_pages_that_no_cache_holds() {
+fn samples_of_uncached_pages_reveal_a_backup_restored_after_a_kill() {
     let restore = |world: &World, bytes: u8| {
         let image = world.image();
         image.write_all_at(&[bytes; IMAGE_BYTES], 0).unwrap();
@@ -189,7 +189,7 @@ fn a_backup_restored_right_after_a_kill_is_noticed_by_pages_that_no_cache_holds(
 
 /// The page that was written last differs; all others that could be compared are equal.
 #[test]
-fn an_older_copy_that_is_equal_in_all_other_pages_is_noticed_by_the_last_write() {
+fn the_last_written_page_reveals_an_older_copy_of_the_image() {
     for (has_last_write, is_planted) in [(true, false), (false, false), (false, true)] {
         let world = World::new();
         world.image().write_all_at(&[5; IMAGE_BYTES], 0).unwrap();
@@ -215,7 +215,7 @@ fn an_older_copy_that_is_equal_in_all_other_pages_is_noticed_by_the_last_write()
 }
 
 #[test]
-fn the_ledger_has_the_last_two_witnesses_that_the_daemon_has_not_changed_since() {
+fn the_ledger_keeps_the_last_two_unchanged_witnesses() {
     let world = World::new();
     let image = world.open();
     let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
@@ -237,7 +237,7 @@ fn the_ledger_has_the_last_two_witnesses_that_the_daemon_has_not_changed_since()
 }
 
 #[test]
-fn what_the_daemon_itself_was_writing_when_it_died_is_no_change_by_others() {
+fn a_write_in_flight_at_the_daemons_death_is_no_foreign_change() {
     let (page, write) = (SectorSpan::new(0, 8), [9; 512]);
     let world = killed_without_clean_pages(page);
     world.image().write_all_at(&write, 0).unwrap();
@@ -248,7 +248,7 @@ fn what_the_daemon_itself_was_writing_when_it_died_is_no_change_by_others() {
 }
 
 #[test]
-fn a_clean_cache_of_a_changed_image_is_dropped() {
+fn a_clean_cache_of_a_changed_image_is_discarded() {
     let world = World::new();
     world.live_and_die(SectorMask::NONE, false);
     world.image().write_all_at(&[7; 512], 20 * PAGE_BYTES).unwrap();
@@ -256,7 +256,7 @@ fn a_clean_cache_of_a_changed_image_is_dropped() {
 }
 
 #[test]
-fn an_image_without_a_record_is_refused_as_one_with_a_record() {
+fn a_changed_image_is_refused_even_without_its_record() {
     let strip = |world: &World| crate::sys::xattr::remove(&world.image(), crate::tenure::record::ATTRIBUTE).unwrap();
     assert!(is_used(None, false, strip));
     assert!(!is_used(None, false, |world| {
@@ -361,7 +361,7 @@ impl NamedImage for SyncedImage {
 }
 
 #[test]
-fn what_the_last_daemon_may_have_discarded_is_synced_before_it_is_sampled() {
+fn a_possible_discard_of_the_last_daemon_is_synced_before_sampling() {
     for fails in [false, true] {
         let world = World::new();
         let image = world.open();
@@ -382,7 +382,7 @@ fn what_the_last_daemon_may_have_discarded_is_synced_before_it_is_sampled() {
 }
 
 #[test]
-fn a_cache_is_on_the_image_only_after_a_sync() {
+fn recovery_succeeds_only_if_its_sync_does() {
     for fails in [false, true] {
         let world = World::new();
         world.live_and_die(SectorMask::NONE, false);
@@ -396,7 +396,7 @@ fn a_cache_is_on_the_image_only_after_a_sync() {
 }
 
 #[test]
-fn what_was_written_since_is_not_zeroed_again() {
+fn recovery_does_not_zero_sectors_written_since() {
     let record = |page, first, count| FrameRecord {
         page: PageNo(page),
         valid: SectorMask::ALL,
@@ -411,7 +411,7 @@ fn what_was_written_since_is_not_zeroed_again() {
 }
 
 #[test]
-fn an_image_does_not_shrink_below_a_range_that_is_to_be_zeroed() {
+fn an_image_does_not_shrink_below_a_pending_zero() {
     let world = World::new();
     let image = world.open();
     let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
@@ -424,7 +424,7 @@ fn an_image_does_not_shrink_below_a_range_that_is_to_be_zeroed() {
 }
 
 #[test]
-fn a_cache_has_no_data_past_the_old_end_of_an_image_that_has_grown() {
+fn a_cache_holds_no_data_past_the_old_end_of_a_grown_image() {
     let world = World::new();
     let cut_at = (IMAGE_PAGES - 1) * PAGE_BYTES + 3 * SECTOR_BYTES;
     world.image().set_len(cut_at).unwrap();
@@ -446,7 +446,7 @@ fn a_cache_has_no_data_past_the_old_end_of_an_image_that_has_grown() {
 }
 
 #[test]
-fn recovery_writes_the_dirty_sectors_of_a_page_and_no_others() {
+fn recovery_writes_only_the_dirty_sectors_of_a_page() {
     let world = World::new();
     world.image().write_all_at(&[7; PAGE_SIZE], PAGE_BYTES).unwrap();
     world.live_and_die(SectorMask::run(2, 3), false);
@@ -462,7 +462,7 @@ fn recovery_writes_the_dirty_sectors_of_a_page_and_no_others() {
 
 /// The store has lost a discard: a page that was read since differs from the image.
 #[test]
-fn pages_of_a_range_that_was_discarded_are_not_compared() {
+fn pages_of_a_discarded_range_are_not_compared() {
     for is_noted in [false, true] {
         let world = World::new();
         let image = world.open();
@@ -492,7 +492,7 @@ fn pages_of_a_range_that_was_discarded_are_not_compared() {
 /// The image carries a record of a tenure before the cache's own. If that once was recorded, an older copy of the image
 /// was restored; if it never was, the record could not be written.
 #[test]
-fn a_record_of_an_earlier_tenure_shows_an_older_copy_if_the_own_one_was_recorded() {
+fn an_image_that_lost_the_record_of_the_caches_tenure_is_an_older_copy() {
     let world = World::new();
     let image = world.open();
     let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();

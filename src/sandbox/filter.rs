@@ -408,7 +408,7 @@ mod tests {
     ];
 
     #[test]
-    fn every_filter_compiles() {
+    fn every_seccomp_filter_compiles() {
         for kind in KINDS {
             assert!(program(kind).unwrap().len() > 50, "{kind:?}");
         }
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn no_filter_allows_a_call_that_reaches_beyond_the_process() {
+    fn no_seccomp_filter_allows_calls_that_reach_beyond_the_process() {
         let forbidden = [
             libc::SYS_execve,
             libc::SYS_execveat,

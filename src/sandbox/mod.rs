@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_without_a_sandbox_confines_no_thread() {
+    fn an_unsandboxed_process_confines_no_thread() {
         thread::spawn(|| {
             confine(ThreadKind::Memory);
             std::fs::read_to_string("/proc/thread-self/status").unwrap();

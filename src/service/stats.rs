@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_have_their_numbers_and_plurals() {
+    fn statistics_lines_have_the_right_numbers_and_plurals() {
         let stats = Stats {
             read_hit_pages: 3,
             read_miss_pages: 1,
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_that_did_nothing_divides_by_nothing() {
+    fn statistics_of_an_idle_cache_do_not_divide_by_zero() {
         let stats = Stats::default();
         assert!(reads(&stats).contains("0 pages, 0% hits"));
         assert!(writeback(&stats).contains("0 clusters of 0 KiB"));

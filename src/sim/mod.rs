@@ -176,20 +176,20 @@ fn random_seeds_keep_every_guarantee() {
 }
 
 #[test]
-fn every_witness_of_a_sync_is_on_the_disk_as_it_is_in_its_frame() {
+fn every_witness_of_a_sync_is_equal_on_the_disk_and_in_its_frame() {
     let witnesses = Kind::Plain.run_all(0..100).witnesses;
     assert!(witnesses > 100, "only {witnesses} witnesses");
 }
 
 #[test]
-fn a_server_that_is_restarted_loses_nothing_and_fails_nothing() {
+fn an_nbd_server_restart_loses_no_data_and_fails_no_request() {
     Kind::Restarts.run_all(0..FIXED_SEEDS / 4);
     let finds = |seed: &u64| Kind::Restarts.run(*seed, Some(PlantedBug::LostIsNotDoubted)).is_err();
     assert!((0..FIXED_SEEDS).any(|seed| finds(&seed)), "no seed finds a loss that is not repaired");
 }
 
 #[test]
-fn a_frozen_disk_does_not_change_and_is_what_a_flush_leaves() {
+fn a_frozen_image_is_unchanging_and_equals_the_flushed_state() {
     // In the last one, a Sync fails, and its daemon dies before the failure is reported to it.
     let counts = Kind::Freezes.run_all((0..FREEZE_SEEDS).chain([80_000_931]));
     assert!(counts.freezes > FREEZE_SEEDS, "only {} freezes", counts.freezes);
@@ -203,7 +203,7 @@ fn an_image_that_grows_and_shrinks_keeps_every_guarantee() {
 }
 
 #[test]
-fn a_cache_whose_size_changes_between_any_two_steps_keeps_every_guarantee() {
+fn a_cache_that_resizes_at_random_keeps_every_guarantee() {
     let counts = Kind::Sizes.run_all(0..SIZE_SEEDS);
     assert!(counts.resizes > 10 * SIZE_SEEDS && counts.moved_pages > SIZE_SEEDS, "too little happened: {counts:?}");
 }
@@ -211,7 +211,7 @@ fn a_cache_whose_size_changes_between_any_two_steps_keeps_every_guarantee() {
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from `GENBLK_SIM_FIRST` (1000) on; without these
 /// variables, nothing. The Makefile's target `sim` sets them.
 #[test]
-fn seeds_from_the_environment() {
+fn seeds_from_the_environment_keep_every_guarantee() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     for kind in Kind::ALL {
         if let Some(seed) = number("GENBLK_SIM_SEED") {

@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn error_numbers_map_to_the_fault_that_callers_act_on() {
+    fn each_errno_maps_to_its_fault() {
         let expected = [
             (libc::ENOSPC, Fault::NoSpace),
             (libc::EDQUOT, Fault::NoSpace),
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_file_lacks_since_it_has_shrunk_is_no_hole() {
+    fn a_map_past_the_end_of_a_truncated_file_fails() {
         let (path, image) = fragmented("shrunk", 8);
         let file = std::fs::File::options().write(true).open(&path).unwrap();
         file.set_len(3 * 4096).unwrap();

@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn each_format_has_a_bit_of_its_own() {
+    fn each_format_has_its_own_bit() {
         let other = [QCOW2, QCOW1, Packed { name: "bzip2", unpack: "" }];
         let bits = MAGICS.iter().map(|(_, _, format)| format.bit()).chain(other.map(Format::bit));
         assert_eq!(bits.fold(0, |all, bit| all | bit), (1 << NAMES.len()) - 1);
@@ -401,13 +401,13 @@ mod tests {
     }
 
     #[test]
-    fn a_luks_container_of_version_1_tells_where_its_data_begin() {
+    fn the_data_offset_of_a_luks_1_container_is_parsed() {
         let luks = file(4096, &[(0, b"LUKS\xba\xbe\0\x01"), (104, &4096u32.to_be_bytes())]);
         assert_eq!(found(&luks, &[]), Some(("LUKS", Some((1 << 30) - (2 << 20)))));
     }
 
     #[test]
-    fn a_fixed_vhd_and_a_dmg_are_recognised_by_their_end() {
+    fn a_fixed_vhd_and_a_dmg_are_recognised_by_their_footers() {
         let size = (10u64 << 30).to_be_bytes();
         let vhd = file(512, &[(0, b"conectix"), (48, &size), (63, &[2])]);
         assert_eq!(found(&[0; 4096], &vhd), Some(("VHD", Some(10 << 30))));
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn raw_disks_are_raw() {
+    fn raw_disks_match_no_format() {
         let boot = file(4096, &[(0, b"\xeb\x63\x90"), (510, &[0x55, 0xaa])]);
         let ext4 = file(4096, &[(1024 + 0x38, &[0x53, 0xef])]);
         let xfs = file(4096, &[(0, b"XFSB")]);
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_each_way_out() {
+    fn a_refused_format_is_reported_with_each_remedy() {
         let found = Found { format: QCOW2, virtual_bytes: Some(1 << 30) };
         let expected = "image /srv/my disk is a qcow2 image (virtual size 1073741824 bytes), and genblk serves raw \
                         images only: convert it with \"qemu-img convert -p -f qcow2 -O raw '/srv/my disk' '/srv/my \

@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_that_a_request_waits_for_runs_before_everything_that_was_queued_earlier() {
+    fn a_read_that_a_request_waits_for_overtakes_the_queue() {
         let changes = [OpKind::Sync, OpKind::Zero { unmap: Unmap::Forbidden }, OpKind::Discard, OpKind::Allocate];
         let mut queue = queue_of(changes.map(|op| request(op, Urgency::Demand)));
         queue.push(request(OpKind::Write, Urgency::Background));
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_leave_threads_for_reads() {
+    fn writes_never_occupy_every_thread() {
         let mut queue = queue_of((0..64).map(|_| request(OpKind::Write, Urgency::Background)));
         let running: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
         assert_eq!(running.len(), 4, "more writes may not run");
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_never_pauses_does_not_stop_the_write_back() {
+    fn continuous_reads_do_not_starve_write_back() {
         let mut queue =
             queue_of([request(OpKind::Write, Urgency::Background), request(OpKind::Read, Urgency::Background)]);
         let mut order = Vec::new();
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn the_operations_that_wait_are_counted_and_dropped() {
+    fn queued_operations_are_counted_and_can_be_dropped() {
         let mut queue = queue_of((0..64).map(|_| request(OpKind::Write, Urgency::Background)));
         queue.pop();
         assert_eq!(queue.len(), 63);

@@ -208,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_may_need_a_larger_alignment_than_blocks_but_no_larger_one_than_a_page() {
+    fn memory_alignment_may_exceed_the_block_size_but_not_a_page() {
         let supported = |block, memory| supported(Alignment { block, memory }, 8192 + 512);
         assert_eq!(supported(512, 4), Ok(Alignment { block: 512, memory: 512 }));
         assert_eq!(supported(512, 4096), Ok(Alignment { block: 512, memory: 4096 }));

@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn each_write_that_shows_a_format_is_noticed() {
+    fn each_write_of_a_format_header_is_recognised() {
         let mut known = known();
         assert_eq!(names(&known.apply(0, &sector(b"LUKS\xba\xbe\0\x02"), 64)), ["LUKS"]);
         assert_eq!(names(&known.apply(0, &sector(b"QFI\xfb\0\0\0\x03"), 64)), ["qcow2"], "another one in its place");
@@ -273,14 +273,14 @@ mod tests {
     }
 
     #[test]
-    fn a_format_that_a_later_sector_completes_is_noticed() {
+    fn a_format_completed_by_a_later_sector_is_recognised() {
         let mut known = known();
         assert!(known.apply(0, &[b'#'; SECTOR_SIZE], 64).is_empty());
         assert_eq!(names(&known.apply(1, &sector(b"\nversion=1\n"), 64)), ["VMDK"]);
     }
 
     #[test]
-    fn a_footer_in_the_last_sector_is_noticed() {
+    fn a_format_footer_in_the_last_sector_is_recognised() {
         let mut footer = sector(b"conectix");
         footer[63] = 2;
         let mut known = known();

@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_segment_has_a_buffer_only_if_one_chunk_holds_all_of_it() {
+    fn a_segment_uses_a_registered_buffer_only_within_one_chunk() {
         const MIB: usize = 1 << 20;
         let start = 7 * MIB;
         let fixed = RegisteredBuffers {

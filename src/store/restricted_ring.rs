@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_reads_its_image_and_no_other_descriptor() {
+    fn a_restricted_io_uring_reads_only_its_registered_image() {
         let Some((mut ring, file, _eventfd)) = ring() else { return };
         let mut byte = [7u8];
         let own = opcode::Read::new(IMAGE, byte.as_mut_ptr(), 1).build();
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_runs_no_operation_that_genblk_does_not_use() {
+    fn a_restricted_io_uring_refuses_unused_operations() {
         let Some((mut ring, _file, _eventfd)) = ring() else { return };
         let path = c"/etc/passwd".as_ptr();
         let entries = [
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_gets_no_further_file_and_no_wider_restriction() {
+    fn a_restricted_io_uring_accepts_no_new_files_or_restrictions() {
         let Some((ring, file, _eventfd)) = ring() else { return };
         let ring = ring.submitter();
         let refused = |result: io::Result<()>| result.unwrap_err().raw_os_error();

@@ -98,7 +98,7 @@ fn on_each(name: &str, test: impl Fn(&Arc<FileImage>, &Image, &str)) {
 }
 
 #[test]
-fn a_short_write_is_continued_until_the_image_has_all_of_it() {
+fn a_short_write_is_continued_until_complete() {
     on_each("write", |image, file, label| {
         let mut memory = Memory::pattern();
         let want = memory.0;
@@ -110,7 +110,7 @@ fn a_short_write_is_continued_until_the_image_has_all_of_it() {
 }
 
 #[test]
-fn a_short_read_is_continued_until_the_memory_has_all_of_it() {
+fn a_short_read_is_continued_until_complete() {
     on_each("read", |image, file, label| {
         let want = Memory::pattern();
         File::options().write(true).open(&file.0).unwrap().write_all_at(&want.0, 0).unwrap();
@@ -132,7 +132,7 @@ fn a_transfer_that_never_moves_a_whole_block_fails() {
 }
 
 #[test]
-fn a_write_beyond_the_end_of_an_image_that_was_truncated_fails_and_does_not_extend_it() {
+fn a_write_past_the_end_of_a_truncated_image_fails_without_extending_it() {
     on_each("truncated", |image, file, label| {
         let half = IMAGE_BYTES as u64 / 2;
         let truncated = File::options().write(true).open(&file.0).unwrap();
@@ -175,7 +175,7 @@ fn reads_of_the_thread_engine_do_not_wait_for_slow_writes() {
 }
 
 #[test]
-fn a_submission_that_the_kernel_refuses_is_tried_again_after_a_pause_and_not_without_end() {
+fn a_refused_submission_is_retried_a_bounded_number_of_times() {
     let file = Image::new("refused");
     let options = OpenOptions { engine: IoEngine::Uring, ..OpenOptions::default() };
     let image = FileImage::open(&file.0, &options).unwrap();
@@ -201,7 +201,7 @@ fn a_submission_that_the_kernel_refuses_is_tried_again_after_a_pause_and_not_wit
 
 /// A file system may take long to set an attribute: no worker waits for it, but the write that depends on it does.
 #[test]
-fn a_header_of_another_format_is_recorded_before_it_is_written_and_no_worker_waits_for_that() {
+fn a_format_header_is_recorded_before_it_is_written() {
     for engine in [IoEngine::Uring, IoEngine::Threads] {
         let file = Image::new("header");
         let image = FileImage::open(&file.0, &OpenOptions { engine, ..OpenOptions::default() }).unwrap();

@@ -404,7 +404,7 @@ mod tests {
 
     /// Whether the kernel cancels an operation depends on timing, so no test can wait for that.
     #[test]
-    fn an_operation_that_was_interrupted_or_cancelled_is_repeated_and_no_other() {
+    fn only_interrupted_or_cancelled_operations_are_repeated() {
         assert!([libc::EINTR, libc::EAGAIN, libc::ECANCELED].into_iter().all(is_to_be_repeated));
         let failures = [libc::EIO, libc::ENOSPC, libc::EOPNOTSUPP, libc::EINVAL, libc::ETIMEDOUT, libc::ENODEV];
         assert!(!failures.into_iter().any(is_to_be_repeated));

@@ -559,7 +559,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_is_the_same_if_only_its_age_has_changed() {
+    fn errors_that_differ_only_in_a_duration_are_equal() {
         assert!(is_same("in use for 5 s; try again", "in use for 12 s; try again"));
         assert!(!is_same("no such file", "permission denied"));
     }

@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_that_logs_without_end_is_read_to_its_end_and_its_lines_are_counted() {
+    fn excess_log_lines_of_a_process_are_counted() {
         let noise = "yes a line of the log | head -c 4000000 >&2";
         let mut child = Command::new("sh").args(["-c", noise]).stderr(Stdio::piped()).spawn().unwrap();
         let mut pipe = LogPipe::new("disk0", child.stderr.take().unwrap());
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_an_end_is_cut() {
+    fn an_endless_log_line_is_truncated() {
         let noise = "head -c 100000 /dev/zero >&2";
         let mut child = Command::new("sh").args(["-c", noise]).stderr(Stdio::piped()).spawn().unwrap();
         let mut pipe = LogPipe::new("disk0", child.stderr.take().unwrap());

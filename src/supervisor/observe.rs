@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn each_difference_is_an_event() {
+    fn each_change_of_a_devices_state_is_an_event() {
         let (mut observer, log, mut since) = (Observer::default(), EventLog::default(), 0);
         let mut record_changes = |devices: &[(&str, &Observed)]| {
             observer

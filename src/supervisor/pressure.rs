@@ -310,7 +310,7 @@ mod tests {
 
     /// Otherwise the next process of the disk would start with a size for which there is no memory.
     #[test]
-    fn a_size_that_a_process_refuses_does_not_stay_the_bound() {
+    fn a_refused_cache_size_does_not_become_the_bound() {
         let mut monitor = monitor();
         let current = CurrentConfig::new(&config());
         let refused = || DeviceReply::Refused { why: "no memory".to_owned() };

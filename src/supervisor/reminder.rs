@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_become_rarer_until_there_is_one_in_ten_minutes() {
+    fn reminder_intervals_grow_to_ten_minutes() {
         let mut reminder = Reminder::new();
         let due = |seconds: &u64| reminder.is_due(Duration::from_secs(*seconds));
         let seconds: Vec<u64> = (0..2500).filter(due).collect();
@@ -47,7 +47,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_that_is_seen_late_is_logged_once() {
+    fn a_wait_noticed_late_is_logged_once() {
         let mut reminder = Reminder::new();
         assert!(!reminder.was_due());
         assert!(reminder.is_due(Duration::from_secs(3600)) && reminder.was_due());

@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_until_the_burst_is_over_and_start_over_after_a_window() {
+    fn restart_pauses_grow_within_a_burst_and_reset_after_a_window() {
         let mut restarts = Restarts::new(5);
         let begin = Instant::now();
         let mut die_at = |seconds: u64| restarts.after_death(begin + Duration::from_secs(seconds));

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_others_may_have_written_is_set_aside_and_not_applied() {
+    fn a_runtime_file_writable_by_others_is_set_aside() {
         let scratch = Scratch::new("foreign");
         let (path, aside, other) =
             (scratch.file("runtime.toml"), scratch.file("runtime.toml.bad"), scratch.file("other"));
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_in_the_way_is_replaced_and_its_target_is_not_written() {
+    fn a_symlink_at_the_path_is_replaced_without_writing_its_target() {
         let scratch = Scratch::new("links");
         let target = scratch.file("target");
         fs::write(&target, "precious").unwrap();
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_holder_of_the_control_socket_writes_the_file_and_it_takes_over_what_another_one_answered() {
+    fn only_the_owner_of_the_control_socket_writes_the_runtime_file() {
         let scratch = Scratch::new("owner");
         let path = scratch.file("runtime.toml");
         let mut first = scratch.open();

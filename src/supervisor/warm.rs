@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn extents_are_rounded_to_pages_and_cut_at_the_most_bytes() {
+    fn extents_are_rounded_to_pages_and_limited_to_the_byte_budget() {
         let extents = [extent(4095, 2), extent(1 << 20, 8192), extent(0, 1)];
         assert_eq!(pages_of(&extents, 2 << 20, None), Ok(vec![(0, 2), (256, 2), (0, 1)]));
         assert_eq!(pages_of(&extents, 2 << 20, Some(3 * 4096)), Ok(vec![(0, 2), (256, 1)]));
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn every_wrong_extent_is_reported_and_only_the_first_ones_in_full() {
+    fn every_invalid_extent_is_counted_and_the_first_are_listed() {
         let extents = [extent(0, 4096), extent(4096, 0), extent(u64::MAX, 2), extent(8192, 4096)];
         let problems = pages_of(&extents, 8192, None).unwrap_err();
         assert_eq!(problems.len(), 3, "{problems:?}");

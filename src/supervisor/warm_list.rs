@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_is_read_as_it_was_written_and_only_for_its_image_and_tenure() {
+    fn a_warm_list_is_read_only_for_its_own_image_and_tenure() {
         let (image, extents) = (Path::new("/srv/a \"b\".img"), vec![(1, 3), (9, 2)]);
         let key = |key: &str| TenureKey(key.to_owned());
         let head = head_of(image, &key("tenure 7/ab"));
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_others_may_have_written_is_not_read() {
+    fn a_warm_list_writable_by_others_is_not_read() {
         let path = std::env::temp_dir().join(format!("genblk-warm-test-{}", std::process::id()));
         write(&path, "x").unwrap();
         assert_eq!(read(&path).unwrap(), "x");

@@ -117,13 +117,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn adjacent_pages_are_one_extent() {
+    fn adjacent_pages_form_one_extent() {
         assert_eq!(extents_of(vec![9, 1, 2, 3, 9, 10]), [(1, 3), (9, 2)]);
         assert_eq!(extents_of(Vec::new()), []);
     }
 
     #[test]
-    fn a_part_has_no_more_pages_and_extents_than_wanted() {
+    fn a_part_is_limited_in_pages_and_extents() {
         let mut left = vec![(9, 5), (0, 4)];
         assert_eq!(take_pages(&mut left, 6), [(0, 4), (9, 2)]);
         assert_eq!(take_pages(&mut left, 100), [(11, 3)]);

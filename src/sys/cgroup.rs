@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_version_2_counts_whether_it_is_the_groups_own_or_a_parents() {
+    fn a_cgroup_v2_limit_of_any_ancestor_counts() {
         let root = Root::new("v2");
         root.write("", &[]);
         root.write("a.slice", &[("memory.max", "1000000\n"), ("memory.current", "700000\n")]);
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_version_1_is_found_where_the_container_sees_it() {
+    fn a_cgroup_v1_limit_is_found_at_its_mount_in_the_container() {
         let root = Root::new("v1");
         root.write("", &[("memory.limit_in_bytes", "9223372036854771712\n"), ("memory.usage_in_bytes", "9\n")]);
         root.write("vm", &[("memory.limit_in_bytes", "4096\n"), ("memory.usage_in_bytes", "8192\n")]);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_high_of_every_parent_counts_and_pressure_is_that_of_the_own_group() {
+    fn memory_high_of_any_ancestor_counts_as_a_limit() {
         let root = Root::new("high");
         root.write("", &[("memory.pressure", "")]);
         let high = [("memory.high", "1000\n"), ("memory.current", "900\n"), ("memory.stat", "active_file 200\n")];
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_without_limits_has_none() {
+    fn a_process_outside_any_limited_cgroup_has_no_limit() {
         let root = Root::new("none");
         assert_eq!(memory_limits("0::/\n1:name=systemd:/x\n", &root.mount("/", "cgroup2", "rw")), []);
         assert_eq!(memory_limits("nonsense\n0::/gone/../..\n", "nonsense\n"), []);

@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_an_inherited_descriptor_is_taken_and_only_once() {
+    fn an_inherited_descriptor_is_taken_only_once() {
         let opened = File::open("/dev/null").unwrap();
         assert_eq!(take_inherited(opened.as_raw_fd()).unwrap_err().raw_os_error(), Some(libc::EBADF));
         let fd = opened.into_raw_fd();

@@ -177,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_write_to_a_full_eventfd_ends_although_it_blocks() {
+    fn a_blocking_write_to_a_full_eventfd_is_interrupted() {
         start_watchdog(|| {});
         let eventfd = EventFd::new(0).unwrap();
         eventfd.write(u64::MAX - 1).unwrap();

@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_user_is_found_by_its_name_with_its_groups() {
+    fn a_user_name_resolves_to_its_ids_and_groups() {
         let root = user_called("root").unwrap().unwrap();
         assert_eq!((root.uid, root.gid), (0, 0));
         assert!(root.groups.contains(&0), "{root:?}");
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_gives_up_its_capabilities() {
+    fn a_thread_drops_its_capabilities() {
         std::thread::spawn(|| {
             drop_capabilities().unwrap();
             let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();

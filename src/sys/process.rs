@@ -153,14 +153,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_is_found_by_its_name() {
+    fn a_group_name_resolves_to_its_id() {
         assert_eq!(group_id("root").unwrap(), Some(0));
         assert_eq!(group_id("no-such-group-of-genblk").unwrap(), None);
         assert!(group_id("a\0b").is_err());
     }
 
     #[test]
-    fn a_killed_process_that_was_not_reaped_is_dying() {
+    fn a_zombie_process_counts_as_dying() {
         assert!(!is_dying(std::process::id()));
         let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep can be started");
         assert!(!is_dying(child.id()));
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_has_a_name() {
+    fn a_process_id_resolves_to_its_name() {
         assert!(name_of(std::process::id()).is_some_and(|name| !name.is_empty() && !name.contains('\n')));
         assert_eq!(name_of(0), None);
     }

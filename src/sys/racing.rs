@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_address_can_be_prefetched() {
+    fn prefetching_an_invalid_address_is_harmless() {
         let mut target = [0; 128];
         let nowhere = std::ptr::without_provenance(usize::MAX - 70);
         // SAFETY: both arrays have 128 bytes.
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn exactly_the_given_bytes_are_copied_and_zeroed() {
+    fn copies_and_zeroing_touch_exactly_the_given_bytes() {
         let source: Vec<u8> = (0..=u8::MAX).cycle().take(5000).collect();
         for (first, len) in [(0, 0), (1, 1), (3, 7), (17, 64), (63, 513), (1, 4096), (100, 4500)] {
             let mut target = vec![0xee; 5000];

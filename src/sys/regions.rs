@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_belongs_to_the_range_that_was_noted() {
+    fn an_address_is_attributed_to_its_registered_range() {
         // Addresses that no mapping has.
         note(TruncatableMemory::Cache, &(16..32));
         note(TruncatableMemory::Inflight, &(32..40));

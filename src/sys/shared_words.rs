@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_one_mapping_stores_the_other_loads() {
+    fn two_mappings_of_the_words_share_their_contents() {
         let (writer, file) = SharedWords::create(8).unwrap();
         let reader = SharedWords::map(&file, 8).unwrap();
         writer.store(7, 42);
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_a_part_of_the_words() {
+    fn a_word_block_aliases_its_part_of_the_words() {
         let (words, _) = SharedWords::create(8).unwrap();
         let words = Arc::new(words);
         let block = WordBlock::<3>::new(&words, 5);

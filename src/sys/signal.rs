@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_gets_no_signal_from_its_start_on_and_its_parent_gets_them_again() {
+    fn only_the_spawned_thread_has_all_signals_blocked() {
         let before = blocked();
         let child = with_all_blocked(|| std::thread::spawn(blocked)).join().unwrap();
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1, libc::SIGALRM] {

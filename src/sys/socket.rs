@@ -251,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_keep_their_boundaries_and_their_descriptors() {
+    fn each_message_keeps_its_boundaries_and_descriptors() {
         let (ours, theirs) = message_pair().unwrap();
         let file = File::open("/dev/null").unwrap();
         send_with_files(&theirs, b"one", &[]).unwrap();
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_come_with_their_message_or_the_message_is_an_error() {
+    fn a_message_with_truncated_descriptors_is_an_error() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let file = File::open("/dev/null").unwrap();
         let send = |count: usize| {

@@ -100,7 +100,7 @@ mod tests {
     use crate::sys::poll::wait_readable;
 
     #[test]
-    fn the_listening_process_is_seen_to_live() {
+    fn a_live_listening_process_is_recognised() {
         let path = std::env::temp_dir().join(format!("genblk-peer-{}", std::process::id()));
         let listener = UnixListener::bind(&path).unwrap();
         let stream = UnixStream::connect(&path).unwrap();

@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_has_the_name_of_its_call() {
+    fn a_system_call_number_resolves_to_its_name() {
         assert_eq!(name_of(libc::SYS_ptrace), Some("ptrace"));
         assert_eq!(name_of(libc::SYS_io_uring_setup), Some("io_uring_setup"));
         assert_eq!(name_of(-1), None);

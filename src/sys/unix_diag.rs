@@ -125,7 +125,7 @@ mod tests {
     use crate::sys::process::effective_uid;
 
     #[test]
-    fn the_user_of_a_listener_is_told_without_a_connection_to_it() {
+    fn the_owner_of_a_listener_is_found_without_connecting() {
         let name = format!("genblk/diag-test/{}", std::process::id());
         assert_eq!(listener_of(name.as_bytes()).unwrap(), None);
         let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_ends_within_a_message_is_refused() {
+    fn a_truncated_netlink_message_is_refused() {
         let message = request();
         assert!(next_message(&message).is_some_and(|(kind, ..)| kind == SOCK_DIAG_BY_FAMILY));
         for len in 0..message.len() {

@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_has_bounded_length_and_whole_numbers() {
+    fn bounded_text_never_exceeds_its_capacity() {
         let mut text = BoundedText::<12>::EMPTY;
         text.push_number(0);
         text.push(b" ");

@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn this_host_has_a_boot_id() {
+    fn the_boot_id_of_this_host_is_readable() {
         assert_eq!(Boot::current().relation_to(Boot::current()), Relation::SameBoot);
     }
 }

@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_decoded_as_it_was_encoded() {
+    fn an_encoded_tenure_record_decodes_to_itself() {
         let odd = PathBuf::from(OsString::from_vec(b"/dev/shm/\xff a\nb".to_vec()));
         for state in TenureState::ALL {
             for cache in [CachePlace::Path(odd.clone()), CachePlace::FdStore("a-b".to_owned()), CachePlace::Memory] {
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_state_does_not_change_the_length() {
+    fn a_change_of_state_keeps_the_length_of_the_record() {
         let lengths = TenureState::ALL.map(|state| record(state, CachePlace::Memory).encode().len());
         assert!(lengths.iter().all(|&length| length == lengths[0]), "{lengths:?}");
         let long = CachePlace::Path(format!("/{}", "x".repeat(5000)).into());

@@ -201,13 +201,13 @@ mod tests {
     }
 
     #[test]
-    fn words_make_the_token_again() {
+    fn a_token_round_trips_through_its_words() {
         let token = ChangeToken { disk_sequence: 3, sectors_written: 4, ..TOKEN };
         assert_eq!(ChangeToken::from_words(token.words()), token);
     }
 
     #[test]
-    fn an_image_at_rest_is_unchanged_only_with_the_same_token() {
+    fn an_idle_image_is_unchanged_only_with_an_equal_token() {
         assert_eq!(AT_REST.judge(&TOKEN), ChangeVerdict::Unchanged);
         let written = ChangeToken { modified_ns: TOKEN.modified_ns + 1, changed_ns: TOKEN.changed_ns + 1, ..TOKEN };
         assert!(is_changed(&AT_REST.judge(&written)));
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn times_that_were_set_back_are_a_change() {
+    fn timestamps_set_back_are_a_change() {
         let restored = ChangeToken { modified_ns: 50 * SECOND, changed_ns: 200 * SECOND, ..TOKEN };
         assert!(is_changed(&AT_REST.judge(&restored)) && is_changed(&IN_FLIGHT.judge(&restored)));
         let rounded = ChangeToken { modified_ns: 100 * SECOND, changed_ns: 100 * SECOND, ..TOKEN };
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_modification_long_after_the_last_heartbeat_is_a_change_by_others() {
+    fn a_modification_long_after_the_last_heartbeat_is_foreign() {
         let at = |modified_ns| ChangeToken { modified_ns, changed_ns: modified_ns, ..TOKEN };
         assert_eq!(IN_FLIGHT.judge(&at(109 * SECOND)), ChangeVerdict::Plausible);
         assert_eq!(IN_FLIGHT.judge(&at(111 * SECOND)), ChangeVerdict::Plausible);
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn growth_alone_is_plausible_and_any_other_change_of_size_needs_a_sample() {
+    fn only_pure_growth_of_an_image_is_plausible_without_a_sample() {
         let grown = ChangeToken { size_bytes: 2 << 20, modified_ns: 200 * SECOND, changed_ns: 200 * SECOND, ..TOKEN };
         assert_eq!(AT_REST.judge(&grown), ChangeVerdict::Plausible);
         assert!(is_unknown(&IN_FLIGHT.judge(&grown)));
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn sectors_that_others_wrote_to_a_device_are_a_change() {
+    fn a_foreign_sector_count_of_a_device_is_a_change() {
         let token = ChangeToken { size_bytes: 1 << 20, disk_sequence: 9, sectors_written: 101, ..Default::default() };
         let wrote = LastSeen { token, is_at_rest: false, served_bytes: 0, heartbeat_ns: 5, changed_bytes: 4096 };
         let after = |sectors_written| ChangeToken { sectors_written, ..token };

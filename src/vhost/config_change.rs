@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_is_told_until_the_front_end_has_read_it_and_never_waits() {
+    fn a_config_change_is_announced_until_the_front_end_reads_it() {
         let change = ConfigChange::default();
         change.begin_session();
         let (ours, mut front_end) = UnixStream::pair().expect("a pair of sockets");

@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_ring_has_a_part_of_its_own_whatever_its_size() {
+    fn each_ring_has_its_own_part_of_the_inflight_region() {
         let inflight = Inflight::default();
         let payload = [[0xff; 16].as_slice(), &2u16.to_le_bytes(), &256u16.to_le_bytes()].concat();
         let request = FrontendReq::GET_INFLIGHT_FD as u32;

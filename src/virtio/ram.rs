@@ -116,7 +116,7 @@ mod tests {
 
     /// At every border of a region, for every relevant length.
     #[test]
-    fn a_slice_is_what_vm_memory_finds() {
+    fn guest_slices_agree_with_vm_memory() {
         let mem = ram();
         let borders = [0, SEAM, HOLE, HIGH, END, u64::MAX];
         let around = |border: u64| [-9i64, -8, -1, 0, 1, 8].map(|by| border.wrapping_add_signed(by));
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_blank_until_the_guest_writes_to_its_start() {
+    fn guest_memory_is_blank_until_its_start_is_written() {
         let mem = ram();
         assert!(mem.is_blank(usize::MAX) && mem.is_blank(0));
         mem.write_obj(1u8, GuestAddress(HIGH + 4095)).unwrap();

@@ -94,7 +94,7 @@ fn every_legal_layout_is_served() {
 /// Header and data of a write, or data and status of a read, may share a descriptor: the device must not make
 /// assumptions about message framing (virtio 1.2, section 2.7.4).
 #[test]
-fn descriptors_may_span_the_parts_of_a_request() {
+fn descriptors_may_cross_header_data_and_status() {
     const DATA_BYTES: u32 = SECTOR_BYTES as u32;
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -348,7 +348,7 @@ const HOSTILE: &[Hostile] = &[
 
 /// A hostile chain may never complete, but the disk is unchanged, and the next front-end is served.
 #[test]
-fn hostile_chains_change_no_data_and_disturb_no_other_front_end() {
+fn hostile_chains_corrupt_no_data() {
     let mut daemon = start();
     let before = pattern(5, 0, 4096);
     Session::open(&daemon.socket(), &SessionOptions::default()).write(0, &before);
@@ -374,7 +374,7 @@ fn hostile_chains_change_no_data_and_disturb_no_other_front_end() {
 /// A valid request with empty descriptors between its parts. The device may serve or fail it, but the
 /// status must tell which.
 #[test]
-fn empty_descriptors_are_served_or_rejected() {
+fn zero_length_descriptors_are_served_or_rejected() {
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let (old, new) = (pattern(1, 0, 4096), pattern(2, 0, 4096));
@@ -417,7 +417,7 @@ fn the_daemon_survives_an_indirect_table_of_4_gib() {
 
 /// A guest's memory may be shared in part, and a driver may be faulty: such a chain fails alone.
 #[test]
-fn a_chain_that_no_status_can_complete_does_not_stop_its_ring() {
+fn a_chain_without_a_usable_status_byte_does_not_stop_its_ring() {
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let old = pattern(1, 0, 4096);

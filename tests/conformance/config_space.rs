@@ -30,7 +30,7 @@ fn fresh_config(daemon: &Daemon) -> Vec<u8> {
 }
 
 #[test]
-fn every_offset_and_size_is_honoured() {
+fn config_reads_of_every_offset_and_size_are_correct() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let whole = session.config(0, CONFIG_BYTES);
@@ -47,7 +47,7 @@ fn every_offset_and_size_is_honoured() {
 /// Reads that start inside the configuration and end after it, that start after it, or that use the offset of the PCI
 /// configuration window as old versions of cloud-hypervisor do (T7, T14).
 #[test]
-fn the_daemon_survives_reads_past_the_end() {
+fn config_reads_past_the_end_do_not_stop_the_daemon() {
     /// Size of the largest configuration that virtio 1.2 defines. Bytes between ours and this may have any value.
     const CONFIG_BYTES_MAX: usize = 96;
     const LEGACY_WINDOW: u32 = 0x100;
@@ -185,7 +185,7 @@ fn a_front_end_that_reads_the_cache_mode_after_a_reset_gets_the_default() {
 
 /// Front-ends may repeat SET_FEATURES while the device runs (QEMU does for dirty logging).
 #[test]
-fn repeated_features_do_not_change_the_mode_that_the_guest_chose() {
+fn repeated_set_features_keeps_the_guests_cache_mode() {
     let options = DaemonOptions { cache_mode: "writethrough", ..DaemonOptions::default() };
     let daemon = Daemon::start("repeated", IMAGE_BYTES, &options);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());

@@ -113,7 +113,7 @@ fn resubmitted_requests_complete_once_and_in_order() {
 /// The used ring and the region decide where a ring resumes, not the front-end's base: QEMU sends the used index of the
 /// moment when the connection broke, cloud-hypervisor the available index.
 #[test]
-fn a_ring_resumes_after_the_completed_requests_whatever_base_is_set() {
+fn a_ring_resumes_after_its_completed_requests_for_any_base() {
     for base in [0, 1, 4] {
         let daemon = start();
         let (mut session, region, file) = session_with_region(&daemon);
@@ -157,7 +157,7 @@ fn a_ring_with_an_inflight_region_stops_and_resumes() {
 
 /// Replies come in the order of the messages, although different parts of the daemon send them.
 #[test]
-fn the_reply_with_the_inflight_region_keeps_its_order() {
+fn replies_stay_in_order_around_the_inflight_region() {
     let daemon = start();
     let session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
     let message = |number: u32, body: &[u8]| {

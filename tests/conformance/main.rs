@@ -11,7 +11,7 @@
 //! | T4 read-only disks take discards and write-zeroes | `requests::a_read_only_disk_rejects_every_write` |
 //! | T5 a write-back cache for a driver without FLUSH | `config_space::a_driver_that_cannot_flush_gets_write_through` |
 //! | T6 CONFIG_WCE has no effect | `config_space::write_through_takes_effect_as_soon_as_it_is_set` |
-//! | T7 GET_CONFIG ignores the offset | `config_space::every_offset_and_size_is_honoured` |
+//! | T7 GET_CONFIG ignores the offset | `config_space::config_reads_of_every_offset_and_size_are_correct` |
 //! | T8 short reads and writes count as success | `src/store/tests.rs` |
 //! | T9 GET_ID without data crashes the device | `requests::a_serial_is_padded_and_never_overruns_its_buffer` |
 //! | T10 the used length is always 0 | `requests::the_used_length_counts_what_was_written` |
@@ -20,7 +20,7 @@
 //! | T13 a memory change breaks running rings | `memory::a_new_memory_table_does_not_disturb_requests_in_flight` |
 //! | T14 GET_ID and GET_CONFIG leave old bytes | the tests of T9 and T7 |
 //! | T15 GET_VRING_BASE replies before requests complete | `rings::a_stopped_ring_has_nothing_in_flight_and_resumes` |
-//! | T16 a crash of the front-end leaks resources | `sessions::front_ends_that_crash_leak_nothing` |
+//! | T16 a crash of the front-end leaks resources | `sessions::crashed_front_ends_leak_no_descriptors` |
 //! | T17 writeback reads 0 while writes are volatile | `config_space::a_driver_that_cannot_flush_gets_write_through` |
 //! | T18 direct descriptors before an indirect one fail | `chains::every_legal_layout_is_served` |
 //! | T19 rejected messages are acknowledged | `memory::rejected_messages_are_not_acknowledged` |

@@ -117,7 +117,7 @@ fn memory_regions_can_be_added_and_removed() {
 
 /// A driver's own memory may be in a region that is shared late.
 #[test]
-fn a_chain_in_memory_that_is_not_shared_completes_once_it_is() {
+fn a_chain_in_unshared_memory_completes_once_it_is_shared() {
     let daemon = start();
     let mut session = open_with_two_of_three_regions(&daemon);
     let third = session.memory.region_info(session.memory.regions()[2]);
@@ -141,7 +141,7 @@ fn a_chain_in_memory_that_is_not_shared_completes_once_it_is() {
 
 /// The page is not in the cache, so the write would have brought all of its bytes.
 #[test]
-fn a_write_from_memory_that_is_not_shared_fails_and_the_image_keeps_its_bytes() {
+fn a_write_from_unshared_memory_fails_without_changing_the_image() {
     let directory = TempDir::new("not-shared");
     let bytes = pattern(3, 0, 4096);
     let image = File::create(directory.path().join("image")).expect("an image");
@@ -180,7 +180,7 @@ fn a_ring_resumes_when_its_memory_is_added_again() {
 }
 
 #[test]
-fn a_ring_set_up_before_its_memory_runs_once_the_memory_is_shared() {
+fn a_ring_set_up_before_its_memory_starts_when_the_memory_is_shared() {
     let daemon = start();
     let features = SessionOptions::default().features;
     let mut session = Session::negotiate_with(&daemon.socket(), features, three_regions());
@@ -406,7 +406,7 @@ const REJECTED: &[(&str, Rejected)] = &[
 
 /// GET_MAX_MEM_SLOTS says how many regions there may be.
 #[test]
-fn there_are_no_more_memory_regions_than_slots() {
+fn no_more_memory_regions_than_slots_are_accepted() {
     let daemon = start();
     let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
     let slots = session.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS");

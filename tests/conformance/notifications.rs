@@ -222,7 +222,7 @@ fn a_full_blocking_call_descriptor_does_not_block_the_worker() {
 
 /// An interrupt is a write of eight bytes, which must not go to whatever file a front-end passes.
 #[test]
-fn a_file_as_call_descriptor_is_not_written_to() {
+fn a_regular_file_as_call_descriptor_is_not_written() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let file = TempFile::new().expect("a file can be created").into_file();
@@ -239,7 +239,7 @@ fn a_file_as_call_descriptor_is_not_written_to() {
 
 /// VMMs replace the descriptor of a running ring, for example when the guest masks its interrupt.
 #[test]
-fn a_running_ring_interrupts_through_the_call_descriptor_that_was_set_last() {
+fn a_replaced_call_descriptor_gets_the_interrupts_of_a_running_ring() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(0, &pattern(1, 0, 512));

@@ -187,7 +187,7 @@ fn a_discard_changes_nothing_outside_its_range() {
 
 /// fstrim frees all free space at a time. The daemon executes a large discard in parts.
 #[test]
-fn a_discard_may_be_as_large_as_the_disk_says() {
+fn a_discard_of_the_advertised_maximum_succeeds() {
     const DISK_BYTES: u64 = 4 << 30;
     let daemon = Daemon::start("requests", DISK_BYTES, &DaemonOptions::default());
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());

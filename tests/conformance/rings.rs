@@ -116,7 +116,7 @@ fn a_ring_starts_at_any_base() {
 
 /// A front-end that sets the base of a ring that runs gets a ring that runs from there.
 #[test]
-fn a_base_that_is_set_while_a_ring_runs_takes_effect() {
+fn a_base_set_while_a_ring_runs_takes_effect() {
     let daemon = start(1);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.submit(0, VIRTIO_BLK_T_OUT, 0, Payload::Send(&pattern(1, 0, 512)));
@@ -304,7 +304,7 @@ fn the_daemon_survives_a_ring_outside_memory() {
 
 /// The used ring over the available one, and over the descriptor table: what the device writes would be what it reads.
 #[test]
-fn rings_that_overlap_are_not_served_and_the_log_says_so() {
+fn overlapping_rings_are_refused_with_a_log_line() {
     let mut daemon = start(1);
     for over in ["available ring", "descriptor table"] {
         let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());

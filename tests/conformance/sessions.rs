@@ -99,7 +99,7 @@ fn protocol_features_that_were_not_offered_have_no_effect() {
 /// T16. Fifty front-ends crash with requests in flight. The next one is served like the first, and the daemon leaks no
 /// file descriptor.
 #[test]
-fn front_ends_that_crash_leak_nothing() {
+fn crashed_front_ends_leak_no_descriptors() {
     const FRONT_ENDS: u64 = 50;
     /// By then the daemon has opened all descriptors that it keeps.
     const WARM_UP: u64 = 5;

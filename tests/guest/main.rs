@@ -178,7 +178,7 @@ fn a_cloud_hypervisor_guest_survives_kills_of_its_daemon() {
 }
 
 #[test]
-fn a_read_only_disk_can_be_read_and_not_written() {
+fn a_guest_can_read_but_not_write_a_read_only_disk() {
     let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new("readonly");
@@ -283,7 +283,7 @@ fn cloud_hypervisor_and_qemu_read_the_same_disk() {
 }
 
 #[test]
-fn a_running_guest_sees_that_its_disk_has_grown_and_uses_the_new_end() {
+fn a_running_guest_uses_its_grown_disk() {
     let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new("grow");

@@ -35,7 +35,7 @@ fn reconnect(session: Session, daemon: &Daemon) -> Session {
 }
 
 #[test]
-fn a_disk_process_that_is_killed_gets_new_connections_and_loses_no_data() {
+fn a_killed_disk_process_reconnects_without_data_loss() {
     let Some((mut daemon, _server)) = start("nbd-die", "nbd_quarantine_ms = 300\nworkers = 2") else { return };
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     for round in 0..3 {
@@ -52,7 +52,7 @@ fn a_disk_process_that_is_killed_gets_new_connections_and_loses_no_data() {
 }
 
 #[test]
-fn a_disk_process_that_starts_while_its_server_is_away_waits_for_it() {
+fn a_disk_process_waits_for_an_absent_server_at_start() {
     let Some((mut daemon, mut server)) = start("nbd-away", "nbd_quarantine_ms = 300") else { return };
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let bytes = pattern(1, 64, 4096);
@@ -75,7 +75,7 @@ fn a_disk_process_that_starts_while_its_server_is_away_waits_for_it() {
 }
 
 #[test]
-fn after_the_death_of_a_disk_process_its_writes_are_quarantined() {
+fn writes_of_a_dead_disk_process_are_quarantined() {
     let Some((mut daemon, _server)) = start("nbd-quarantine", "nbd_quarantine_ms = 1500") else { return };
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(64, &pattern(1, 64, 4096));
@@ -113,7 +113,7 @@ fn a_second_daemon_on_one_host_does_not_write_to_the_same_export() {
 }
 
 #[test]
-fn a_killed_supervisor_leaves_the_export_to_the_next_daemon_without_a_loss() {
+fn killing_the_supervisor_of_an_export_loses_no_data() {
     let Some((mut daemon, _server)) = start("nbd-orphan", "nbd_quarantine_ms = 300") else { return };
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(0, &pattern(7, 0, 4096));
@@ -150,7 +150,7 @@ fn take_over_sets_the_cache_of_an_export_aside() {
 }
 
 #[test]
-fn an_export_is_served_by_a_daemon_of_one_process_too() {
+fn a_single_process_daemon_serves_an_export() {
     let directory = directory_with_image("nbd-one");
     let image = image_of(&directory);
     let Some(mut server) = NbdServer::nbdkit(&socket_of(&directory), &["file", image.to_str().unwrap()]) else {

@@ -79,7 +79,7 @@ fn check_image(shadow: &Shadow, path: &Path) {
 }
 
 #[test]
-fn a_server_that_is_killed_and_forgets_costs_time_and_no_data() {
+fn a_server_crash_that_drops_its_write_cache_loses_no_data() {
     let directory = directory_with_image("nbd-killed");
     let image = image_of(&directory);
     let Some(mut server) = NbdServer::forgetful(&socket_of(&directory), &image) else { return };
@@ -102,7 +102,7 @@ fn a_server_that_is_killed_and_forgets_costs_time_and_no_data() {
 }
 
 #[test]
-fn a_killed_qemu_nbd_costs_time_and_no_data() {
+fn killing_qemu_nbd_delays_requests_without_data_loss() {
     let directory = directory_with_image("nbd-qemu");
     let image = image_of(&directory);
     let shown = image.to_str().unwrap();
@@ -122,7 +122,7 @@ fn a_killed_qemu_nbd_costs_time_and_no_data() {
 }
 
 #[test]
-fn a_stopped_server_is_waited_for_on_the_same_connection() {
+fn requests_wait_for_a_stopped_server_on_the_same_connection() {
     let directory = directory_with_image("nbd-stopped");
     let Some(server) = NbdServer::forgetful(&socket_of(&directory), &image_of(&directory)) else { return };
     let mut daemon = Daemon::start_configured(directory, &[&device(&server, "")]);
@@ -138,7 +138,7 @@ fn a_stopped_server_is_waited_for_on_the_same_connection() {
 }
 
 #[test]
-fn a_server_that_stays_away_fails_requests_after_the_time_to_give_up_and_the_cache_is_kept() {
+fn requests_to_an_absent_server_fail_after_the_give_up_time() {
     let directory = directory_with_image("nbd-gone");
     let image = image_of(&directory);
     let Some(mut server) = NbdServer::nbdkit(&socket_of(&directory), &["file", image.to_str().unwrap()]) else {
@@ -198,17 +198,17 @@ fn check_failing_writes(name: &str, error: &str, words: &str) {
 }
 
 #[test]
-fn an_io_error_of_a_server_fails_the_flush_and_heals() {
+fn an_io_error_of_a_server_fails_the_flush_until_it_is_gone() {
     check_failing_writes("nbd-eio", "EIO", "I/O error");
 }
 
 #[test]
-fn a_full_server_fails_the_flush_and_heals() {
+fn a_server_without_space_fails_the_flush_until_it_has_space() {
     check_failing_writes("nbd-enospc", "ENOSPC", "no space");
 }
 
 #[test]
-fn random_io_over_a_slow_server_with_small_blocks_is_right() {
+fn random_io_over_a_slow_server_with_small_blocks_reads_back() {
     let directory = directory_with_image("nbd-slow");
     let image = image_of(&directory);
     let (delay, policy) = (["--filter=delay", "--filter=blocksize-policy"], "blocksize-maximum=64K");
@@ -239,7 +239,7 @@ fn refusal(directory: &TempDir, image: &str, keys: &str) -> String {
 }
 
 #[test]
-fn an_export_without_flush_is_refused_for_writing_unless_nbd_flush_is_none() {
+fn an_export_without_flush_is_writable_only_with_nbd_flush_none() {
     let directory = TempDir::new("nbd-noflush");
     let size = format!("get_size=echo {IMAGE_BYTES}");
     let zeros = "pread=dd if=/dev/zero bs=$3 count=1 2>/dev/null";
@@ -256,7 +256,7 @@ fn an_export_without_flush_is_refused_for_writing_unless_nbd_flush_is_none() {
 }
 
 #[test]
-fn an_export_that_may_only_be_read_is_refused_for_writing_and_served_read_only() {
+fn a_read_only_export_is_served_only_read_only() {
     let directory = directory_with_image("nbd-readonly");
     let image = image_of(&directory);
     let arguments = ["-r", "file", image.to_str().unwrap()];
@@ -271,7 +271,7 @@ fn an_export_that_may_only_be_read_is_refused_for_writing_and_served_read_only()
 }
 
 #[test]
-fn several_workers_need_a_server_whose_flush_covers_all_connections() {
+fn several_workers_require_a_server_with_can_multi_conn() {
     let directory = directory_with_image("nbd-multi");
     let image = image_of(&directory);
     let arguments = ["--filter=multi-conn", "file", image.to_str().unwrap(), "multi-conn-mode=disable"];
@@ -295,7 +295,7 @@ fn a_missing_server_and_a_missing_export_are_named() {
 }
 
 #[test]
-fn an_export_that_comes_back_smaller_is_refused_with_an_error() {
+fn an_export_that_returns_smaller_is_refused() {
     let directory = directory_with_image("nbd-smaller");
     let image = image_of(&directory);
     let shown = image.to_str().unwrap().to_owned();
@@ -316,7 +316,7 @@ fn an_export_that_comes_back_smaller_is_refused_with_an_error() {
 }
 
 #[test]
-fn an_export_that_is_missing_when_its_server_comes_back_is_waited_for() {
+fn requests_wait_for_an_export_missing_after_a_server_restart() {
     let directory = directory_with_image("nbd-renamed");
     let image = image_of(&directory);
     let arguments = |export| ["-k", "SOCKET", "-t", "-f", "raw", "-e", "4", "-x", export, image.to_str().unwrap()];
@@ -340,7 +340,7 @@ fn an_export_that_is_missing_when_its_server_comes_back_is_waited_for() {
 }
 
 #[test]
-fn an_export_that_comes_back_larger_is_served_on() {
+fn an_export_that_returns_larger_is_still_served() {
     let directory = directory_with_image("nbd-larger");
     let image = image_of(&directory);
     let shown = image.to_str().unwrap().to_owned();
@@ -378,7 +378,7 @@ fn died_with_dirty_pages(name: &str) -> Option<(Daemon, NbdServer, Vec<u8>)> {
 }
 
 #[test]
-fn the_next_daemon_finds_the_cache_of_an_export_and_loses_nothing() {
+fn the_cache_of_an_export_survives_a_kill_of_the_daemon() {
     let Some((mut daemon, _server, bytes)) = died_with_dirty_pages("nbd-adopted") else { return };
     daemon.restart();
     daemon.await_log("restored");
@@ -391,7 +391,7 @@ fn the_next_daemon_finds_the_cache_of_an_export_and_loses_nothing() {
 }
 
 #[test]
-fn a_cache_of_an_export_that_has_changed_since_is_refused() {
+fn a_dirty_cache_of_a_changed_export_is_refused() {
     let Some((mut daemon, server, _)) = died_with_dirty_pages("nbd-changed") else { return };
     let image = File::options().write(true).open(daemon.image()).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&image, &[0xaa; 4096], 0).unwrap();
@@ -432,7 +432,7 @@ fn check_examines_an_export() {
 }
 
 #[test]
-fn a_server_restarted_without_end_serves_in_between() {
+fn requests_complete_between_constant_server_restarts() {
     let directory = directory_with_image("nbd-flapping");
     let image = image_of(&directory);
     let Some(mut server) = NbdServer::forgetful(&socket_of(&directory), &image) else { return };

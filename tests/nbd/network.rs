@@ -104,7 +104,7 @@ impl Drop for Network {
 }
 
 #[test]
-fn a_network_that_is_cut_for_a_moment_costs_time_and_not_even_the_connection() {
+fn a_short_network_outage_keeps_the_connection() {
     let directory = directory_with_image("nbd-blink");
     let Some(network) = Network::start("blink", &directory) else { return };
     let mut daemon = network.daemon(directory, "");
@@ -126,7 +126,7 @@ fn a_network_that_is_cut_for_a_moment_costs_time_and_not_even_the_connection() {
 }
 
 #[test]
-fn a_network_that_is_cut_for_long_costs_a_connection_and_no_data() {
+fn a_long_network_outage_costs_the_connection_but_no_data() {
     let directory = directory_with_image("nbd-cut");
     let Some(network) = Network::start("cut", &directory) else { return };
     // Write-back is in flight when the network is cut.
@@ -151,7 +151,7 @@ fn a_network_that_is_cut_for_long_costs_a_connection_and_no_data() {
 }
 
 #[test]
-fn an_idle_connection_that_the_network_has_lost_is_noticed_and_replaced() {
+fn a_lost_idle_connection_is_replaced() {
     let directory = directory_with_image("nbd-idle");
     let Some(network) = Network::start("idle", &directory) else { return };
     let mut daemon = network.daemon(directory, "nbd_quarantine_ms = 200");

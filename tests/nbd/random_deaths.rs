@@ -15,7 +15,7 @@ use super::{device, directory_with_image, image_of, socket_of};
 /// Sectors that the guest uses.
 const SECTORS: u64 = 16_384;
 /// The test that runs the server.
-const SERVER: &str = "random_deaths::the_server_of_this_test";
+const SERVER: &str = "random_deaths::runs_the_nbd_server_if_requested";
 const KEYS: &str = "num_queues = 4\nworkers = 2\nrestart_burst = 1000\nnbd_quarantine_ms = 100\n\
                     cache.dirty_age_max_ms = 200";
 
@@ -31,12 +31,12 @@ fn replace(daemon: &mut Daemon, guest: &mut Guest, signal: i32, between: impl Fn
 
 /// The server, in a process of its own; without its variables this does nothing.
 #[test]
-fn the_server_of_this_test() {
+fn runs_the_nbd_server_if_requested() {
     serve_if_requested();
 }
 
 #[test]
-fn deaths_of_server_disk_process_and_daemon_in_any_order_lose_no_data() {
+fn random_kills_of_server_disk_process_and_daemon_lose_no_data() {
     let events = std::env::var("GENBLK_EVENTS").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
     let seed = seed(26);
     let mut prng = Prng::new(seed);

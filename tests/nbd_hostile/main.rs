@@ -53,7 +53,7 @@ fn once(
 }
 
 #[test]
-fn replies_that_break_the_protocol_cost_the_connection_and_no_operation() {
+fn invalid_replies_cost_the_connection_but_no_operation() {
     let cases: Vec<(&str, Box<Answer>)> = vec![
         ("garbage", Box::new(|_| Act::Send(vec![0x5a; 64]))),
         ("nothing but the end", Box::new(|_| Act::SendAndClose(Vec::new()))),
@@ -123,7 +123,7 @@ fn replies_that_break_the_protocol_cost_the_connection_and_no_operation() {
 }
 
 #[test]
-fn replies_in_single_bytes_are_put_together() {
+fn replies_split_into_single_bytes_are_reassembled() {
     let socket = socket_named("nbd-dribble");
     let server = FakeServer::start(&socket, SIZE, |_| Act::Dribble);
     let image = open(&server, NbdOptions::default());
@@ -135,7 +135,7 @@ fn replies_in_single_bytes_are_put_together() {
 }
 
 #[test]
-fn errors_of_a_server_are_those_of_the_operation() {
+fn server_errors_become_the_errors_of_their_operations() {
     let socket = socket_named("nbd-errors");
     for (error, fault) in [
         (5, Fault::Media),
@@ -181,7 +181,7 @@ fn newest_after_a_zombie_write(name: &str, quarantine: Duration) -> (u8, Duratio
 }
 
 #[test]
-fn a_write_that_a_dead_connection_still_carries_out_overtakes_no_newer_one() {
+fn a_late_write_of_a_dead_connection_overtakes_no_newer_one() {
     let (newest, _) = newest_after_a_zombie_write("nbd-zombie-none", Duration::ZERO);
     assert_eq!(newest, 1, "without a quarantine the zombie wins, or this test proves nothing");
     let quarantine = Duration::from_millis(1200);
@@ -192,7 +192,7 @@ fn a_write_that_a_dead_connection_still_carries_out_overtakes_no_newer_one() {
 
 /// As nbdkit's cache filter, which describes the file below its write cache.
 #[test]
-fn a_map_that_calls_a_hole_what_was_written_and_not_flushed_is_not_believed() {
+fn a_map_that_reports_unflushed_writes_as_a_hole_is_overruled() {
     let socket = socket_named("nbd-map");
     let is_hole = |request: Request| match request.command {
         BLOCK_STATUS => Act::Send(chunk(1, 5, request.cookie, &[1u32, request.len, 3].map(u32::to_be_bytes).concat())),
@@ -214,7 +214,7 @@ fn a_map_that_calls_a_hole_what_was_written_and_not_flushed_is_not_believed() {
 }
 
 #[test]
-fn a_server_that_never_replies_blocks_no_call() {
+fn a_silent_server_blocks_no_call() {
     let socket = socket_named("nbd-silent");
     let ignore = |request: Request| if is_write(&request) { Act::Ignore } else { Act::Serve };
     let server = FakeServer::start(&socket, SIZE, ignore);
@@ -235,7 +235,7 @@ fn a_server_that_never_replies_blocks_no_call() {
 }
 
 #[test]
-fn a_smaller_export_ends_the_image_and_fails_everything() {
+fn an_export_that_shrank_fails_all_operations() {
     let socket = socket_named("nbd-shrunk");
     let server = FakeServer::start(&socket, SIZE, once(is_read, |_| Act::SendAndClose(vec![])));
     *server.size_later.lock().unwrap() = SIZE / 2;

@@ -154,7 +154,7 @@ impl DerefMut for Served {
 }
 
 #[test]
-fn sigterm_ends_the_other_disks_and_a_second_one_ends_the_wait() {
+fn a_second_sigterm_ends_the_wait_for_a_hanging_disk() {
     let Some(mut ward) = Ward::new("") else { return };
     let mut daemon = ward.start(&["sick", "good1", "good2"]);
     let session = ward.hang();
@@ -186,7 +186,7 @@ fn sigterm_ends_the_other_disks_and_a_second_one_ends_the_wait() {
 
 /// The next daemon waits for the image's lock, which the kernel holds until the operations of the old one are over.
 #[test]
-fn an_upgrade_leaves_a_disk_whose_image_hangs_to_the_next_daemon() {
+fn an_upgrade_hands_a_disk_with_a_hanging_image_to_the_next_daemon() {
     for engine in ["io_uring", "threads"] {
         let Some(mut ward) = Ward::new(&format!("engine = {engine:?}")) else { return };
         let mut daemon = ward.start(&["sick", "good1", "good2"]);
@@ -221,7 +221,7 @@ fn an_upgrade_leaves_a_disk_whose_image_hangs_to_the_next_daemon() {
 }
 
 #[test]
-fn a_disk_whose_image_hangs_does_not_keep_the_others_from_starting() {
+fn a_hanging_image_does_not_delay_the_start_of_other_disks() {
     let Some(mut ward) = Ward::new("") else { return };
     let notified = UnixDatagram::bind(ward.paths.join("notify")).expect("a socket can be bound");
     notified.set_read_timeout(Some(WAIT_LIMIT)).expect("a timeout can be set");
@@ -243,7 +243,7 @@ fn a_disk_whose_image_hangs_does_not_keep_the_others_from_starting() {
 }
 
 #[test]
-fn a_daemon_ends_while_a_disk_is_still_being_opened() {
+fn a_daemon_can_stop_while_a_disk_is_still_opening() {
     let Some(mut ward) = Ward::new("") else { return };
     ward.disk.hold(OpClass::Read);
     let mut daemon = ward.start(&["good1", "good2"]);
@@ -261,7 +261,7 @@ fn a_daemon_ends_while_a_disk_is_still_being_opened() {
 }
 
 #[test]
-fn an_image_that_does_not_answer_is_named_in_the_log_and_so_is_its_recovery() {
+fn a_hanging_image_and_its_recovery_are_logged() {
     let Some(mut ward) = Ward::new("") else { return };
     let mut daemon = ward.start(&["sick", "good1", "good2"]);
     let mut session = ward.hang();
@@ -284,7 +284,7 @@ fn an_image_that_does_not_answer_is_named_in_the_log_and_so_is_its_recovery() {
 /// A write that the image delays can change the image's times at any moment until it completes: the next daemon must
 /// know how long this one lived.
 #[test]
-fn the_ledger_has_heartbeats_while_an_image_delays_a_write() {
+fn heartbeats_continue_while_a_write_hangs() {
     let Some(mut ward) = Ward::new("") else { return };
     let mut daemon = ward.start(&["sick", "good1", "good2"]);
     let session = ward.hang();
@@ -314,7 +314,7 @@ fn the_ledger_has_heartbeats_while_an_image_delays_a_write() {
 /// A submission to an image that does not answer returns at once, with a ring and with threads: what needs no image
 /// goes on.
 #[test]
-fn a_worker_serves_cached_reads_and_its_front_end_while_its_image_answers_nothing() {
+fn a_hanging_image_does_not_delay_cached_reads() {
     for engine in ["auto", "threads"] {
         for class in [OpClass::Read, OpClass::Write, OpClass::Sync] {
             let Some(mut ward) = Ward::new(&format!("engine = {engine:?}")) else { return };
@@ -344,7 +344,7 @@ fn a_worker_serves_cached_reads_and_its_front_end_while_its_image_answers_nothin
 
 /// An access to memory whose pages another process delivers could hang a worker.
 #[test]
-fn guest_memory_on_a_file_system_that_may_hang_is_refused() {
+fn guest_memory_on_a_fuse_or_network_file_system_is_refused() {
     let Some(mut ward) = Ward::new("") else { return };
     let mut daemon = ward.start(&["sick", "good1", "good2"]);
     let file = fs::File::options().read(true).write(true).open(ward.mount.image()).expect("the image exists");
@@ -365,7 +365,7 @@ fn guest_memory_on_a_file_system_that_may_hang_is_refused() {
 
 /// The hold ends only after a retry: the process, not the image, was away.
 #[test]
-fn requests_held_while_the_process_was_stopped_are_retried_before_they_fail() {
+fn requests_held_across_a_stop_of_the_process_are_retried_before_they_fail() {
     let Some(mut ward) = Ward::new("cache.on_error = \"hold\"\ncache.hold_max_ms = 1500") else { return };
     let mut daemon = ward.start(&["sick", "good1", "good2"]);
     let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
@@ -387,7 +387,7 @@ fn requests_held_while_the_process_was_stopped_are_retried_before_they_fail() {
 }
 
 #[test]
-fn a_front_end_that_keeps_another_waiting_is_named() {
+fn a_front_end_that_blocks_another_is_named_in_the_log() {
     let Some(mut ward) = Ward::new("") else { return };
     let mut daemon = ward.start(&["sick", "good1", "good2"]);
     let holder = std::os::unix::net::UnixStream::connect(ward.socket("good1")).expect("the disk is served");

@@ -281,7 +281,7 @@ fn event(guest: &mut Guest, operator: &mut Operator, daemon: &mut Daemon, prng: 
 }
 
 #[test]
-fn changes_in_random_order_under_load_lose_nothing_and_outlive_kills() {
+fn random_changes_and_kills_under_load_lose_no_data() {
     let events = std::env::var("GENBLK_CHANGES").ok().and_then(|n| n.parse().ok()).unwrap_or(80);
     let seed = seed(25);
     let directory = TempDir::new("changes");

@@ -46,7 +46,7 @@ fn assert_tail(daemon: &Daemon, bytes: &[u8]) {
 }
 
 #[test]
-fn genblk_recover_writes_a_page_that_the_image_cuts() {
+fn genblk_recover_writes_a_partial_last_page() {
     for tail in [1, 7] {
         let (daemon, bytes) = write_tail_and_kill(tail);
         let left = daemon.directory().left();
@@ -58,7 +58,7 @@ fn genblk_recover_writes_a_page_that_the_image_cuts() {
 }
 
 #[test]
-fn a_daemon_with_a_cache_of_any_size_writes_a_page_that_the_image_cuts() {
+fn a_daemon_of_any_cache_size_writes_back_a_partial_last_page() {
     for size in ["8M", "16M"] {
         let (mut daemon, bytes) = write_tail_and_kill(3);
         daemon.reconfigure(&format!("cache.size = {size:?}"));

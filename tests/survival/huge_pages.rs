@@ -68,7 +68,7 @@ impl Drop for HugePages {
 }
 
 #[test]
-fn a_cache_in_huge_pages_survives_kills_and_frees_its_pages_at_the_end() {
+fn a_cache_in_huge_pages_survives_kills() {
     let directory = TempDir::new("huge");
     let Some(pages) = HugePages::new(&directory, 8) else { return };
     let device = "num_queues = 4\ncache.size = \"6M\"\ncache.survive = \"always\"";
@@ -114,7 +114,7 @@ fn a_volatile_cache_with_its_marker_in_huge_pages_reports_a_data_loss() {
 }
 
 #[test]
-fn the_choice_of_write_through_is_kept_in_one_huge_page() {
+fn the_write_through_mode_is_kept_in_one_huge_page() {
     let directory = TempDir::new("huge");
     let Some(pages) = HugePages::new(&directory, 8) else { return };
     let mut daemon = start_in(directory, "cache.size = \"6M\"\ncache.dirty_age_max_ms = 600000");

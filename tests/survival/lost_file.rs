@@ -27,7 +27,7 @@ fn lose_file(daemon: &Daemon, way: &str) {
 }
 
 #[test]
-fn a_loss_after_the_cache_file_was_removed_is_detected() {
+fn a_kill_after_the_removal_of_the_cache_file_is_detected_as_a_loss() {
     for (way, survive) in
         [("file", "auto"), ("folder", "auto"), ("everything", "auto"), ("rename", "auto"), ("file", "never")]
     {
@@ -46,7 +46,7 @@ fn a_loss_after_the_cache_file_was_removed_is_detected() {
 }
 
 #[test]
-fn a_write_after_the_cache_file_was_removed_is_noted_and_a_flush_clears_the_note() {
+fn an_unsynced_write_after_the_removal_of_the_cache_file_is_recorded() {
     for is_flushed in [false, true] {
         let mut daemon = start(DEVICE);
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -66,7 +66,7 @@ fn a_write_after_the_cache_file_was_removed_is_noted_and_a_flush_clears_the_note
 }
 
 #[test]
-fn an_orderly_end_after_the_cache_file_was_removed_writes_everything() {
+fn an_orderly_stop_after_the_removal_of_the_cache_file_writes_everything_back() {
     for signal in [libc::SIGTERM, libc::SIGUSR1] {
         let mut daemon = start(DEVICE);
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());

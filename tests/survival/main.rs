@@ -152,13 +152,13 @@ fn completed_writes_survive_kills_with_the_threads_engine() {
 }
 
 #[test]
-fn upgrades_under_cloud_hypervisor_lose_nothing() {
+fn upgrades_under_cloud_hypervisor_lose_no_data() {
     let daemon = start("num_queues = 4\ncache.size = \"6M\"");
     assert_survives(daemon, FrontEnd::CloudHypervisor, Ends::upgrades(5), 209, assert_cache_left);
 }
 
 #[test]
-fn upgrades_keep_the_cache_warm_and_lose_nothing() {
+fn upgrades_keep_the_cache_warm() {
     // The cache holds the whole image.
     let daemon = start("num_queues = 4\ncache.size = \"32M\"");
     let daemon = assert_survives(daemon, FrontEnd::Qemu, Ends::upgrades(5), 204, assert_cache_left);
@@ -220,7 +220,7 @@ fn write_and_kill(daemon: &mut Daemon) -> (Session, Vec<u8>) {
 }
 
 #[test]
-fn a_cache_without_room_for_the_configured_size_is_written_to_the_image() {
+fn a_cache_that_cannot_grow_to_the_configured_size_is_written_to_the_image() {
     let mut daemon = start("cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000");
     let (session, bytes) = write_and_kill(&mut daemon);
     daemon.reconfigure("cache.size = \"16M\"\ncache.dirty_age_max_ms = 600000");
@@ -234,7 +234,7 @@ fn a_cache_without_room_for_the_configured_size_is_written_to_the_image() {
 }
 
 #[test]
-fn after_data_loss_every_request_fails_until_the_guest_resets_the_device() {
+fn every_request_fails_after_a_data_loss_until_the_guest_resets_the_device() {
     const VOLATILE: &str = "cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000";
     let mut daemon = start(VOLATILE);
     let (session, _) = write_and_kill(&mut daemon);
@@ -284,14 +284,14 @@ fn lose_a_write_of_a_ring_with_a_region() -> (Daemon, Session) {
 
 /// The base of a ring is 0 also after its indices have wrapped. The inflight region shows that the guest was running.
 #[test]
-fn a_ring_of_a_running_guest_that_starts_at_0_does_not_end_a_data_loss() {
+fn a_ring_restart_at_0_without_a_reset_does_not_end_a_data_loss() {
     let (_daemon, mut session) = lose_a_write_of_a_ring_with_a_region();
     let status = session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status;
     assert_eq!(status, IOERR, "the guest must not read stale data");
 }
 
 #[test]
-fn a_reset_ends_a_data_loss_although_the_inflight_region_stays() {
+fn a_reset_ends_a_data_loss_even_with_an_unchanged_inflight_region() {
     let (_daemon, mut session) = lose_a_write_of_a_ring_with_a_region();
     session.reset();
     session.rings.clear();
@@ -317,7 +317,7 @@ fn a_guest_that_reboots_on_its_connection_ends_a_data_loss() {
 }
 
 #[test]
-fn without_data_loss_the_guest_goes_on_with_a_volatile_cache() {
+fn a_guest_of_a_clean_volatile_cache_continues_after_a_kill() {
     let mut daemon = start("cache.survive = \"never\"");
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(80, &pattern(9, 80, 4096));
@@ -349,7 +349,7 @@ fn a_reset_does_not_clear_the_loss_marker_of_a_dirty_cache() {
 
 /// It waits for the image's lock, and then finds the socket and the cache file free.
 #[test]
-fn a_daemon_started_before_the_old_one_ends_waits_for_it() {
+fn a_replacing_daemon_waits_for_the_old_one_to_end() {
     let mut daemon = start("cache.size = \"512M\"");
     for round in 0..8 {
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -391,7 +391,7 @@ fn a_daemon_that_cannot_start_leaves_the_cache_for_the_next() {
 }
 
 #[test]
-fn the_choice_of_write_through_outlives_the_daemon() {
+fn the_write_through_mode_survives_a_restart() {
     for survive in ["auto", "never"] {
         let mut daemon = start(&format!("cache.survive = {survive:?}\ncache.dirty_age_max_ms = 600000"));
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -426,7 +426,7 @@ fn fail_to_start(daemon: &mut Daemon, device: &str) {
 }
 
 #[test]
-fn the_choice_of_write_through_outlives_a_daemon_that_cannot_start() {
+fn the_write_through_mode_survives_a_failed_start() {
     const DEVICE: &str = "cache.dirty_age_max_ms = 600000";
     for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGUSR1] {
         let mut daemon = start(DEVICE);
@@ -445,7 +445,7 @@ fn the_choice_of_write_through_outlives_a_daemon_that_cannot_start() {
 }
 
 #[test]
-fn a_data_loss_outlives_the_replacement_of_the_cache_that_records_it() {
+fn a_recorded_data_loss_survives_the_replacement_of_its_cache() {
     let mut daemon = start("cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000");
     let (session, _) = write_and_kill(&mut daemon);
     daemon.reconfigure("cache.size = \"8M\"");
@@ -484,7 +484,7 @@ fn genblk_recover_writes_a_cache_to_its_image() {
 }
 
 #[test]
-fn genblk_recover_keeps_the_choice_of_write_through() {
+fn genblk_recover_keeps_the_write_through_mode() {
     const DEVICE: &str = "cache.dirty_age_max_ms = 600000";
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -550,7 +550,7 @@ fn a_cache_of_an_earlier_boot_or_an_unknown_layout_is_refused() {
 }
 
 #[test]
-fn a_new_image_at_an_old_path_does_not_get_the_old_cache() {
+fn a_new_image_at_an_old_path_gets_no_old_cache() {
     let mut daemon = start("");
     drop(write_and_kill(&mut daemon));
     std::fs::remove_file(daemon.image()).expect("the image can be removed");

@@ -82,7 +82,7 @@ fn a_clean_cache_removed_while_its_image_was_renamed_is_not_reported_missing() {
 }
 
 #[test]
-fn a_cache_that_was_discarded_dirty_is_told_to_the_guest_of_a_renamed_image() {
+fn discarding_a_dirty_cache_is_reported_to_the_guest_of_a_renamed_image() {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(80, &pattern(3, 80, BYTES));
@@ -121,7 +121,7 @@ fn the_loss_marker_of_a_renamed_image_stays() {
 }
 
 #[test]
-fn the_cache_of_a_replaced_image_is_among_those_that_a_start_warns_of() {
+fn a_start_warns_of_the_dirty_cache_of_a_replaced_image() {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(80, &pattern(3, 80, BYTES));
@@ -135,7 +135,7 @@ fn the_cache_of_a_replaced_image_is_among_those_that_a_start_warns_of() {
 }
 
 #[test]
-fn take_over_of_an_image_whose_cache_holds_nothing_loses_nothing() {
+fn take_over_of_an_image_with_a_clean_cache_loses_no_data() {
     let (mut daemon, session) = kill_with_clean_cache();
     let (image, memory) = (daemon.image(), daemon.directory().memory());
     let arguments = ["take-over", image.to_str().expect("UTF-8"), "--memory-dir", memory.to_str().expect("UTF-8")];
@@ -148,7 +148,7 @@ fn take_over_of_an_image_whose_cache_holds_nothing_loses_nothing() {
 }
 
 #[test]
-fn take_over_reports_a_cache_it_cannot_set_aside_and_sets_aside_the_rest() {
+fn take_over_sets_aside_the_other_caches_if_one_cannot_be_moved() {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(80, &pattern(3, 80, BYTES));
@@ -202,7 +202,7 @@ fn copy_with_attributes(from: &Path, to: &Path) {
 }
 
 #[test]
-fn an_image_that_was_moved_between_file_systems_is_refused_until_its_completed_writes_are_on_it() {
+fn an_image_moved_to_another_file_system_is_refused_while_its_cache_is_dirty() {
     for to in ["another path", "the same path"] {
         for way_out in ["recover", "take-over"] {
             let mut daemon = start(DEVICE);
@@ -233,7 +233,7 @@ fn an_image_that_was_moved_between_file_systems_is_refused_until_its_completed_w
 }
 
 #[test]
-fn a_copy_of_an_image_whose_original_exists_or_that_was_made_before_is_served() {
+fn a_copy_of_an_image_with_an_existing_original_is_served() {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(80, &pattern(3, 80, BYTES));

@@ -93,7 +93,7 @@ fn the_list_shows_image_memory_dirty_pages_and_state() {
 }
 
 #[test]
-fn a_directory_that_is_not_there_is_an_error_and_one_without_caches_is_not() {
+fn listing_caches_fails_only_for_a_missing_directory() {
     let directory = TempDir::new("list");
     let missing = directory.path().join("missing");
     for arguments in [["--memory-dir", text(&missing)], ["--prune", "--memory-dir=/no-such-directory"]] {
@@ -104,7 +104,7 @@ fn a_directory_that_is_not_there_is_an_error_and_one_without_caches_is_not() {
 }
 
 #[test]
-fn dirty_pages_are_thrown_away_only_with_consent() {
+fn dirty_pages_are_discarded_only_with_force() {
     let (daemon, cache, _) = dirty_cache();
     let refused = genblk_recover(&["--discard", text(&cache)]);
     assert_refused(&refused, &["holds 4 dirty pages, not yet written to image ", "; to delete it, add --force"]);
@@ -118,7 +118,7 @@ fn dirty_pages_are_thrown_away_only_with_consent() {
 }
 
 #[test]
-fn prune_removes_what_holds_nothing_dirty() {
+fn prune_removes_clean_caches() {
     let (daemon, clean) = clean_cache();
     let memory = daemon.directory().memory();
     let prune = || genblk_recover(&["--prune", "--memory-dir", text(&memory)]);
@@ -135,7 +135,7 @@ fn prune_removes_what_holds_nothing_dirty() {
 }
 
 #[test]
-fn the_next_daemon_does_not_miss_a_cache_that_was_pruned_or_discarded() {
+fn a_pruned_or_discarded_cache_is_not_reported_missing() {
     for arguments in [&["--prune", "--memory-dir"][..], &["--discard"]] {
         let (mut daemon, clean) = clean_cache();
         let memory = daemon.directory().memory();
@@ -160,7 +160,7 @@ fn the_list_shows_that_an_image_was_changed_since() {
 }
 
 #[test]
-fn several_caches_are_recovered_at_once_and_one_that_fails_does_not_stop_the_others() {
+fn one_failed_recovery_does_not_stop_the_others() {
     let (daemon, cache, bytes) = dirty_cache();
     let missing = cache.with_file_name("1-2-3-4");
     let ended = genblk_recover(&[text(&missing), text(&cache), "/dev/null"]);
@@ -180,7 +180,7 @@ fn prune_leaves_a_cache_that_a_daemon_uses() {
 }
 
 #[test]
-fn a_moved_image_is_named_with_an_option() {
+fn genblk_recover_takes_the_path_of_a_moved_image() {
     let (daemon, cache, bytes) = dirty_cache();
     let moved = daemon.directory().path().join("moved");
     fs::rename(daemon.image(), &moved).expect("the image can be moved");
@@ -229,7 +229,7 @@ fn forge(cache: &Path, memory: &Path) -> PathBuf {
 }
 
 #[test]
-fn root_lists_and_discards_but_never_recovers_what_another_user_wrote() {
+fn root_may_list_and_discard_but_not_recover_another_users_cache() {
     if !is_root() {
         return;
     }
@@ -250,7 +250,7 @@ fn root_lists_and_discards_but_never_recovers_what_another_user_wrote() {
 
 /// Each way in which another user could have made a file or can change it.
 #[test]
-fn files_that_another_user_could_have_made_or_can_change_are_refused() {
+fn files_that_another_user_could_have_created_or_changed_are_refused() {
     if !is_root() {
         return;
     }
@@ -291,7 +291,7 @@ fn files_that_another_user_could_have_made_or_can_change_are_refused() {
 }
 
 #[test]
-fn a_daemon_refuses_a_folder_that_another_user_made() {
+fn a_cache_directory_created_by_another_user_is_refused() {
     if !is_root() {
         return;
     }
@@ -310,7 +310,7 @@ fn a_daemon_refuses_a_folder_that_another_user_made() {
 }
 
 #[test]
-fn a_ledger_that_refers_to_what_cannot_be_is_refused_as_damaged() {
+fn a_ledger_with_impossible_values_is_refused_as_damaged() {
     // Offset of a word, and a value that cannot be: the number of frames, a page of the image, a range of zeros.
     let cases = [(24, 1 << 40), (12_288, 1 << 30 | 0xff << 40), (4096 + 8, 1 << 60)];
     for (at, word) in cases {
@@ -361,7 +361,7 @@ fn the_image_that_a_ledger_names_is_not_opened_for_inspection() {
 
 /// A forced recovery writes to the cache's own image, however much that has changed, and not to what its path leads to.
 #[test]
-fn force_alone_does_not_follow_a_path_that_leads_elsewhere() {
+fn force_alone_does_not_write_to_a_replaced_image_path() {
     let (daemon, cache, bytes) = dirty_cache();
     let (image, victim) = (daemon.image(), daemon.directory().path().join("victim"));
     fs::copy(&image, &victim).expect("a file can be copied");
@@ -372,7 +372,7 @@ fn force_alone_does_not_follow_a_path_that_leads_elsewhere() {
 }
 
 #[test]
-fn a_daemon_logs_unused_caches_and_removes_the_useless_ones() {
+fn a_daemon_removes_clean_unused_caches_and_logs_the_others() {
     let (daemon, dirty, _) = dirty_cache();
     let memory = daemon.directory().memory();
     // Another image with the same memory directory.
@@ -413,7 +413,7 @@ fn on_terminal(arguments: &str, answer: &str) -> Option<Ended> {
 }
 
 #[test]
-fn on_a_terminal_the_operator_is_asked_before_dirty_pages_are_thrown_away() {
+fn discarding_dirty_pages_on_a_terminal_asks_for_confirmation() {
     for (answer, is_removed) in [("n", false), ("", false), ("y", true)] {
         let (daemon, cache, _) = dirty_cache();
         let Some(ended) = on_terminal(&format!("--discard {}", cache.display()), answer) else { return };

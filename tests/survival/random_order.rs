@@ -198,7 +198,7 @@ impl Host {
 }
 
 #[test]
-fn kills_upgrades_and_restores_in_random_order_lose_nothing() {
+fn random_kills_upgrades_and_restores_lose_no_data() {
     let events = std::env::var("GENBLK_EVENTS").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
     let seed = seed(229);
     let mut host = Host { daemon: start(DEVICE), prng: Prng::new(seed), backup: None };

@@ -27,7 +27,7 @@ fn genblk_recover(arguments: &[&str]) {
 }
 
 #[test]
-fn a_reader_is_refused_until_the_dirty_pages_are_on_the_image() {
+fn a_read_only_start_is_refused_while_a_cache_is_dirty() {
     let mut daemon = start(WRITER);
     let (_guest, bytes) = write_and_kill(&mut daemon);
     let left = daemon.directory().left();
@@ -53,7 +53,7 @@ fn a_reader_is_refused_until_the_dirty_pages_are_on_the_image() {
 }
 
 #[test]
-fn a_reader_is_refused_until_a_range_is_zeroed_or_its_cache_discarded() {
+fn a_read_only_start_is_refused_while_a_cache_has_a_pending_zero() {
     let mut daemon = start(WRITER);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_eq!(session.write_zeroes(&[range(88, 64, 0)]), OK);
@@ -66,7 +66,7 @@ fn a_reader_is_refused_until_a_range_is_zeroed_or_its_cache_discarded() {
 }
 
 #[test]
-fn a_reader_serves_beside_a_clean_cache_and_leaves_it_for_the_writer() {
+fn a_read_only_start_leaves_a_clean_cache_for_the_next_writer() {
     let mut daemon = start(WRITER);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let bytes = pattern(3, 80, 16 << 10);
@@ -87,7 +87,7 @@ fn a_reader_serves_beside_a_clean_cache_and_leaves_it_for_the_writer() {
 }
 
 #[test]
-fn a_reader_fails_the_requests_of_a_guest_whose_data_is_lost() {
+fn a_read_only_device_fails_requests_after_a_data_loss() {
     let mut daemon = start(&format!("{WRITER}\ncache.survive = \"never\""));
     let (session, _) = write_and_kill(&mut daemon);
     let left = daemon.directory().left();

@@ -237,7 +237,7 @@ fn a_block_device_that_is_attached_again_keeps_its_cache_unless_it_was_changed()
 
 /// A file and a loop device on it are the same data for a guest, and two images for the daemon.
 #[test]
-fn completed_writes_of_a_file_are_not_missed_behind_a_loop_device_nor_the_other_way_round() {
+fn dirty_caches_are_found_across_a_file_and_its_loop_device() {
     for (is_device_first, way_out) in [(false, "recover"), (true, "recover"), (false, "take-over")] {
         let directory = TempDir::new("behind");
         let (disk, image) = (directory.path().join("disk"), directory.path().join("image"));

@@ -228,7 +228,7 @@ fn a_cache_in_the_fd_store_is_found_after_a_change_of_size_or_location() {
 }
 
 #[test]
-fn a_cache_is_found_in_a_file_and_in_the_fd_store_and_never_used_again_afterwards() {
+fn a_cache_moves_between_file_and_fd_store_and_is_used_only_once() {
     let systemd = Systemd::new(1);
     const IN_FILE: &str = "cache.dirty_age_max_ms = 600000";
     let mut daemon = systemd.start(IN_FILE);
@@ -259,7 +259,7 @@ fn a_cache_is_found_in_a_file_and_in_the_fd_store_and_never_used_again_afterward
 }
 
 #[test]
-fn a_reader_is_refused_while_the_fd_store_holds_dirty_pages() {
+fn a_read_only_start_is_refused_while_the_fd_store_holds_dirty_pages() {
     let systemd = Systemd::new(1);
     let dirty = "cache.dirty_age_max_ms = 600000";
     let mut daemon = systemd.start(&format!("{DEVICE}\n{dirty}"));
@@ -311,7 +311,7 @@ fn a_loss_marker_in_the_fd_store_reports_a_data_loss() {
 }
 
 #[test]
-fn the_choice_of_write_through_is_kept_in_the_fd_store() {
+fn the_write_through_mode_is_kept_in_the_fd_store() {
     let systemd = Systemd::new(1);
     let device = format!("{DEVICE}\ncache.dirty_age_max_ms = 600000");
     let mut daemon = systemd.start(&device);

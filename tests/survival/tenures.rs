@@ -148,7 +148,7 @@ fn a_backup_restored_in_place_after_a_kill_is_not_overwritten() {
 }
 
 #[test]
-fn an_image_that_was_changed_after_an_orderly_hand_over_is_served_as_it_is() {
+fn an_image_changed_after_an_orderly_hand_over_is_served_unchanged() {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(AT, &pattern(1, AT, BYTES));
@@ -209,7 +209,7 @@ fn a_grown_image_keeps_its_cache() {
 }
 
 #[test]
-fn a_grown_image_keeps_a_cache_without_clean_pages() {
+fn a_grown_image_keeps_its_all_dirty_cache() {
     let mut daemon = start(DEVICE);
     let (session, bytes) = write_and_kill(&mut daemon);
     let file = File::options().write(true).open(daemon.image()).expect("the image can be opened");
@@ -251,7 +251,7 @@ fn a_shrunk_image_keeps_its_cache_only_if_nothing_dirty_lies_beyond_its_end() {
 }
 
 #[test]
-fn attributes_and_names_of_an_image_may_change_after_a_kill() {
+fn mode_and_path_of_an_image_may_change_after_a_kill() {
     let (mut daemon, session, bytes) = killed();
     let (image, other) = (daemon.image(), daemon.image().with_extension("moved"));
     fs::set_permissions(&image, fs::Permissions::from_mode(0o640)).expect("permissions can be changed");
@@ -277,7 +277,7 @@ fn a_cache_is_found_wherever_memory_dir_points_now() {
 }
 
 #[test]
-fn a_cache_that_was_removed_is_missed_and_the_guest_is_told() {
+fn a_removed_dirty_cache_refuses_the_start_until_take_over() {
     let (mut daemon, session, _) = killed();
     let left = daemon.directory().left();
     fs::remove_dir_all(daemon.directory().memory()).expect("the directory can be removed");
@@ -294,7 +294,7 @@ fn a_cache_that_was_removed_is_missed_and_the_guest_is_told() {
 }
 
 #[test]
-fn a_cache_that_another_tenure_has_overtaken_is_never_used() {
+fn a_cache_of_an_overtaken_tenure_is_never_used() {
     let (mut daemon, _, _) = killed();
     let left = daemon.directory().left();
     let old = fs::read(&left[0]).expect("the file can be read");
@@ -334,7 +334,7 @@ fn an_image_that_another_host_holds_is_refused_until_it_is_taken_over() {
 }
 
 #[test]
-fn a_clean_record_of_another_host_is_no_obstacle_and_a_later_generation_overtakes_the_cache() {
+fn an_image_with_a_clean_record_of_another_host_is_served() {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(AT, &pattern(1, AT, BYTES));
@@ -359,7 +359,7 @@ fn a_clean_record_of_another_host_is_no_obstacle_and_a_later_generation_overtake
 }
 
 #[test]
-fn after_a_reboot_the_loss_is_told_and_the_image_is_served() {
+fn a_data_loss_is_reported_after_a_reboot() {
     let (mut daemon, _, bytes) = killed();
     forge(&daemon.image(), "boot", "fedcba9876543210fedcba9876543210");
     fs::remove_dir_all(daemon.directory().memory()).expect("the directory can be removed");
@@ -384,7 +384,7 @@ fn a_record_that_cannot_be_read_is_refused_until_it_is_taken_over() {
 }
 
 #[test]
-fn a_copy_of_an_image_in_use_has_a_tenure_of_its_own() {
+fn a_copy_of_an_image_in_use_has_its_own_tenure() {
     let daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(AT, &pattern(1, AT, BYTES));
@@ -417,7 +417,7 @@ fn a_cache_that_another_user_left_is_named() {
 }
 
 #[test]
-fn a_loss_without_a_loss_marker_is_known_from_the_record() {
+fn the_tenure_record_reveals_a_loss_without_a_loss_marker() {
     let directory = TempDir::new("markerless");
     super::make_image(&directory);
     // No directory can be created in a file, so the cache is in the daemon's memory alone.

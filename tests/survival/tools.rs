@@ -86,7 +86,7 @@ fn assert_serves_the_image(daemon: &Daemon, what: &str) {
 }
 
 #[test]
-fn after_a_hand_over_an_image_that_a_tool_restored_is_served_as_it_is() {
+fn an_image_restored_after_a_hand_over_is_served_unchanged() {
     for (what, line) in IN_PLACE.iter().chain(REPLACING) {
         let (mut daemon, session) = with_backup();
         drop(session);
@@ -100,7 +100,7 @@ fn after_a_hand_over_an_image_that_a_tool_restored_is_served_as_it_is() {
 }
 
 #[test]
-fn after_a_kill_an_image_that_a_tool_restored_in_place_is_refused_while_its_cache_is_dirty() {
+fn an_image_restored_in_place_after_a_kill_is_refused_while_its_cache_is_dirty() {
     for (what, line) in IN_PLACE {
         let (mut daemon, mut session) = with_backup();
         session.write(80, &pattern(3, 80, 16 << 10));
@@ -119,7 +119,7 @@ fn after_a_kill_an_image_that_a_tool_restored_in_place_is_refused_while_its_cach
 }
 
 #[test]
-fn after_a_kill_a_file_that_a_tool_put_in_the_images_place_is_served_as_it_is() {
+fn a_file_that_replaced_the_image_after_a_kill_is_served_unchanged() {
     for (what, line) in REPLACING {
         let (mut daemon, mut session) = with_backup();
         session.write(80, &pattern(3, 80, 16 << 10));
@@ -133,7 +133,7 @@ fn after_a_kill_a_file_that_a_tool_put_in_the_images_place_is_served_as_it_is() 
 }
 
 #[test]
-fn a_file_system_that_a_tool_changed_between_two_daemons_is_served_as_it_is() {
+fn a_file_system_changed_between_two_daemons_is_served_unchanged() {
     let tools = [
         ("debugfs", "debugfs -w -R \"mkdir made\" $I"),
         ("e2fsck", "e2fsck -f -y $I >&2 || true"),
@@ -163,7 +163,7 @@ fn a_file_system_that_a_tool_changed_between_two_daemons_is_served_as_it_is() {
 }
 
 #[test]
-fn an_image_that_is_still_being_written_is_served_only_when_the_copy_has_ended() {
+fn an_image_is_served_only_after_a_copy_onto_it_has_ended() {
     let mut daemon = start(DEVICE);
     daemon.stop();
     let image = File::options().write(true).open(daemon.image()).expect("the image can be opened");
@@ -188,7 +188,7 @@ fn an_image_that_is_still_being_written_is_served_only_when_the_copy_has_ended()
 }
 
 #[test]
-fn a_limit_on_file_sizes_fails_a_recovery_and_does_not_kill_it() {
+fn a_file_size_limit_fails_a_recovery_without_killing_it() {
     let mut daemon = start(DEVICE);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(8192, &pattern(3, 8192, 16 << 10));

@@ -48,7 +48,7 @@ fn expected() -> Vec<u8> {
 }
 
 #[test]
-fn the_next_daemon_repeats_the_zeroing() {
+fn the_next_daemon_repeats_pending_zeroes() {
     let mut daemon = start(DEVICE);
     let session = zero_and_kill(&mut daemon);
     // A daemon that dies at once must not forget the range.
@@ -65,7 +65,7 @@ fn the_next_daemon_repeats_the_zeroing() {
 }
 
 #[test]
-fn a_daemon_with_another_size_of_cache_repeats_the_zeroing() {
+fn a_daemon_of_another_cache_size_repeats_pending_zeroes() {
     let mut daemon = start(DEVICE);
     let _guest = zero_and_kill(&mut daemon);
     daemon.reconfigure("cache.size = \"64M\"");
@@ -73,7 +73,7 @@ fn a_daemon_with_another_size_of_cache_repeats_the_zeroing() {
 }
 
 #[test]
-fn genblk_recover_lists_the_range_and_repeats_the_zeroing() {
+fn genblk_recover_lists_and_repeats_pending_zeroes() {
     let mut daemon = start(DEVICE);
     let _guest = zero_and_kill(&mut daemon);
     let left = daemon.directory().left();
@@ -90,7 +90,7 @@ fn genblk_recover_lists_the_range_and_repeats_the_zeroing() {
 }
 
 #[test]
-fn zeros_that_a_volatile_cache_loses_are_a_data_loss() {
+fn losing_pending_zeroes_of_a_volatile_cache_is_a_data_loss() {
     let mut daemon = start(&format!("{DEVICE}\ncache.survive = \"never\""));
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_eq!(session.write_zeroes(&[range(FIRST, COUNT as u32, 0)]), OK);

@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_of_files_is_found() {
+    fn an_import_cycle_of_files_is_found() {
         let files = [
             ("lib.rs", "mod a;"),
             ("a/mod.rs", "mod b; mod c; mod d;"),
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_through_re_exports_is_found() {
+    fn an_import_cycle_through_re_exports_is_found() {
         let files = [
             ("lib.rs", "mod a;"),
             ("a/mod.rs", "mod b; mod c; pub(crate) use b::{B, D as E}; struct A;"),
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_module_and_its_children_are_no_circle() {
+    fn a_module_and_its_children_form_no_import_cycle() {
         let files = [
             ("lib.rs", "mod a; mod e;"),
             ("a/mod.rs", "mod b; mod c; use self::b::B; use crate::e::E; struct A(B, c::C);"),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_of_folders_is_found_although_no_file_is_in_one() {
+    fn an_import_cycle_of_folders_is_found() {
         let files = [
             ("lib.rs", "mod a; mod b;"),
             ("a/mod.rs", "mod x; mod y;"),

@@ -138,7 +138,7 @@ fn use_trees_are_expanded() {
 }
 
 #[test]
-fn paths_are_found_in_every_spelling() {
+fn imported_paths_are_found_in_every_syntax() {
     let module = module_of("cache/policy/lru.rs");
     let code =
         "use crate::a::{b, c};\nuse super::super::page::P;\npub(super) use super::D;\nlet e = self::f(genblk::g);";

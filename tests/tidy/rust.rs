@@ -164,7 +164,7 @@ fn masking_leaves_only_code() {
 }
 
 #[test]
-fn tests_are_left_out_and_nothing_else() {
+fn only_test_code_is_left_out() {
     let code = "use a;\n#[cfg(test)]\n#[allow(b)]\nmod tests {\n    fn f() {}\n}\nfn g() {}\n\
                 #[cfg(test)]\nmod far;\nmod near;";
     assert_eq!(without_tests(code).split_whitespace().collect::<Vec<_>>().join(" "), "use a; fn g() {} mod near;");

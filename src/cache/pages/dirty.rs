@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_are_counted_across_groups_and_end_at_the_border_of_a_region() {
+    fn a_run_of_dirty_pages_spans_groups_but_not_regions() {
         let mut prng = Prng::new(1);
         let mut set = DirtySet::default();
         let mut pages = vec![false; 3 * REGION_PAGES as usize];
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_dirty_again_gets_its_old_epoch_before_the_newer_ones() {
+    fn an_older_epoch_sorts_before_newer_ones_across_the_wrap() {
         let mut set = DirtySet::default();
         set.hold_epoch(Epoch(3));
         set.hold_epoch(Epoch(u32::MAX));

@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_taken_in_the_order_in_which_they_were_freed() {
+    fn the_frame_that_was_freed_first_is_taken_first() {
         let mut frames = Frames::new(8, 8, Reuse::OldestFirst);
         let held: Vec<FrameId> = std::iter::from_fn(|| frames.take()).collect();
         assert_eq!(held, (0..8).map(FrameId).collect::<Vec<_>>());
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "released too often")]
-    fn releasing_a_free_frame_is_caught() {
+    fn releasing_a_free_frame_panics() {
         let mut frames = Frames::new(1, 1, Reuse::OldestFirst);
         frames.release(FrameId(0));
     }
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_that_leave_are_retired_once_nothing_holds_them_and_come_back() {
+    fn a_frame_above_the_limit_is_retired_once_nothing_holds_it() {
         let mut frames = Frames::new(8, 16, Reuse::OldestFirst);
         assert_eq!([0, 1, 2].map(|_| frames.take().unwrap().0), [0, 1, 2]);
         frames.lower_limit(2, 2);
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_the_limit_that_is_taken_back_leaves_every_frame_as_it_was() {
+    fn reverting_a_change_of_the_limit_restores_every_frame() {
         let mut frames = Frames::new(8, 8, Reuse::OldestFirst);
         let held = [0; 5].map(|_| frames.take().unwrap());
         frames.lower_limit(3, 0);

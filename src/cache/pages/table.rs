@@ -312,7 +312,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_chains_of_adjacent_pages_begin_side_by_side() {
+    fn the_chain_heads_of_eight_adjacent_pages_share_a_row() {
         let table = PageTable::new(1000, 1000, 0);
         for first in (0..1000).map(|n: u64| n * n * 8) {
             let (rows, mut places): (Vec<usize>, Vec<usize>) =
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pages_of_a_span_are_found_however_many_blocks_it_has() {
+    fn a_lookup_by_span_finds_exactly_its_resident_pages() {
         let mut table = PageTable::new(1000, 1000, 0);
         let resident = [0, 1, 4095, 4096, 5000, 8191, 8192, 1 << 20, (1 << 20) + 77, 1 << 40];
         let ids = resident.map(|no| table.insert(PageNo(no)).expect("a slot is free"));
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_grows_finds_every_page_at_each_step_and_its_chains_stay_short() {
+    fn a_growing_table_finds_every_page_through_short_chains() {
         const PAGES: u64 = 5000;
         const KEY: u64 = 0x0123_4567_89ab_cdef;
         let spread: [fn(u64) -> u64; 4] =
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_were_chosen_to_collide_are_spread_by_the_key() {
+    fn the_hash_key_spreads_pages_that_were_chosen_to_collide() {
         const PAGES: u32 = 1000;
         let known = PageTable::new(1 << 16, 1 << 16, 0);
         let first = known.place(PageNo(0));
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_found_until_removed_and_slots_are_reused() {
+    fn the_slot_of_a_removed_page_is_reused() {
         let mut table = PageTable::new(3, 3, 7);
         let far = PageNo(1 << 40);
         let ids: Vec<_> = [PageNo(0), PageNo(7), far].into_iter().map(|no| table.insert(no).unwrap()).collect();
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_after_another_is_found_in_the_next_slot_and_elsewhere() {
+    fn the_next_page_is_found_in_any_slot() {
         let mut table = PageTable::new(8, 8, 0);
         let ids: Vec<PageId> = [4, 5, 6, 9].into_iter().map(|no| table.insert(PageNo(no)).unwrap()).collect();
         assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), Some(ids[1]), "in the next slot");

@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nearly_all_ghosts_live_out_their_lifetime_and_no_longer() {
+    fn nearly_all_ghosts_live_exactly_their_lifetime() {
         let mut ghost = Ghost::new(10_000, 0);
         ghost.set_life(9000);
         (0..20_000).for_each(|page| ghost.insert(PageNo(page)));

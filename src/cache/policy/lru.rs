@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_search_ends_when_it_has_kept_as_many_pages_as_it_may() {
+    fn a_search_ends_after_its_limit_of_kept_pages() {
         let mut lru = Lru::new(4, 4);
         for id in 0..4 {
             lru.insert(PageId(id), PageNo(u64::from(id)));

@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn hits_in_a_burst_set_no_bit() {
+    fn hits_within_a_burst_set_no_reference_bit() {
         let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         policy.insert(PageId(0), PageNo(0));
         touch(&mut policy, 0);
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefetched_page_begins_its_burst_with_the_first_use() {
+    fn the_burst_of_a_prefetched_page_starts_with_its_first_use() {
         let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn hits_set_bits_although_nothing_is_inserted() {
+    fn hits_set_the_reference_bit_without_any_insertion() {
         let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn main_evicts_pages_that_were_hot_once_while_small_has_most_of_the_cache() {
+    fn main_evicts_formerly_hot_pages_while_small_has_most_of_the_cache() {
         let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         for id in 0..1000 {
             policy.insert(PageId(id), page_no(PageId(id)));
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_victim_is_found_in_main_if_no_page_of_small_may_be_evicted() {
+    fn main_is_searched_if_no_page_of_small_may_be_evicted() {
         let mut policy = S3Fifo::new(100, 100, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));

@@ -94,7 +94,7 @@ fn pages_of(spans: &[PageSpan]) -> u64 {
 }
 
 #[test]
-fn a_random_write_reserves_the_32_kib_around_it() {
+fn a_random_write_reserves_the_aligned_32_kib_around_it() {
     let mut image = SparseImage::new();
     assert_eq!(image.write(1003, 1), [span(1000, 8)]);
     assert_eq!(image.write(1001, 4), [], "there is space now");
@@ -102,7 +102,7 @@ fn a_random_write_reserves_the_32_kib_around_it() {
 }
 
 #[test]
-fn random_writes_of_4_kib_take_at_most_16_times_their_size() {
+fn random_4_kib_writes_take_at_most_16_times_their_size() {
     let mut prng = Prng::new(1);
     // From writes far apart to writes so dense that most pages are written.
     for image_pages in [1 << 22, 1 << 16, 1 << 14, 1 << 12] {
@@ -120,7 +120,7 @@ fn random_writes_of_4_kib_take_at_most_16_times_their_size() {
 }
 
 #[test]
-fn a_stream_takes_a_tenth_more_than_its_size_at_most() {
+fn a_sequential_write_stream_takes_at_most_a_tenth_more_space_than_its_size() {
     for request in [1, 4, 32, 256] {
         let mut image = SparseImage::new();
         let mut reserved = Vec::new();
@@ -136,14 +136,14 @@ fn a_stream_takes_a_tenth_more_than_its_size_at_most() {
 }
 
 #[test]
-fn the_rest_of_a_region_is_reserved_once_most_of_it_has_its_space() {
+fn a_region_is_reserved_whole_once_most_of_it_is_allocated() {
     let mut image = SparseImage::new();
     image.write(0, 192);
     assert_eq!(image.write(250, 1), [span(0, 256)]);
 }
 
 #[test]
-fn without_space_for_more_only_what_is_written_is_reserved() {
+fn a_nearly_full_disk_reserves_only_the_written_pages() {
     let mut image = SparseImage::new();
     image.space_left = 20 * 8;
     assert_eq!(image.write(1003, 1), [span(1000, 8)]);
@@ -160,7 +160,7 @@ fn without_space_for_more_only_what_is_written_is_reserved() {
 }
 
 #[test]
-fn what_the_guest_has_trimmed_is_not_reserved_again() {
+fn a_trimmed_range_is_not_reserved_again() {
     let mut image = SparseImage::new();
     image.write(0, 256);
     image.turn();
@@ -174,7 +174,7 @@ fn what_the_guest_has_trimmed_is_not_reserved_again() {
 
 /// A discard also makes the map of its region unknown, and another cache has no record of the space.
 #[test]
-fn the_pages_around_a_trimmed_range_are_not_reserved_beyond_its_border() {
+fn a_reservation_never_extends_into_a_trimmed_range() {
     let mut image = SparseImage::new();
     image.trim(1004, 1000);
     assert_eq!(image.write(1002, 1), [span(1000, 4)]);
@@ -182,7 +182,7 @@ fn the_pages_around_a_trimmed_range_are_not_reserved_beyond_its_border() {
 }
 
 #[test]
-fn a_reservation_in_flight_during_a_discard_does_not_count() {
+fn a_discard_voids_a_reservation_in_flight() {
     let mut image = SparseImage::new();
     let mut pieces = Vec::new();
     assert_eq!(image.cache.write(access(8000, 8), &mut pieces), Admitted::Until(0));
@@ -196,7 +196,7 @@ fn a_reservation_in_flight_during_a_discard_does_not_count() {
 
 /// After a failed Map, holes are read from the store like data, although no space is allocated for them.
 #[test]
-fn a_page_that_may_be_a_hole_is_not_bridged_after_a_map_that_failed() {
+fn after_a_failed_map_a_cluster_does_not_bridge_a_possible_hole() {
     let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..Settings::of(1024, 1 << 20) });
     let now = Tick::from_us(1);
     assert_eq!(cache.read(access(8, 8), &mut Vec::new()), Admitted::Until(0));

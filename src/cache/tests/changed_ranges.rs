@@ -64,7 +64,7 @@ fn cache_over(notes: &Notes) -> PageCache {
 
 /// The discard is in flight, complete, covered by a Sync that fails, and by one that succeeds.
 #[test]
-fn a_discard_is_noted_from_before_it_starts_until_a_sync_covers_it() {
+fn a_discard_stays_recorded_from_before_its_start_until_a_sync_covers_it() {
     let notes = Notes::default();
     let mut cache = cache_over(&notes);
     let mut now = Tick::from_us(1);
@@ -88,7 +88,7 @@ fn a_discard_is_noted_from_before_it_starts_until_a_sync_covers_it() {
 /// Discards at random places, more of them than there are slots, with Syncs that succeed or fail in between, and
 /// daemons that die. `NotesState::check` judges each store to the slots.
 #[test]
-fn every_discard_that_no_sync_covers_is_noted_at_any_moment() {
+fn every_discard_not_yet_covered_by_a_sync_is_recorded() {
     let mut prng = Prng::new(3);
     for _ in 0..40 {
         let notes = Notes::default();
@@ -151,7 +151,7 @@ fn every_discard_that_no_sync_covers_is_noted_at_any_moment() {
 }
 
 #[test]
-fn notes_of_a_forged_ledger_are_kept_as_far_as_they_are_in_the_image() {
+fn changed_ranges_of_a_forged_ledger_are_clipped_to_the_image() {
     let notes = Notes::default();
     let forged = [(0, 8), (0, 8), (64, 8), (640, u64::from(u32::MAX)), (IMAGE_SECTORS, 8), (1 << 40, 8), (9, 1)];
     for (slot, (start, count)) in forged.into_iter().enumerate() {

@@ -50,7 +50,7 @@ fn the_first_flush_of_a_cache_sends_a_sync() {
 }
 
 #[test]
-fn a_write_is_durable_within_the_age_limit_although_idle_write_back_came_first() {
+fn a_write_already_written_back_is_synced_within_the_age_limit() {
     let mut cache = cache_of(4096, 1 << 20);
     let mut now = Tick::from_us(1);
     write(&mut cache, 0, 8);
@@ -60,7 +60,7 @@ fn a_write_is_durable_within_the_age_limit_although_idle_write_back_came_first()
 }
 
 #[test]
-fn a_trickle_of_writes_is_synced_within_the_age_limit_and_no_more_often_than_needed() {
+fn a_trickle_of_writes_is_synced_once_per_age_limit() {
     let mut cache = cache_of(65_536, 1 << 24);
     let mut now = Tick::from_us(1);
     let mut syncs = 0;
@@ -74,7 +74,7 @@ fn a_trickle_of_writes_is_synced_within_the_age_limit_and_no_more_often_than_nee
 }
 
 #[test]
-fn a_flush_goes_on_at_once_when_its_last_page_becomes_writable() {
+fn a_flush_continues_at_once_when_its_last_page_becomes_writable() {
     for pumps in 0..8 {
         let settings = Settings { block_sectors: 8, dirty_pages_max: 8000, ..Settings::of(16_000, 1 << 24) };
         let mut cache = cache_with(settings);
@@ -105,7 +105,7 @@ fn a_flush_goes_on_at_once_when_its_last_page_becomes_writable() {
 
 /// A page that readahead read in becomes dirty when a cluster that bridges it fails: it no longer counts as unread.
 #[test]
-fn a_failed_cluster_keeps_the_count_of_unread_pages() {
+fn a_failed_cluster_does_not_corrupt_the_count_of_unread_pages() {
     for broken in [OpKind::Write, OpKind::Sync] {
         let mut cache = cache_of(16_384, 1 << 20);
         for (pages, now) in [(0..64, Tick::from_us(1)), (64..80, Tick::from_us(30 * SECOND_US))] {
@@ -131,7 +131,7 @@ fn a_failed_cluster_keeps_the_count_of_unread_pages() {
 
 /// A device: it cannot report holes.
 #[test]
-fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
+fn zeros_lost_by_a_failed_sync_are_read_from_memory() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
@@ -150,7 +150,7 @@ fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
 
 /// Otherwise a page that fails forever would put the others in doubt forever.
 #[test]
-fn a_failed_write_is_tried_again_only_when_a_sync_covers_the_others() {
+fn a_failed_write_is_retried_only_after_a_sync_of_the_others() {
     let mut cache = cache_of(1024, 1 << 20);
     let (mut now, far) = (Tick::from_us(SECOND_US), 8000);
     write(&mut cache, 0, 8);
@@ -182,7 +182,7 @@ fn a_failed_write_is_tried_again_only_when_a_sync_covers_the_others() {
 
 /// The Sync was submitted before the device lost its write cache, and covers zeros that are lost.
 #[test]
-fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
+fn a_flush_waits_for_repeated_zeros_even_if_its_sync_succeeded() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     cache.flush(Ticket(1));
@@ -211,7 +211,7 @@ fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
 
 /// The loss marker of a cache that does not survive is set when the zero starts, and cleared when all is durable.
 #[test]
-fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
+fn a_cache_is_not_durable_while_a_zero_is_in_flight() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     cache.flush(Ticket(1));
@@ -229,7 +229,7 @@ fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
 
 /// The server of a remote image was restarted, and its write cache is lost.
 #[test]
-fn what_a_store_has_lost_is_written_and_zeroed_again_and_no_flush_fails() {
+fn a_store_that_lost_its_write_cache_gets_writes_and_zeros_again() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     write(&mut cache, 0, 8);
@@ -262,7 +262,7 @@ fn what_a_store_has_lost_is_written_and_zeroed_again_and_no_flush_fails() {
 /// The device resets and fails a write, but the queue reports this failure only after the success of a Sync that
 /// followed the reset: the data that the Sync was to cover is lost, and is written again.
 #[test]
-fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
+fn a_write_failure_reaped_after_a_sync_voids_the_sync() {
     for fails in [false, true] {
         let mut cache = cache_of(1024, 1 << 20);
         let now = Tick::from_us(SECOND_US);
@@ -294,7 +294,7 @@ fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
 
 /// Otherwise a page that fails forever would have the others written again forever.
 #[test]
-fn a_failure_after_a_sync_puts_nothing_in_doubt_that_the_sync_covers() {
+fn a_failure_after_a_sync_leaves_its_pages_durable() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     write(&mut cache, 0, 8);
@@ -316,7 +316,7 @@ fn a_failure_after_a_sync_puts_nothing_in_doubt_that_the_sync_covers() {
 
 /// The operation may have destroyed the contents of the page on the store.
 #[test]
-fn a_page_is_written_again_if_a_discard_of_its_range_fails_before_a_sync_covers_it() {
+fn a_page_is_rewritten_if_a_discard_of_its_range_fails_before_the_sync() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     write(&mut cache, 0, 8);
@@ -336,7 +336,7 @@ fn a_page_is_written_again_if_a_discard_of_its_range_fails_before_a_sync_covers_
 
 /// A disk that loses a discard has the old contents again, so it no longer has the data that was read in between.
 #[test]
-fn what_is_read_from_a_discarded_range_is_dropped_if_the_store_loses_the_discard() {
+fn a_lost_discard_invalidates_pages_read_after_it() {
     for is_lost in [false, true] {
         let mut cache = cache_with(Settings { holes: ImageHoles::Unmappable, ..Settings::of(1024, 1 << 20) });
         let now = Tick::from_us(SECOND_US);
@@ -373,7 +373,7 @@ fn discarded_and_syncing(between: impl Fn(&mut PageCache, Tick)) -> (PageCache, 
 }
 
 #[test]
-fn what_a_read_in_flight_brings_of_a_discarded_range_is_not_kept_if_the_store_loses_the_discard() {
+fn a_lost_discard_invalidates_a_read_in_flight() {
     for (is_lost, is_late) in [(false, false), (true, false), (true, true)] {
         let read_tag = std::cell::Cell::new(0);
         let (mut cache, now, sync) = discarded_and_syncing(|cache, now| {
@@ -405,7 +405,7 @@ fn what_a_read_in_flight_brings_of_a_discarded_range_is_not_kept_if_the_store_lo
 }
 
 #[test]
-fn clean_sectors_beside_a_write_in_progress_are_dropped_if_the_store_loses_a_discard() {
+fn a_lost_discard_invalidates_clean_sectors_beside_a_write_in_progress() {
     let pieces = std::cell::RefCell::new(Vec::new());
     let (mut cache, now, sync) = discarded_and_syncing(|cache, now| {
         read(cache, 8, 8);
@@ -421,7 +421,7 @@ fn clean_sectors_beside_a_write_in_progress_are_dropped_if_the_store_loses_a_dis
 }
 
 #[test]
-fn a_failed_sync_drops_only_what_was_discarded_however_far_apart_that_is() {
+fn a_failed_sync_drops_only_pages_of_the_discarded_ranges() {
     let (mut cache, now, sync) = discarded_and_syncing(|cache, now| {
         cache.discard(Ticket(9), SectorSpan::new(1 << 19, 64));
         complete_all(cache, now);
@@ -437,7 +437,7 @@ fn a_failed_sync_drops_only_what_was_discarded_however_far_apart_that_is() {
 
 /// The store may lose the discards of the previous daemon, until the first Sync covers them.
 #[test]
-fn clean_pages_of_a_range_that_the_last_daemon_discarded_are_dropped_and_again_if_the_first_sync_fails() {
+fn clean_pages_of_a_discard_by_the_last_daemon_are_dropped_until_a_sync_succeeds() {
     for is_lost in [false, true] {
         let mut cache = cache_with(Settings { holes: ImageHoles::Unmappable, ..Settings::of(1024, 1 << 20) });
         let now = Tick::from_us(SECOND_US);
@@ -467,7 +467,7 @@ fn clean_pages_of_a_range_that_the_last_daemon_discarded_are_dropped_and_again_i
 /// The Sync succeeds while a write is in flight that could report a reset before it. When that write ends, a discard
 /// has started to change a page that the Sync covers.
 #[test]
-fn a_page_does_not_become_clean_while_a_discard_is_changing_it() {
+fn a_page_stays_dirty_while_a_discard_of_its_range_is_in_flight() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     write(&mut cache, 0, 8);
@@ -490,7 +490,7 @@ fn a_page_does_not_become_clean_while_a_discard_is_changing_it() {
 /// Two Syncs have succeeded, and a third one fails: the zeros that the first two cover are not repeated, because their
 /// ranges may have been written since.
 #[test]
-fn a_zero_that_a_sync_covers_is_not_repeated_although_the_sync_was_in_doubt_for_a_while() {
+fn a_zero_covered_by_a_successful_sync_is_never_repeated() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     let zero = |start| SectorSpan::new(start, 64);
@@ -520,7 +520,7 @@ fn zeroed(ops: &[(OpKind, SectorSpan)]) -> Vec<SectorSpan> {
 
 /// A completed FLUSH covers the write. A zero over it would undo the write until the page is written again.
 #[test]
-fn a_zero_that_is_repeated_leaves_out_what_was_written_since() {
+fn a_repeated_zero_skips_pages_written_since() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
@@ -547,7 +547,7 @@ fn a_zero_that_is_repeated_leaves_out_what_was_written_since() {
 }
 
 #[test]
-fn a_flush_of_a_zero_waits_for_what_stands_for_it() {
+fn a_flush_of_a_zero_waits_for_the_write_that_replaced_it() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     let span = SectorSpan::new(16, 8);
@@ -574,7 +574,7 @@ fn a_flush_of_a_zero_waits_for_what_stands_for_it() {
 }
 
 #[test]
-fn a_zero_that_the_next_daemon_repeats_leaves_out_what_is_dirty() {
+fn a_zero_repeated_by_the_next_daemon_skips_dirty_pages() {
     let mut cache = cache_of(1024, 1 << 20);
     let record = |page, first, count| FrameRecord {
         page: PageNo(page),
@@ -589,7 +589,7 @@ fn a_zero_that_the_next_daemon_repeats_leaves_out_what_is_dirty() {
 }
 
 #[test]
-fn a_clean_page_of_a_range_that_the_previous_daemon_was_zeroing_is_not_restored() {
+fn clean_pages_of_a_pending_zero_are_not_restored() {
     let mut cache = cache_of(1024, 1 << 20);
     let record = |page, dirty| FrameRecord { page: PageNo(page), valid: SectorMask::ALL, dirty };
     let records = [(FrameId(3), record(2, SectorMask::NONE)), (FrameId(4), record(3, SectorMask::ALL))];
@@ -600,7 +600,7 @@ fn a_clean_page_of_a_range_that_the_previous_daemon_was_zeroing_is_not_restored(
 
 /// Its block must be read in before its write.
 #[test]
-fn a_flush_continues_in_the_next_turn_once_a_frame_is_free_for_a_page_that_is_valid_in_part() {
+fn a_flush_that_waited_for_a_frame_continues_in_the_next_turn() {
     let mut cache = cache_with(Settings { block_sectors: 8, readahead_pages_max: 0, ..Settings::of(64, 1 << 20) });
     write(&mut cache, 0, 1);
     let mut pinned = Vec::new();

@@ -40,7 +40,7 @@ fn after_interval(starts: impl IntoIterator<Item = u64>) -> PageCache {
 }
 
 #[test]
-fn pages_of_a_guest_that_flushes_often_are_written_ahead() {
+fn pages_of_a_frequently_flushing_guest_are_written_eagerly() {
     let apart = || (0..8).map(|at| at * APART);
     assert_eq!(written_ahead(&mut cache_of(4096, 1 << 20), apart()), NOTHING, "the first interval predicts nothing");
     let mut cache = after_interval(apart());
@@ -51,7 +51,7 @@ fn pages_of_a_guest_that_flushes_often_are_written_ahead() {
 }
 
 #[test]
-fn a_page_written_once_before_each_flush_is_written_ahead() {
+fn a_page_written_once_before_each_flush_is_written_eagerly() {
     let mut cache = after_interval([0]);
     for _ in 0..3 {
         assert_eq!(written_ahead(&mut cache, [0]), [0]);
@@ -60,14 +60,14 @@ fn a_page_written_once_before_each_flush_is_written_ahead() {
 }
 
 #[test]
-fn a_flush_without_writes_before_it_is_ignored() {
+fn a_flush_without_preceding_writes_is_ignored() {
     let mut cache = after_interval([0; 8]);
     flush(&mut cache);
     assert_eq!(written_ahead(&mut cache, [APART]), NOTHING);
 }
 
 #[test]
-fn writes_that_would_merge_with_earlier_ones_wait_for_the_flush() {
+fn mergeable_writes_wait_for_the_flush() {
     let again: fn(u64) -> u64 = |_| 0;
     let up = |at| at * 8;
     let down = |at| (100 - at) * 8;
@@ -78,7 +78,7 @@ fn writes_that_would_merge_with_earlier_ones_wait_for_the_flush() {
 }
 
 #[test]
-fn a_change_of_the_guests_behaviour_counts_within_the_interval() {
+fn a_change_in_the_guests_behaviour_takes_effect_within_the_interval() {
     let mut cache = after_interval((0..8).map(|at| at * APART));
     // At the first write, the repeated writes cannot be predicted.
     assert_eq!(written_ahead(&mut cache, [0; 32]), [0]);
@@ -87,7 +87,7 @@ fn a_change_of_the_guests_behaviour_counts_within_the_interval() {
 }
 
 #[test]
-fn a_write_of_many_pages_is_one_write() {
+fn a_write_of_many_pages_counts_as_one() {
     let mut cache = cache_of(4096, 1 << 20);
     // The pages of two runs take frames alternately, so the frames of a later write are not adjacent.
     (0..64).for_each(|page| write(&mut cache, page % 2 * APART + page / 2 * 8, 8));
@@ -101,7 +101,7 @@ fn a_write_of_many_pages_is_one_write() {
 }
 
 #[test]
-fn writes_under_way_together_count_as_one() {
+fn concurrent_adjacent_writes_count_as_one() {
     let mut cache = cache_of(4096, 1 << 20);
     let batch = |cache: &mut PageCache, first: u64| {
         let mut pieces = Vec::new();
@@ -118,7 +118,7 @@ fn writes_under_way_together_count_as_one() {
 }
 
 #[test]
-fn a_bulk_write_beside_a_write_under_way_counts_as_bulk() {
+fn a_bulk_write_counts_as_bulk_while_another_write_is_in_progress() {
     let mut cache = after_interval([0, APART]);
     let mut pieces = Vec::new();
     assert_eq!(cache.write(access(0, 8), &mut pieces), Admitted::All);
@@ -145,7 +145,7 @@ fn a_page_rewritten_under_eager_write_back_counts_as_merged() {
 }
 
 #[test]
-fn a_page_rewritten_while_a_flush_writes_it_does_not_count_as_merged() {
+fn a_page_rewritten_during_its_write_for_a_flush_does_not_count_as_merged() {
     let apart = || (0..8).map(|at| at * APART);
     let mut cache = cache_of(4096, 1 << 20);
     apart().for_each(|start| write(&mut cache, start, 8));
@@ -158,7 +158,7 @@ fn a_page_rewritten_while_a_flush_writes_it_does_not_count_as_merged() {
 }
 
 #[test]
-fn nothing_is_written_ahead_to_a_store_that_fails() {
+fn nothing_is_written_eagerly_to_a_failing_store() {
     let mut cache = after_interval([0, APART]);
     write(&mut cache, 0, 8);
     for tag in started(&mut cache) {
@@ -202,7 +202,7 @@ fn eager_write_back_does_not_lower_the_measured_bandwidth() {
 }
 
 #[test]
-fn bulk_writing_is_not_written_ahead() {
+fn bulk_writes_are_not_written_eagerly() {
     let bulk = || (0..300).map(|at| at * APART);
     assert_eq!(written_ahead(&mut after_interval(bulk()), [0]), NOTHING);
     let mut cache = after_interval([0, APART]);
@@ -210,7 +210,7 @@ fn bulk_writing_is_not_written_ahead() {
 }
 
 #[test]
-fn half_as_many_writes_are_under_way_ahead_of_a_flush_as_for_one() {
+fn eager_write_back_uses_half_the_queue_depth_of_a_flush() {
     let mut cache = after_interval([0, APART]);
     (0..64).for_each(|at| write(&mut cache, at * APART, 8));
     assert_eq!(started(&mut cache).len() + started(&mut cache).len(), 16);

@@ -40,7 +40,7 @@ fn flush_result(cache: &mut PageCache) -> Option<Result<(), Fault>> {
 }
 
 #[test]
-fn a_write_elsewhere_does_not_wait_for_a_discard() {
+fn a_write_outside_a_discard_does_not_wait_for_it() {
     let mut cache = cache_of(1024, 1 << 20);
     assert!(cache.discard(Ticket(9), SectorSpan::new(0, 800)));
     assert_eq!(started(&mut cache, NOW).len(), 1);
@@ -66,7 +66,7 @@ fn a_flush_fails_if_the_rest_of_a_block_cannot_be_read() {
 }
 
 #[test]
-fn zeroing_the_sectors_that_failed_makes_the_store_healthy() {
+fn zeroing_the_failed_sectors_makes_the_store_healthy() {
     let mut cache = cache_of(1024, 1 << 20);
     let mut now = NOW;
     write(&mut cache, 0, 12);
@@ -79,7 +79,7 @@ fn zeroing_the_sectors_that_failed_makes_the_store_healthy() {
 }
 
 #[test]
-fn writes_that_succeed_do_not_extend_the_hold_of_one_that_waits_for_space() {
+fn successful_writes_do_not_extend_the_hold_of_a_write_without_space() {
     let hold_us = 1_000_000;
     let settings = Settings {
         holes: ImageHoles::Possible,
@@ -165,7 +165,7 @@ fn a_store_that_cannot_map_holes_gets_no_map_request() {
 }
 
 #[test]
-fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
+fn a_write_waiting_for_space_is_retried_once_per_pause() {
     let settings = Settings {
         holes: ImageHoles::Possible,
         allocate: true,
@@ -209,7 +209,7 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
 
 /// The process was stopped for longer than the hold: the failed operation is retried before the requests fail.
 #[test]
-fn time_in_which_the_process_was_stopped_does_not_count_as_held() {
+fn time_spent_stopped_does_not_count_toward_the_hold() {
     // The operator may have resumed the image earlier, with no operation tried since.
     for is_resumed in [false, true] {
         let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
@@ -236,7 +236,7 @@ fn time_in_which_the_process_was_stopped_does_not_count_as_held() {
 
 /// A write that hangs does not look like a process that was stopped.
 #[test]
-fn a_hold_ends_on_time_while_a_write_hangs() {
+fn a_hold_ends_on_time_even_if_a_write_hangs() {
     let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     let mut now = NOW;
@@ -276,7 +276,7 @@ fn clean_pages_are_dropped_before_their_range_is_discarded_or_zeroed() {
 
 /// The pages that a failed Sync puts in doubt are written again, successfully, before each further Sync.
 #[test]
-fn writes_that_succeed_do_not_extend_the_hold_of_a_sync_that_fails() {
+fn successful_writes_do_not_extend_the_hold_of_a_failing_sync() {
     let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     let mut now = NOW;

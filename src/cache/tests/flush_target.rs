@@ -201,17 +201,17 @@ fn check_pattern(disk: DiskSpeed, pattern: Pattern, writers: u64) {
 }
 
 #[test]
-fn a_flush_of_a_disk_with_5_mib_a_second_takes_at_most_twice_the_target() {
+fn a_flush_takes_at_most_twice_its_target_at_5_mib_a_second() {
     check(DiskSpeed { bytes: 5 << 20, operations: 50_000, latency_us: 0 });
     check(DiskSpeed { bytes: 5 << 20, operations: 50_000, latency_us: 20_000 });
 }
 
 #[test]
-fn a_flush_of_a_disk_with_20_mib_a_second_takes_at_most_twice_the_target() {
+fn a_flush_takes_at_most_twice_its_target_at_20_mib_a_second() {
     check(DiskSpeed { bytes: 20 << 20, operations: 50_000, latency_us: 1000 });
 }
 
 #[test]
-fn a_flush_of_a_disk_with_200_operations_a_second_takes_at_most_twice_the_target() {
+fn a_flush_takes_at_most_twice_its_target_at_200_operations_a_second() {
     check(DiskSpeed { bytes: 200 << 20, operations: 200, latency_us: 0 });
 }

@@ -28,7 +28,7 @@ fn resident(cache: &PageCache) -> Vec<u64> {
 }
 
 #[test]
-fn an_image_shrinks_once_everything_beyond_its_new_end_is_durable_and_out_of_memory() {
+fn an_image_shrinks_only_after_its_tail_is_durable_and_evicted() {
     let mut cache = cache();
     assert_eq!(cache.shrink(), None, "nobody has announced it");
     write(&mut cache, END - 8, 16);
@@ -57,7 +57,7 @@ fn an_image_shrinks_once_everything_beyond_its_new_end_is_durable_and_out_of_mem
 }
 
 #[test]
-fn nothing_beyond_the_new_end_is_read_ahead_or_warmed() {
+fn a_shrinking_image_is_not_read_ahead_or_warmed_past_its_new_end() {
     let mut cache = cache();
     cache.announce_shrink(Some(END));
     for (step, sector) in (END - 512..END).step_by(32).enumerate() {
@@ -74,7 +74,7 @@ fn nothing_beyond_the_new_end_is_read_ahead_or_warmed() {
 }
 
 #[test]
-fn a_zero_or_discard_beyond_the_new_end_is_durable_before_the_image_shrinks() {
+fn range_operations_past_the_new_end_are_durable_before_the_image_shrinks() {
     for discards in [false, true] {
         let mut cache = cache();
         flush(&mut cache, 1);
@@ -95,7 +95,7 @@ fn a_zero_or_discard_beyond_the_new_end_is_durable_before_the_image_shrinks() {
 }
 
 #[test]
-fn a_shrink_that_is_taken_back_leaves_the_image_as_it_was() {
+fn a_cancelled_shrink_leaves_the_image_unchanged() {
     let mut cache = cache();
     write(&mut cache, END, 8);
     cache.announce_shrink(Some(END));

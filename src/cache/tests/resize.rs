@@ -100,7 +100,7 @@ fn turns_to_resize(cache: &mut PageCache) -> u32 {
 }
 
 #[test]
-fn a_cache_that_shrinks_keeps_what_is_hot_wherever_it_is() {
+fn a_shrinking_cache_keeps_hot_pages_of_any_frame() {
     let (mut cache, ledger) = cache_of(FRAMES);
     let hot: Vec<u64> = (0..700).map(|n| n * 5).collect();
     (0..u64::from(FRAMES)).for_each(|page| _ = read_page(&mut cache, page));
@@ -119,7 +119,7 @@ fn a_cache_that_shrinks_keeps_what_is_hot_wherever_it_is() {
 }
 
 #[test]
-fn a_cache_that_grows_keeps_every_page_and_uses_the_new_frames() {
+fn a_growing_cache_keeps_its_pages_and_uses_the_new_frames() {
     let (mut cache, ledger) = cache_of(FRAMES);
     (0..u64::from(FRAMES) - 100).for_each(|page| _ = read_page(&mut cache, page));
     let evicted = cache.stats().evicted_pages;
@@ -142,7 +142,7 @@ fn a_cache_that_grows_keeps_every_page_and_uses_the_new_frames() {
 }
 
 #[test]
-fn dirty_pages_move_as_they_are_and_are_recorded_all_the_time() {
+fn dirty_pages_stay_recorded_while_they_move() {
     let (mut cache, ledger) = cache_of(FRAMES);
     (0..u64::from(FRAMES) * 3 / 4).for_each(|page| _ = read_page(&mut cache, page));
     let dirty: Vec<u64> = (0..400).map(|n| 10_000 + n * 7).collect();
@@ -160,7 +160,7 @@ fn dirty_pages_move_as_they_are_and_are_recorded_all_the_time() {
 }
 
 #[test]
-fn more_dirty_pages_than_fit_are_written_first() {
+fn a_shrink_first_writes_back_dirty_pages_that_do_not_fit() {
     let (mut cache, ledger) = cache_of(FRAMES);
     (0..3000).for_each(|page| write(&mut cache, page * 8, 8));
     cache.reconfigure(&settings(1024));
@@ -177,7 +177,7 @@ fn more_dirty_pages_than_fit_are_written_first() {
 }
 
 #[test]
-fn a_frame_that_is_being_copied_or_transferred_leaves_after_that() {
+fn a_pinned_frame_is_retired_after_its_copy_or_transfer() {
     let (mut cache, ledger) = cache_of(FRAMES);
     (0..u64::from(FRAMES) - 200).for_each(|page| _ = read_page(&mut cache, page));
     let mut pieces = Vec::new();
@@ -235,7 +235,7 @@ fn a_turn_evicts_and_moves_a_bounded_number_of_pages() {
 
 /// Each dirty page has a part of a block of the store: its write needs a frame into which the rest is read.
 #[test]
-fn a_shrink_leaves_frames_for_the_blocks_that_must_be_completed() {
+fn a_shrink_leaves_frames_for_blocks_that_must_be_read_in() {
     const SMALL: u32 = 64;
     let settings = Settings { block_sectors: 8, frames_max: SMALL, ..settings(SMALL) };
     let ledger = Ledger::default();
@@ -259,7 +259,7 @@ fn a_shrink_leaves_frames_for_the_blocks_that_must_be_completed() {
 }
 
 #[test]
-fn a_larger_cache_that_was_left_is_restored_and_shrinks() {
+fn a_larger_leftover_cache_is_restored_and_shrunk() {
     let (mut cache, ledger) = cache_of(FRAMES);
     (0..2000).for_each(|page| _ = read_page(&mut cache, page));
     (5000..5600).for_each(|page| write(&mut cache, page * 8, 8));
@@ -278,7 +278,7 @@ fn a_larger_cache_that_was_left_is_restored_and_shrinks() {
 }
 
 #[test]
-fn readers_share_the_size_that_the_cache_has() {
+fn readers_share_the_current_size_of_the_cache() {
     let (mut cache, _) = cache_of(FRAMES);
     cache.share(2);
     cache.set_frames(1024);

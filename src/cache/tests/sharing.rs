@@ -15,7 +15,7 @@ fn read_as(cache: &mut PageCache, reader: usize, page: u64) -> bool {
 }
 
 #[test]
-fn a_reader_that_uses_more_than_its_share_does_not_evict_the_pages_of_another() {
+fn a_reader_over_its_share_does_not_evict_another_readers_pages() {
     for policy in [PolicyKind::S3Fifo, PolicyKind::Lru] {
         let settings = Settings { policy, readahead_pages_max: 0, ..Settings::of(4096, 1 << 24) };
         let mut cache = cache_with(settings);
@@ -36,7 +36,7 @@ fn a_reader_that_uses_more_than_its_share_does_not_evict_the_pages_of_another() 
 }
 
 #[test]
-fn pages_that_both_use_count_for_the_reader_that_has_room_in_its_share() {
+fn a_shared_page_is_charged_to_the_reader_with_room_in_its_share() {
     let mut cache = cache_with(Settings { readahead_pages_max: 0, ..Settings::of(4096, 1 << 24) });
     cache.share(2);
     // Everything was read in for the first reader, and the second one uses some of it.
@@ -52,7 +52,7 @@ fn pages_that_both_use_count_for_the_reader_that_has_room_in_its_share() {
 }
 
 #[test]
-fn a_reader_that_has_left_keeps_no_share_from_the_others() {
+fn a_departed_reader_releases_its_share() {
     let mut cache = cache_with(Settings { readahead_pages_max: 0, ..Settings::of(4096, 1 << 24) });
     cache.share(2);
     (0..FRAMES / 4).for_each(|page| _ = read_as(&mut cache, 1, page));

@@ -214,22 +214,22 @@ fn play_all(shapes: &[Shape], length: usize, states: &[PageState], requests: &[S
 }
 
 #[test]
-fn one_page_in_every_state_and_shape() {
+fn every_state_and_shape_of_one_page_keeps_the_invariants() {
     play_all(&[WHOLE, CUT, BLOCKS, UNMAPPED], 1, &ALL, &requests(3, 3, &EVERY), 5_000);
 }
 
 #[test]
-fn two_pages_in_every_state_and_shape() {
+fn every_state_and_shape_of_two_pages_keeps_the_invariants() {
     play_all(&[WHOLE, CUT, BLOCKS, UNMAPPED], 2, &ALL, &requests(2, 3, &EVERY), 100_000);
 }
 
 #[test]
-fn three_pages_in_every_simple_state() {
+fn every_simple_state_of_three_pages_keeps_the_invariants() {
     play_all(&[WHOLE], 3, &SIMPLE, &requests(1, 3, &EVERY), 80_000);
 }
 
 #[test]
-fn four_pages_in_every_simple_state() {
+fn every_simple_state_of_four_pages_keeps_the_invariants() {
     let middle = [requests(1, 1, &EDGES), requests(1, 2, &EDGES)].concat();
     let all = [requests(0, 3, &EDGES), middle].concat();
     play_all(&[WHOLE], 4, &SIMPLE, &all, 200_000);

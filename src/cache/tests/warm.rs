@@ -8,7 +8,7 @@ fn settings(frames: u32) -> Settings {
 }
 
 #[test]
-fn a_warmed_cache_has_the_pages_and_lists_them() {
+fn warmed_pages_are_resident_and_listed() {
     let mut cache = cache_with(settings(1024));
     write(&mut cache, 80, 8);
     let span = PageSpan::new(PageNo(5), 300);
@@ -43,7 +43,7 @@ fn warming_waits_for_guests_and_for_the_store() {
 }
 
 #[test]
-fn warming_evicts_none_of_its_own_pages_and_leaves_memory_free() {
+fn warming_evicts_none_of_its_own_pages_and_leaves_frames_free() {
     let mut cache = cache_with(settings(1024));
     let mut next = PageNo(0);
     for round in 1.. {
@@ -83,7 +83,7 @@ fn read_pages(cache: &mut PageCache, pages: std::ops::Range<u64>, from_us: u64) 
 }
 
 #[test]
-fn warming_takes_the_frames_of_cold_pages_and_not_those_of_hot_ones() {
+fn warming_evicts_cold_pages_but_no_hot_ones() {
     let mut cache = cache_with(settings(1024));
     // Pages that are used again after their burst are hot; then a scan fills the cache.
     read_pages(&mut cache, 0..100, 1);
@@ -108,7 +108,7 @@ fn warming_takes_the_frames_of_cold_pages_and_not_those_of_hot_ones() {
 }
 
 #[test]
-fn only_whole_pages_are_listed_and_each_of_them_in_one_part() {
+fn every_whole_page_is_listed_exactly_once() {
     let mut cache = cache_with(settings(256));
     (0..50).for_each(|page| write(&mut cache, page * 8, 8));
     write(&mut cache, 200 * 8, 3);
@@ -123,7 +123,7 @@ fn only_whole_pages_are_listed_and_each_of_them_in_one_part() {
 }
 
 #[test]
-fn a_page_whose_map_is_unknown_is_warmed_once_it_is_known() {
+fn a_page_is_warmed_once_the_extent_map_knows_it() {
     let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..settings(1024) });
     let span = PageSpan::new(PageNo(3), 2);
     assert_eq!(cache.warm(span), (PageNo(3), WarmStep::Busy));
@@ -155,7 +155,7 @@ fn pages_of_a_range_operation_are_not_warmed() {
 }
 
 #[test]
-fn a_warming_that_fails_costs_a_guest_that_waits_for_it_nothing() {
+fn a_failed_warming_does_not_fail_a_waiting_request() {
     let mut cache = cache_with(settings(1024));
     cache.warm(PageSpan::new(PageNo(5), 1));
     let [(tag, OpKind::Read, Urgency::Background)] = queued(&mut cache)[..] else { panic!("a read") };

@@ -43,7 +43,7 @@ fn write_beside_another(cache: &mut PageCache) -> Piece {
 }
 
 #[test]
-fn a_read_in_does_not_touch_the_sectors_of_a_writer_beside_one_that_has_finished() {
+fn a_read_in_skips_the_sectors_of_an_unfinished_writer() {
     let (mut cache, log) = logged();
     let piece = write_beside_another(&mut cache);
     assert!(!read(&mut cache, 6, 2), "these sectors must be read in");
@@ -59,7 +59,7 @@ fn a_read_in_does_not_touch_the_sectors_of_a_writer_beside_one_that_has_finished
 
 /// If the daemon dies now, the store has the bytes of these sectors, and the frame has some of the guest's.
 #[test]
-fn no_record_has_the_clean_sectors_of_a_writer_beside_one_that_has_finished() {
+fn the_ledger_omits_clean_sectors_of_an_unfinished_writer() {
     let (mut cache, log) = logged();
     read(&mut cache, 0, 8);
     complete_all(&mut cache, Tick::from_us(1));

@@ -207,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_get_requests_for_the_metrics_get_them() {
+    fn only_a_get_request_for_the_metrics_path_returns_metrics() {
         let plain = ScrapeRequest::Metrics(TextFormat::Prometheus);
         assert_eq!(parse(b"GET /metrics?x=1 HTTP/1.1\r\nHost: a\r\n\r\n"), Some(plain));
         let open = b"GET /metrics HTTP/1.1\r\nACCEPT: a/b\r\nAccept: application/openmetrics-text\r\n\r\n";

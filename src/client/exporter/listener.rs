@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_is_recognised_by_its_family() {
+    fn a_listener_is_recognised_by_its_address_family() {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         assert!(matches!(listener_of(tcp.into()).unwrap(), ScrapeListener::Tcp(_)));
         let (stream, _other) = UnixStream::pair().unwrap();

@@ -190,14 +190,14 @@ mod tests {
     }
 
     #[test]
-    fn without_buckets_a_histogram_is_a_sum_and_a_count() {
+    fn a_histogram_without_buckets_has_only_a_sum_and_a_count() {
         let mut text = MetricsText::default();
         text.latencies("t", &[], &latency(&[1000, 2000]), false);
         assert_eq!(text.finish(), "t_sum 0.000003\nt_count 2\n");
     }
 
     #[test]
-    fn the_formats_differ_in_the_names_of_counters_and_in_the_last_line() {
+    fn the_metrics_formats_differ_in_counter_names_and_the_last_line() {
         let text = |format| {
             let mut text = MetricsText::new(format);
             text.family("a_total", MetricType::Counter, "What \"a\" did\\n.");
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scraper_gets_the_format_that_it_prefers() {
+    fn the_accept_header_selects_the_metrics_format() {
         let prometheus = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,\
                           text/plain;version=0.0.4;q=0.5,*/*;q=0.1";
         for header in [prometheus, "application/openmetrics-text", "text/plain, Application/OpenMetrics-Text; Q=1.0"] {

@@ -118,7 +118,7 @@ fn press(state: &mut TopState, keys: &str) {
 }
 
 #[test]
-fn a_screen_of_80_columns_shows_every_disk_and_details_of_the_selected_one() {
+fn a_screen_of_80_columns_shows_all_disks_and_details_of_the_selected_one() {
     let text = picture(&state());
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 24);
@@ -137,7 +137,7 @@ fn a_screen_of_80_columns_shows_every_disk_and_details_of_the_selected_one() {
 }
 
 #[test]
-fn keys_select_sort_pause_and_show_histogram_and_help() {
+fn every_key_of_top_has_its_effect() {
     let mut state = state();
     press(&mut state, "jjj");
     let text = drawn(&state, 80, 24);
@@ -161,7 +161,7 @@ fn keys_select_sort_pause_and_show_histogram_and_help() {
 }
 
 #[test]
-fn a_wide_screen_has_bars_and_a_small_one_shows_what_fits() {
+fn the_layout_follows_the_width_of_the_screen() {
     let mut state = state();
     let wide = drawn(&state, 200, 60);
     assert!(wide.contains(" ########## ######...."), "{wide}");
@@ -179,7 +179,7 @@ fn a_wide_screen_has_bars_and_a_small_one_shows_what_fits() {
 }
 
 #[test]
-fn a_daemon_that_ends_leaves_its_numbers_and_the_next_one_begins_anew() {
+fn numbers_stay_on_screen_until_the_next_daemon_answers() {
     let mut state = state();
     state.update(Err(Error::new(ErrorKind::NoDaemon, "no daemon listens on /run/genblk/control.sock")));
     let text = drawn(&state, 80, 24);

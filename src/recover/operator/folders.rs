@@ -213,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn folders_are_recognised_by_their_names() {
+    fn cache_directories_are_recognised_by_their_names() {
         for (name, owner) in
             [("genblk", Some(0)), ("genblk-1000", Some(1000)), ("genblk-", None), ("genblkx", None), ("genblk-a", None)]
         {

@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_is_aligned() {
+    fn the_columns_of_the_list_are_aligned() {
         let row = |cells: [&str; 6]| cells.map(str::to_owned);
         let rows =
             [row(["/a", "/srv/x.img", "256", "7", "3 h", "clean"]), row(["/bcd", "-", "1", "-", "12 min", "x, y"])];
@@ -164,7 +164,7 @@ CACHE  IMAGE       MIB  DIRTY PAGES     AGE  STATE
     }
 
     #[test]
-    fn an_age_is_told_in_one_unit() {
+    fn an_age_is_printed_in_one_unit() {
         let shown = [5, 60, 3599, 3600, 86_400, 172_800].map(|seconds| age(Duration::from_secs(seconds)));
         assert_eq!(shown, ["5 s", "1 min", "59 min", "1 h", "24 h", "2 d"]);
     }

@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bar_shows_the_share() {
+    fn the_progress_bar_shows_the_share_written() {
         assert_eq!(bar(0, 8), format!("[{}]   0 %, 0 of 8 pages", " ".repeat(40)));
         assert_eq!(bar(4, 8), format!("[{}{}]  50 %, 4 of 8 pages", "#".repeat(20), " ".repeat(20)));
         assert_eq!(bar(8, 8), format!("[{}] 100 %, 8 of 8 pages", "#".repeat(40)));

@@ -41,7 +41,7 @@ impl World {
 
 /// What an earlier daemon of the guest recorded is kept, whichever of several files of the image has it.
 #[test]
-fn the_guests_state_in_each_of_several_leftover_files_is_kept() {
+fn guest_state_is_merged_from_all_leftover_files() {
     // The first file, then the second one, has no pages.
     for markers in [[false, false], [true, false], [false, true], [true, true]] {
         for (in_second, is_recorded) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -63,7 +63,7 @@ fn the_guests_state_in_each_of_several_leftover_files_is_kept() {
 }
 
 #[test]
-fn a_read_only_device_reports_a_loss_that_a_cache_of_the_changed_image_records() {
+fn a_read_only_device_reports_the_loss_recorded_in_a_mismatched_cache() {
     let mut world = World::new();
     world.live_and_die(SectorMask::NONE, false);
     world.live(Arena::set_data_loss);
@@ -73,7 +73,7 @@ fn a_read_only_device_reports_a_loss_that_a_cache_of_the_changed_image_records()
 }
 
 #[test]
-fn the_guests_state_moves_with_its_cache_to_another_directory() {
+fn guest_state_moves_with_its_cache_to_another_directory() {
     for is_marker in [false, true] {
         let mut world = World::new();
         world.live_and_die(SectorMask::NONE, false);
@@ -106,7 +106,7 @@ fn every_new_cache_begins_a_later_tenure() {
 }
 
 #[test]
-fn an_image_whose_tenure_has_ended_says_so() {
+fn the_record_on_the_image_shows_whether_its_tenure_has_ended() {
     let world = World::new();
     let image = world.open();
     let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
@@ -121,7 +121,7 @@ fn an_image_whose_tenure_has_ended_says_so() {
 }
 
 #[test]
-fn an_image_is_told_that_a_daemon_died_while_it_was_changing_it() {
+fn only_a_death_during_a_change_quarantines_the_image() {
     for in_flight in [false, true] {
         let world = World::new();
         world.live_and_die(SectorMask::ALL, in_flight);
@@ -133,7 +133,7 @@ fn an_image_is_told_that_a_daemon_died_while_it_was_changing_it() {
 }
 
 #[test]
-fn a_tenure_counts_as_recorded_only_if_the_image_can_carry_the_record() {
+fn a_tenure_counts_as_recorded_only_if_the_image_can_store_it() {
     let world = World::new();
     let is_recorded = |image: &dyn NamedImage| {
         let arena = arena_for(&world.config, image, [FRAMES; 2], &Arc::default()).unwrap();
@@ -145,7 +145,7 @@ fn a_tenure_counts_as_recorded_only_if_the_image_can_carry_the_record() {
 }
 
 #[test]
-fn a_cache_with_a_second_name_is_not_trusted() {
+fn a_cache_file_with_a_second_hard_link_is_not_trusted() {
     let world = World::new();
     world.live_and_die(SectorMask::ALL, false);
     fs::hard_link(world.cache_path(), world.directory.join("second")).unwrap();
@@ -154,7 +154,7 @@ fn a_cache_with_a_second_name_is_not_trusted() {
 }
 
 #[test]
-fn the_cache_of_an_image_that_has_grown_has_pages_beyond_the_old_end() {
+fn pages_past_the_old_end_of_a_grown_image_are_restored() {
     let world = World::new();
     world.live_and_die(SectorMask::NONE, true);
     let file = world.image();
@@ -166,7 +166,7 @@ fn the_cache_of_an_image_that_has_grown_has_pages_beyond_the_old_end() {
 }
 
 #[test]
-fn a_data_loss_that_the_guest_knows_of_is_not_reported_again() {
+fn a_reported_data_loss_is_not_reported_again() {
     let world = World::new();
     world.live(Arena::set_data_loss);
     world.live(|arena| {

@@ -59,7 +59,7 @@ fn random_seeds_keep_every_guarantee_of_the_daemon() {
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from `GENBLK_SIM_FIRST` (1000) on; without these
 /// variables, nothing. The Makefile's target `sim` sets them.
 #[test]
-fn seeds_from_the_environment() {
+fn seeds_from_the_environment_keep_every_guarantee_of_the_daemon() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     if let Some(seed) = number("GENBLK_SIM_SEED") {
         println!("daemon: seed {seed}: {}", run_all(seed..seed + 1));

@@ -393,7 +393,7 @@ impl Oracle {
 }
 
 #[test]
-fn a_write_that_is_executed_again_may_overwrite_one_that_completed_meanwhile() {
+fn a_replayed_write_may_overwrite_one_that_completed_meanwhile() {
     let read_back = |is_repeated: bool, value| {
         let mut sector = Sector::holding(0);
         let effect = |id| Effect { id, value: id, submitted: id, failed: None };

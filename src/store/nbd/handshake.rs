@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_server_is_understood() {
+    fn a_handshake_with_all_extensions_succeeds() {
         let mut handshake = Handshake::new("disk");
         feed(&mut handshake, &full()).unwrap();
         let export = handshake.export().expect("it is over");
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_without_structured_replies_is_enough() {
+    fn a_handshake_without_structured_replies_succeeds() {
         let mut handshake = Handshake::new("");
         let bytes = [
             greeting(1),
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_why() {
+    fn a_refused_option_reports_the_servers_reason() {
         for (kind, words) in [
             (ERROR_UNKNOWN, "no export \"disk\""),
             (ERROR_TLS_REQUIRED, "TLS"),

@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_writer_holds_the_lock_and_its_end_releases_it() {
+    fn the_host_lock_excludes_other_writers_until_its_holder_ends() {
         let name = format!("genblk/test/{}", std::process::id());
         HostLock::check_free(&name, Duration::ZERO).unwrap();
         let lock = HostLock::acquire(&name, Duration::ZERO).unwrap().expect("the name is free");
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_this_process_is_no_lock_of_another_user() {
+    fn a_local_error_is_not_mistaken_for_another_users_lock() {
         for errno in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EACCES, libc::EPERM] {
             let error = holder_of_connection(Err(io::Error::from_raw_os_error(errno))).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(errno));
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_for_the_lock_leaves_no_connection_in_the_holders_backlog() {
+    fn waiting_for_the_host_lock_leaves_no_connection_in_its_backlog() {
         let name = format!("genblk/test/queue/{}", std::process::id());
         let lock = HostLock::acquire(&name, Duration::ZERO).unwrap().expect("the name is free");
         for _ in 0..10 {
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_holder_whose_queue_is_full_is_named_and_one_that_cannot_be_seen_is_waited_for() {
+    fn a_lock_holder_with_a_full_backlog_is_still_named() {
         let name = format!("genblk/test/full/{}", std::process::id());
         let lock = HostLock::acquire(&name, Duration::ZERO).unwrap().expect("the name is free");
         crate::sys::socket::set_backlog(&lock.0, 0).unwrap();

@@ -425,7 +425,7 @@ fn run(seed: u64, bug: Option<PlantedBug>) -> std::thread::Result<u32> {
 }
 
 #[test]
-fn no_schedule_of_cuts_kills_and_zombie_writes_loses_a_byte_or_brings_one_back() {
+fn no_schedule_of_cuts_kills_and_zombie_writes_loses_or_revives_data() {
     let mut losses = 0;
     for seed in 0..SEEDS {
         losses += run(seed, None).unwrap_or_else(|_| panic!("seed {seed} of the NBD simulation failed"));

@@ -72,7 +72,7 @@ mod tests {
     const S: fn(u64) -> Duration = Duration::from_secs;
 
     #[test]
-    fn a_change_waits_for_the_last_suspect_that_it_overlaps() {
+    fn a_change_waits_for_every_overlapping_suspect() {
         let suspects = Suspects::default();
         suspects.add(0..4096, S(5), 1, S(0));
         suspects.add(2048..8192, S(7), 2, S(0));

@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_written_is_data_until_a_flush_that_was_submitted_later_succeeds() {
+    fn a_write_counts_as_data_until_a_later_flush_succeeds() {
         let unflushed = Unflushed::default();
         let whole = 0..1 << 20;
         let early = unflushed.begin_flush();

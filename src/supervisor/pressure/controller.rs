@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn caches_grow_back_step_by_step_after_a_time_of_calm() {
+    fn caches_grow_back_step_by_step_once_pressure_is_gone() {
         let mut host = Host::new();
         (0..4).for_each(|_| drop(host.second(500)));
         assert_eq!(host.controller.level(), 3);
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_neither_pressure_nor_calm_changes_nothing() {
+    fn readings_between_pressure_and_calm_change_nothing() {
         let mut host = Host::new();
         (0..100).for_each(|_| assert_eq!(host.second(50), None));
         assert_eq!(host.controller.level(), 0);
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn caches_do_not_grow_without_room_and_wait_longer_when_pressure_returns() {
+    fn caches_wait_longer_to_grow_when_pressure_returns() {
         let mut host = Host::new();
         (0..3).for_each(|_| drop(host.second(500)));
         host.has_room = false;
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_is_reached_is_pressure_and_a_host_without_signs_has_none() {
+    fn a_reached_limit_counts_as_pressure() {
         let mut host = Host::new();
         host.limit = Some("/sys/fs/cgroup/a/memory.high".into());
         assert_eq!(host.second(0), None);
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_fall_with_the_level_between_both_ends() {
+    fn cache_sizes_fall_linearly_with_the_pressure_level() {
         let (size, least) = (256 << 20, 64 << 20);
         assert_eq!((size_at(0, size, least), size_at(LEVELS, size, least)), (size, least));
         assert_eq!(size_at(8, size, least), 160 << 20);

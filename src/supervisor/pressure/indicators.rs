@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_time_in_which_some_task_waited_is_read() {
+    fn the_stall_time_of_proc_pressure_is_parsed() {
         let text = "some avg10=1.05 avg60=0.00 avg300=0.00 total=19200515\nfull avg10=0.00 avg60=0.00 total=7\n";
         assert_eq!(stalled_in(text), Some(Duration::from_micros(19_200_515)));
         for other in ["", "full total=7\n", "some avg10=0.00\n", "some total=x\n"] {

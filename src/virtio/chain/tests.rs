@@ -54,7 +54,7 @@ fn random_descriptor(prng: &mut Prng, size: u64, indirect_table: u64) -> (u64, u
 /// Over random tables with indirect ones, loops, indexes out of range and tables outside memory: a chain followed to
 /// its end has exactly virtio-queue's buffers, and a broken one is reported no later than where virtio-queue stopped.
 #[test]
-fn agrees_with_virtio_queue_on_random_chains() {
+fn parsing_random_chains_agrees_with_virtio_queue() {
     let mem = ram();
     let (mut whole, mut broken, mut long) = (0, 0, 0);
     for seed in 0..40_000 {
@@ -84,7 +84,7 @@ fn agrees_with_virtio_queue_on_random_chains() {
 }
 
 #[test]
-fn a_loop_breaks_the_chain_after_as_many_buffers_as_the_table_has_entries() {
+fn a_chain_with_a_loop_breaks_after_one_buffer_per_table_entry() {
     let mem = ram();
     for size in [1u16, 2, 16] {
         for index in 0..size {

@@ -29,7 +29,7 @@ fn number(space: &ConfigSpace, offset: usize, size: u32) -> u64 {
 
 /// The fields are at the offsets of the kernel's structure, with the values of the parameters.
 #[test]
-fn fields_are_where_linux_reads_them() {
+fn config_fields_have_the_offsets_of_linux() {
     let space = ConfigSpace::new(&parameters(), true);
     let expected = [
         (offset_of!(virtio_blk_config, capacity), 8, 0x0123_4567_89ab),
@@ -96,7 +96,7 @@ fn only_the_cache_mode_can_be_written() {
 }
 
 #[test]
-fn the_cache_mode_and_the_size_can_change() {
+fn the_cache_mode_and_the_capacity_can_change() {
     let mut space = ConfigSpace::new(&parameters(), false);
     assert!(!space.writeback());
     space.set_writeback(true);
@@ -187,7 +187,7 @@ fn any_block_size_gives_a_valid_topology() {
 }
 
 #[test]
-fn sizes_are_in_logical_blocks_and_zeroing_frees_space_only_where_it_may() {
+fn config_sizes_are_in_logical_blocks() {
     let large = DiskParameters { block_bytes: 4096, zero_may_unmap: false, ..parameters() };
     let space = ConfigSpace::new(&large, true);
     assert_eq!(number(&space, offset_of!(virtio_blk_config, opt_io_size), 4), 256);

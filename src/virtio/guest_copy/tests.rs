@@ -11,7 +11,7 @@ fn range(addr: u64, len: u32) -> GuestRange {
 /// Copies to and from disjoint ranges in random order agree with one flat array, at any offset and length, both with
 /// one cursor for all copies and with a fresh cursor for each.
 #[test]
-fn copies_agree_with_a_flat_model() {
+fn guest_copies_agree_with_a_flat_model() {
     for seed in 0..300 {
         let mut prng = Prng::new(seed);
         let mem = ram();
@@ -123,7 +123,7 @@ fn a_section_past_the_data_is_an_error_unless_it_is_empty() {
 }
 
 #[test]
-fn read_once_and_write_status_work_across_a_seam() {
+fn reads_and_status_writes_cross_region_borders() {
     let mem = ram();
     for start in SEAM - 20..SEAM + 4 {
         let bytes: Vec<u8> = (1..20).collect();

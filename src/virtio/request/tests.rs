@@ -84,7 +84,7 @@ fn addresses(request: &Request) -> Vec<u64> {
 /// buffers at every pair of positions, with empty buffers between and after them, as plain descriptors and in an
 /// indirect table. The request does not depend on the cuts.
 #[test]
-fn any_layout_gives_the_same_request() {
+fn any_descriptor_layout_parses_to_the_same_request() {
     let mem = ram();
     // The readable and the writable bytes are contiguous each, so addresses identify a request's bytes.
     let (readable, writable, sector) = (HEADER, DATA, 0x0123_4567_89ab_cdef);
@@ -144,7 +144,7 @@ fn put_layout(mem: &GuestRam, buffers: &[Piece], plain: usize) {
 
 /// T22: for every kind of error in a request, its status byte is found if there is one.
 #[test]
-fn a_wrong_request_with_a_status_byte_can_be_answered() {
+fn an_invalid_request_with_a_status_byte_can_be_answered() {
     let mem = ram();
     let answerable = Err(Malformed::WithStatus { status_addr: GuestAddress(STATUS) });
     let status = (STATUS, 1, WRITE);
@@ -248,7 +248,7 @@ fn a_read_only_disk_fails_every_kind_that_changes_data() {
 }
 
 #[test]
-fn what_the_disk_does_not_offer_is_unsupported() {
+fn an_unoffered_request_type_is_unsupported() {
     let mem = ram();
     let kinds = [VIRTIO_BLK_T_SCSI_CMD, VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_ZONE_REPORT, 5, u32::MAX];
     for kind in kinds {
@@ -305,7 +305,7 @@ fn the_serial_is_padded_and_never_written_past_the_data() {
 
 /// T10: the used length counts the bytes written.
 #[test]
-fn used_length_counts_what_was_written_to_the_guest() {
+fn the_used_length_counts_only_bytes_written_to_the_guest() {
     let mem = ram();
     for kind in ALL {
         let parsed = plain(&mem, kind, 0, 512);

@@ -58,7 +58,7 @@ fn take(queue: &mut SplitQueue, max: usize, heads: &mut Vec<u16>) -> Result<(), 
 }
 
 #[test]
-fn agrees_with_virtio_queue_whatever_the_guest_does() {
+fn the_split_queue_agrees_with_virtio_queue_on_any_driver_input() {
     let (mut wanted_count, mut unwanted_count) = (0, 0);
     for seed in 0..2000 {
         let mut prng = Prng::new(seed);
@@ -138,7 +138,7 @@ fn used_elements_become_visible_only_when_they_are_published() {
 }
 
 #[test]
-fn what_the_previous_daemon_has_published_is_not_published_again() {
+fn used_elements_of_the_previous_daemon_are_not_published_again() {
     let mem = Arc::new(ram());
     let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
     queue.set_position(QueuePosition { next_avail: 5, next_used: 3 });
@@ -146,7 +146,7 @@ fn what_the_previous_daemon_has_published_is_not_published_again() {
 }
 
 #[test]
-fn only_a_head_that_was_taken_can_be_given_back() {
+fn only_a_taken_head_can_be_returned() {
     let mem = Arc::new(ram());
     let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
     mem.store(1u16, GuestAddress(AVAIL + 2), Ordering::Relaxed).unwrap();
@@ -157,7 +157,7 @@ fn only_a_head_that_was_taken_can_be_given_back() {
 }
 
 #[test]
-fn more_heads_than_descriptors_are_an_overrun() {
+fn an_available_ring_with_more_heads_than_descriptors_is_an_error() {
     let mem = Arc::new(ram());
     let mut queue =
         SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 65_530, next_used: 0 }).unwrap();
@@ -172,7 +172,7 @@ fn more_heads_than_descriptors_are_an_overrun() {
 }
 
 #[test]
-fn a_driver_that_shows_impossible_indices_again_and_again_does_not_hold_the_worker_up() {
+fn repeated_invalid_indices_do_not_occupy_the_worker() {
     let mem = Arc::new(ram());
     let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
     let mut show = |idx: u16| {

@@ -51,7 +51,7 @@ fn stop_within_a_long_read(seed: u64) -> bool {
 }
 
 #[test]
-fn a_ring_that_drains_reads_no_further_window_of_a_long_request() {
+fn a_draining_ring_starts_no_further_window_of_a_long_request() {
     let stopped =
         |seed: &u64| run_with(None, || stop_within_a_long_read(*seed)).unwrap_or_else(|_| panic!("seed {seed}"));
     let count = (0..100).filter(stopped).count();

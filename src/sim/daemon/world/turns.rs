@@ -122,7 +122,7 @@ fn pages_in_progress(seed: u64, busy_rings: usize) -> u64 {
 }
 
 #[test]
-fn the_rings_with_requests_share_what_a_worker_has_in_progress() {
+fn active_rings_share_the_budget_of_their_worker() {
     let is_suitable = |scenario: &Scenario, settings: &Settings, limits: &Limits| {
         let has_room = settings.frames >= 48 && settings.image_sectors >= 4 * REQUESTED_PAGES * SECTORS_PER_PAGE;
         // A map of the image would be an operation too.

@@ -28,7 +28,7 @@ fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<Ran
 }
 
 #[test]
-fn segments_are_read_whatever_the_cuts_into_buffers() {
+fn range_segments_may_be_split_across_buffers_anywhere() {
     let raw: Vec<_> = (0..32u32).map(|n| (u64::from(n) * 5000, n % 3 * 100, 0)).collect();
     let expected: Vec<_> = raw
         .iter()

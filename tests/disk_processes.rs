@@ -358,7 +358,7 @@ fn a_stopped_disk_process_delays_neither_other_disks_nor_shutdown() {
     one.write(8, &pattern(1, 8, 4096));
     other.write(8, &pattern(2, 8, 4096));
     send(daemon.disk_process("d0"), libc::SIGSTOP);
-    daemon.await_log("d0: its process has not run for 5 s: is it stopped?");
+    daemon.await_log("d0: its process has not run for 5 s; it may be stopped");
     assert_eq!(other.read(8, 4096), pattern(2, 8, 4096));
     drop(other);
     let begun = Instant::now();

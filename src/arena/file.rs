@@ -140,7 +140,7 @@ impl ArenaFile {
                 Err(e) => return Err(e),
             }
         }
-        let context = format!("cannot keep the cache in {}: its names are all taken", directory.display());
+        let context = format!("cannot keep the cache in {}: it has too many caches of this image", directory.display());
         Err(last.unwrap_or_else(|| Error::new(ErrorKind::Memory, context)))
     }
 
@@ -248,7 +248,7 @@ impl ArenaFile {
                 ended::note(&TrustedDir::open(split(path)?.0, AllowedOwner::Anyone)?, path, tenure, state)
             }
             Location::FdStore { .. } | Location::Received(_) => {
-                Err(Error::new(ErrorKind::Memory, format!("cannot record the end of a tenure next to {self}")))
+                Err(Error::new(ErrorKind::Memory, format!("cannot record next to {self} that its image was released")))
             }
         }
     }

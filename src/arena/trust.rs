@@ -97,7 +97,7 @@ impl TrustedDir {
             return distrusted(format!("other users can write to it (mode {:o})", metadata.mode() & 0o7777));
         }
         if metadata.nlink() > 1 {
-            return distrusted("it has a second name".to_owned());
+            return distrusted("it has more than one hard link".to_owned());
         }
         Ok(file)
     }

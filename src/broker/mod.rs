@@ -127,8 +127,8 @@ impl Broker {
         match &answer {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
                 warn!(
-                    "{}: the broker thread does not reply (the daemon is stopped, or starved of CPU time): a request \
-                     of the front-end fails",
+                    "{}: the broker thread does not reply (the daemon was stopped, or starved of CPU time); a \
+                     front-end request fails",
                     self.name
                 );
             }

@@ -64,7 +64,10 @@ impl TokenRecorder {
             }
         };
         if let Err(e) = thread::Builder::new().name(format!("token {name}")).spawn(run) {
-            warn!("{name}: cannot start the thread that records the image's times: {e}");
+            warn!(
+                "{name}: cannot start the thread that records the image's timestamps: {e}; after a crash, the image \
+                 may be refused as changed"
+            );
         }
         Self { thread: Some(shared) }
     }

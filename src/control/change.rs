@@ -189,6 +189,18 @@ impl Refusal {
     pub fn refused(what: impl Into<String>, why: impl Into<String>) -> Self {
         Self::new("Refused", json!({ "what": what.into(), "why": why.into() }))
     }
+
+    /// The reason, for the log.
+    pub fn reason(&self) -> String {
+        let text = |key: &str| self.parameters[key].as_str().unwrap_or_default();
+        match self.error {
+            "InUse" => format!("in use by {}", text("by")),
+            "Refused" => text("why").to_owned(),
+            "ImageFault" => format!("the image failed ({})", text("fault")),
+            "NotWritten" => format!("dirty data cannot be written to the image ({})", text("fault")),
+            error => format!("{error} {}", self.parameters),
+        }
+    }
 }
 
 /// A reply to a change.

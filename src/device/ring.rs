@@ -376,8 +376,8 @@ impl Ring {
         }
         if self.memory.is_blank(BLANK_BYTES) {
             error!(
-                "{}: the guest has notified the device, and its memory reads as zeros: does the front-end share it \
-                 (QEMU: share=on for the memory backend)?",
+                "{}: kicked, but guest memory reads as zeros; the front-end must share it (QEMU: share=on for the \
+                 memory backend)",
                 self.label
             );
         }
@@ -406,8 +406,8 @@ impl Ring {
         match interrupt.trigger() {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => error!(
-                "{}: no more interrupts: its call descriptor is full and blocks; they resume when the front-end sets \
-                 another one",
+                "{}: interrupts stopped: the call eventfd is full and blocking; they resume when the front-end sets \
+                     another one",
                 self.label
             ),
             Err(e) => warn!("{}: cannot interrupt the guest: {e}", self.label),

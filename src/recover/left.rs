@@ -192,7 +192,7 @@ impl Leftovers {
         }
         record.state = TenureState::Clean;
         if let Err(e) = image.write_record(record) {
-            warn!("{name}: cannot record the end of the last tenure in the image's attributes: {e}");
+            warn!("{name}: cannot mark the image as released in its extended attributes: {e}");
         }
     }
 
@@ -236,8 +236,9 @@ impl Leftovers {
 /// The record of the image's last tenure, if there is one that was written for this image.
 pub(super) fn record_of(name: &str, image: &dyn NamedImage, facts: &ImageFacts) -> Result<Option<Record>> {
     let shown = image.path().display();
-    let failed =
-        |e| Error::io(ErrorKind::Image, format!("cannot read the record of the last tenure of image {shown}"), e);
+    let failed = |e| {
+        Error::io(ErrorKind::Image, format!("cannot read the record of the last daemon that used image {shown}"), e)
+    };
     match image.last_tenure().map_err(failed)? {
         LastTenure::NoRecords | LastTenure::None => Ok(None),
         LastTenure::Recorded(record) if is_of(&record, facts) => Ok(Some(record)),
@@ -251,8 +252,10 @@ pub(super) fn record_of(name: &str, image: &dyn NamedImage, facts: &ImageFacts) 
             Ok(None)
         }
         LastTenure::Unreadable(why) => {
-            let context =
-                format!("image {shown} has a record of its last tenure that this version of genblk cannot read: {why}");
+            let context = format!(
+                "image {shown} has a record of the last daemon that used it, which this version of genblk cannot \
+                 read: {why}"
+            );
             let hint = format!(
                 "a cache may hold completed writes; if you know that none does, remove the record with \"genblk \
                  take-over {shown}\""

@@ -326,7 +326,7 @@ impl NewCache<'_> {
             return;
         };
         if let Err(e) = self.image.write_record(&Record { state: TenureState::Clean, ..record.clone() }) {
-            warn!("{}: cannot record the end of the last tenure in the image's attributes: {e}", self.config.name);
+            warn!("{}: cannot mark the image as released in its extended attributes: {e}", self.config.name);
         }
     }
 

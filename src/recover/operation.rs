@@ -77,10 +77,7 @@ pub(super) fn end_tenure(
             match image.write_record(&Record { state, ..record }) {
                 Ok(()) => Ok(()),
                 Err(e) => {
-                    warn!(
-                        "cannot record in the attributes of image {} that its tenure has ended: {e}",
-                        image.path().display()
-                    );
+                    warn!("cannot mark image {} as released in its extended attributes: {e}", image.path().display());
                     file.note_ended(tenure.id, state)
                 }
             }

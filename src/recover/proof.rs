@@ -68,7 +68,7 @@ pub(super) fn superseded(header: &Header, record: Option<&Record>) -> Option<Pro
         return None;
     }
     if tenure.is_recorded && tenure.id.generation > record.tenure.generation {
-        let why = "the image carries the record of an earlier tenure: an older copy was restored";
+        let why = "the image carries the record of an earlier daemon: an older copy was restored";
         return Some(Proof::Refuted(why.to_owned()));
     }
     if tenure.id.generation > record.tenure.generation {
@@ -103,7 +103,9 @@ pub(super) fn prove(
         return objection;
     }
     if has_ended(header, record) && Unwritten::of(arena) != Unwritten::NOTHING {
-        return Proof::Overtaken("it is a copy from before the end of its tenure, which the image records".to_owned());
+        return Proof::Overtaken(
+            "it is an old copy: the image records that this cache was written back and released".to_owned(),
+        );
     }
     if planted(PlantedBug::ProofSkipped) {
         return Proof::Proven;
@@ -132,7 +134,10 @@ pub(super) fn prove(
         (Comparison::Equal(pages), doubt) => {
             if let Some(doubt) = doubt {
                 let pages = counted(pages as u64, "page");
-                log::info!("image {}: {doubt}; {pages} compared with its cache, all equal", image.path().display());
+                log::info!(
+                    "image {}: {doubt}; compared {pages} with its cache, all equal; using the cache",
+                    image.path().display()
+                );
             }
             Proof::Proven
         }

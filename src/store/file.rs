@@ -99,8 +99,9 @@ impl FileImage {
     /// [`ErrorKind::System`] for a record of a tenure that this genblk cannot read.
     pub(super) fn received(file: File, mut parts: FileParts) -> Result<Arc<Self>> {
         let record = parts.tenure.take().map(|bytes| Record::decode(&bytes)).transpose();
-        let record = record
-            .map_err(|why| Error::new(ErrorKind::System, format!("cannot read the record of a tenure: {why}")))?;
+        let record = record.map_err(|why| {
+            Error::new(ErrorKind::System, format!("cannot read the record of the last daemon: {why}"))
+        })?;
         let engine = parts.engine;
         Ok(Arc::new(Self {
             image: Arc::new(OpenImage::received(file, parts)),

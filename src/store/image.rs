@@ -373,7 +373,7 @@ impl OpenImage {
         if now < before && now < opened {
             log::error!("{label} has shrunk from {before} to {now} bytes: writes beyond its end fail");
         } else if now != before && now < opened {
-            log::warn!("{label} has {now} bytes; it had {opened} when it was opened");
+            log::warn!("{label} now has {now} bytes; it had {opened} when it was opened");
         }
         if links == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
             log::error!(

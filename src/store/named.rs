@@ -161,7 +161,7 @@ pub trait NamedImage: Backing {
     /// # Errors
     /// Why it cannot be cut; in that case nothing has changed.
     fn cut(&self, _size_bytes: u64) -> std::result::Result<(), String> {
-        Err("an image of this kind is not cut".to_owned())
+        Err("an image of this kind cannot shrink".to_owned())
     }
 
     /// Reads a page; the part past the end of the image is zeros.

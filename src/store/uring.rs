@@ -203,7 +203,8 @@ impl UringQueue {
         self.buffers.buffer_of(&self.ring.submitter(), &request.segments).unwrap_or_else(|error| {
             let label = self.image.label();
             log::info!(
-                "{label}: cannot register more io_uring buffers ({error}; RLIMIT_MEMLOCK?); transfers pin pages"
+                "{label}: cannot register more io_uring buffers ({error}; RLIMIT_MEMLOCK?); each transfer pins its \
+                 pages"
             );
             None
         })

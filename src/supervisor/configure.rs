@@ -181,13 +181,13 @@ impl Operator {
         let force = self.overview.entry(name).is_ok_and(never_served);
         let detached = if dry_run { Ok(()) } else { self.detach(name, force, false, Recorded::Files, client) };
         let Err(refusal) = detached else { return DeviceChange::of(name, ChangeKind::Detached, Vec::new()) };
-        let reason = why(&refusal);
+        let reason = refusal.reason();
         if self.overview.entry(name).is_err() {
             let reason = reason.strip_prefix(DETACHED_DIRTY).unwrap_or(&reason).to_owned();
             return DeviceChange::of(name, ChangeKind::Detached, vec![reason]);
         }
         let recorded = self.ask_main_thread(|requester| FleetChange::Keep(name.to_owned(), requester));
-        let detail = [reason].into_iter().chain(recorded.err().map(|refusal| why(&refusal)));
+        let detail = [reason].into_iter().chain(recorded.err().map(|refusal| refusal.reason()));
         DeviceChange::of(name, ChangeKind::Kept, detail.collect())
     }
 
@@ -205,7 +205,7 @@ impl Operator {
                     problems.iter().filter_map(Value::as_str).for_each(|problem| error!("{problem}"));
                     error!("reload failed: the configuration has errors; nothing has changed");
                 }
-                Err(refusal) => error!("reload failed: {}; nothing has changed", why(&refusal)),
+                Err(refusal) => error!("reload failed: {}; nothing has changed", refusal.reason()),
             }
             manager.notify("READY=1");
         };
@@ -253,7 +253,7 @@ impl Operator {
         match if dry_run { Ok(()) } else { set() } {
             Ok(()) => DeviceChange::of(&old.name, ChangeKind::Changed, owned(keys)),
             Err(refusal) => {
-                let detail = owned(keys).into_iter().chain([why(&refusal)]).collect();
+                let detail = owned(keys).into_iter().chain([refusal.reason()]).collect();
                 DeviceChange::of(&old.name, ChangeKind::Pending, detail)
             }
         }
@@ -285,13 +285,4 @@ fn in_words(DeviceChange { device, what, detail }: &DeviceChange) -> String {
 
 fn owned(keys: &[&str]) -> Vec<String> {
     keys.iter().map(|key| (*key).to_owned()).collect()
-}
-
-/// An error in words, for the list of changes.
-fn why(refusal: &Refusal) -> String {
-    match refusal.error {
-        "InUse" => format!("in use by {}", refusal.parameters["by"].as_str().unwrap_or_default()),
-        "Refused" => refusal.parameters["why"].as_str().unwrap_or_default().to_owned(),
-        error => format!("{error} {}", refusal.parameters),
-    }
 }

@@ -80,7 +80,7 @@ impl ControlListener {
         };
         if let Err(e) = thread::Builder::new().name("control socket".to_owned()).spawn(serve) {
             let error = Error::io(ErrorKind::System, "cannot start a thread", e);
-            error!("the operator's commands do not work: {error}");
+            error!("the control socket is not served: {error}; the operator's commands do not work");
         }
     }
 }

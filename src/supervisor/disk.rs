@@ -360,7 +360,7 @@ impl Disk {
     fn check_process(&mut self) {
         let Some(silent_for) = self.handle.as_ref().map(DeviceHandle::silent_for) else { return };
         if self.silence_reminder.is_due(silent_for) {
-            warn!("{}: its process has not run for {} s: is it stopped?", self.name, silent_for.as_secs());
+            warn!("{}: its process has not run for {} s; it may be stopped", self.name, silent_for.as_secs());
         } else if silent_for < FIRST && self.silence_reminder.was_due() {
             info!("{}: its process runs again", self.name);
             self.silence_reminder = Reminder::new();

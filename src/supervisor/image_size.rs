@@ -76,7 +76,7 @@ fn shrink_image(
     info!("{name}: the operator has shrunk its image from {served} to {size_bytes} bytes");
     if let Err(refusal) = ask(entry, DeviceRequest::Cut { size_bytes }, client) {
         // Its successor serves the image with the new size.
-        warn!("{name}: its image was shrunk, and its process has not noted that: {}", refusal.parameters);
+        warn!("{name}: its image was shrunk, but its process does not know: {}", refusal.reason());
     }
     Ok(())
 }

@@ -252,7 +252,7 @@ impl Operator {
         let since = Instant::now();
         let request = DeviceRequest::Freeze { time_ms, holds_reads: reads };
         if let Err(refusal) = ask(&entry, request, client) {
-            info!("{device}: could not be frozen: {}", refusal.parameters);
+            info!("{device}: cannot freeze: {}", refusal.reason());
             return Err(refusal);
         }
         let until = since + Duration::from_millis(time_ms.into());
@@ -260,7 +260,7 @@ impl Operator {
         let freeze = FreezeLease { process: link.process.io_lock(), number, since, until };
         entry.operator.lock().freeze = Some(freeze);
         let frozen_us = micros(since.elapsed());
-        info!("{device}: frozen in {} ms; thaws by itself after {time_ms} ms", frozen_us / 1000);
+        info!("{device}: frozen in {} ms; thaws automatically after {time_ms} ms", frozen_us / 1000);
         self.overview.events.add(Some(device), "frozen", json!({ "after_us": frozen_us, "timeout_ms": time_ms }));
         Ok((Freezing { frozen: true, frozen_us, lease: Some(number) }, freeze))
     }
@@ -279,7 +279,7 @@ impl Operator {
                 return ended;
             }
             if has_hung_up {
-                info!("{device}: the client of the freeze has disconnected");
+                info!("{device}: the client that froze it has disconnected; thawing");
                 self.thaw(&entry, Some(freeze.number), client);
                 return ended;
             }

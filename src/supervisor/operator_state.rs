@@ -10,7 +10,7 @@ use crate::control::change::Refusal;
 use crate::store::file::IoLock;
 
 /// The change that memory pressure makes. It is short, and the operator's changes wait for it.
-const STEP: &str = "a step of its cache's size";
+const STEP: &str = "a change of its cache size";
 /// How long they wait at most: the device's process may be stopped.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 

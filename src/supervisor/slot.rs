@@ -231,7 +231,10 @@ impl ImageSlot {
             Err(e) => process.send(&lost(Some(e.to_string())), &[]),
         };
         if let Err(e) = told {
-            error!("{name}: a loss of completed writes would go undetected ({e})");
+            error!(
+                "{name}: cannot pass the loss marker to its process: {e}; after a crash, lost writes would \
+                 go undetected"
+            );
         }
     }
 
@@ -262,7 +265,7 @@ impl ImageSlot {
         if state.image.present_size().is_some_and(|now| now > served && now.is_multiple_of(PAGE_BYTES))
             && let Err(why) = state.image.grow(None)
         {
-            warn!("{}: does not follow the growth of its image: {why}", self.settings.name);
+            warn!("{}: cannot grow the disk with its image: {why}", self.settings.name);
         }
     }
 

@@ -89,12 +89,12 @@ pub(super) fn save(config: &DeviceConfig, tenure: impl FnOnce() -> TenureKey, pr
     let Some(path) = path_of(config) else { return };
     let name = &config.name;
     let Some(extents) = resident_pages(process, device, Instant::now() + SAVE_TIMEOUT) else {
-        return warn!("{name}: cannot list the cached pages: timed out");
+        return warn!("{name}: cannot save the list of cached pages: timed out");
     };
     let count = counted(page_count(&extents), "cached page");
     match write(&path, &text_of(&head_of(&config.image, &tenure()), &extents)) {
-        Ok(()) => info!("{name}: {count} listed in {} for the next start", path.display()),
-        Err(e) => warn!("{name}: cannot list the cached pages in {}: {e}", path.display()),
+        Ok(()) => info!("{name}: saved a list of {count} in {} for the next start", path.display()),
+        Err(e) => warn!("{name}: cannot save the list of cached pages in {}: {e}", path.display()),
     }
 }
 
@@ -138,12 +138,12 @@ pub(super) fn warm(config: &DeviceConfig, tenure: &TenureKey, process: &Arc<Proc
         let end = warm_pages(&extents, &process, device, None, |_| ControlFlow::Continue(()));
         if matches!(end, WarmEnd::All | WarmEnd::Full) {
             let mib = page_count(&extents).saturating_mul(PAGE_BYTES) >> 20;
-            let all = if end == WarmEnd::Full { "the cache is full" } else { "all" };
-            info!("{name}: warmed after {} ms: {mib} MiB were listed ({all})", begun.elapsed().as_millis());
+            let all = if end == WarmEnd::Full { "the cache is full" } else { "all of it" };
+            info!("{name}: warmed after {} ms from a list of {mib} MiB ({all})", begun.elapsed().as_millis());
         }
     };
     if let Err(e) = thread::Builder::new().name("warm".to_owned()).spawn(warm) {
-        warn!("{}: cannot start a thread: {e}", config.name);
+        warn!("{}: cannot start the thread that warms the cache: {e}", config.name);
     }
 }
 

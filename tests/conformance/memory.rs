@@ -299,7 +299,7 @@ fn memory_that_is_mapped_privately_is_refused() {
 #[test]
 fn a_kick_in_blank_memory_is_reported_once() {
     let daemon = start();
-    let reports = || daemon.log().matches("its memory reads as zeros").count();
+    let reports = || daemon.log().matches("guest memory reads as zeros").count();
     let session = Session::open(&daemon.socket(), &SessionOptions::default());
     for _ in 0..3 {
         session.rings.iter().for_each(Ring::notify);

@@ -281,7 +281,7 @@ fn files_that_another_user_could_have_created_or_changed_are_refused() {
     mode(&cache, 0o600);
     let second = folder.join("second");
     fs::hard_link(&cache, &second).expect("a file can get a second name");
-    refused("it has a second name");
+    refused("it has more than one hard link");
     fs::remove_file(&cache).expect("a name can be removed");
     symlink(&second, &cache).expect("a link can be made");
     refused("it is a symbolic link");

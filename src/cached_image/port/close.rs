@@ -26,7 +26,7 @@ impl WorkerPort {
         }
         if !self.store.drain(timeout) {
             let (name, left) = (&self.image.name, counted(self.store.in_flight() as u64, "operation"));
-            warn!("{name}: {left} still in flight on the image; the kernel holds its lock until they complete");
+            warn!("{name}: {left} still in flight; the image stays locked until they complete");
             mem::forget(Arc::clone(&self.image));
         }
     }

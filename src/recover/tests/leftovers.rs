@@ -150,7 +150,7 @@ fn a_cache_file_with_a_second_hard_link_is_not_trusted() {
     world.live_and_die(SectorMask::ALL, false);
     fs::hard_link(world.cache_path(), world.directory.join("second")).unwrap();
     let refused = world.start().unwrap_err().to_string();
-    assert!(refused.contains("it has a second name"), "{refused}");
+    assert!(refused.contains("it has more than one hard link"), "{refused}");
 }
 
 #[test]

@@ -122,7 +122,8 @@ impl HostLock {
                 Holder::None if wait.elapsed() < timeout + ENDED_MAX => thread::sleep(POLL),
                 Holder::None | Holder::Other => {
                     warn!(
-                        "NBD export lock @{name}: another user has this name, so a second daemon could open the export"
+                        "NBD export lock @{name}: another user holds this socket name, so a second daemon could \
+                         write to the export"
                     );
                     return Ok(None);
                 }

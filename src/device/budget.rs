@@ -11,7 +11,7 @@ use crate::units::{PAGE_BYTES, SECTORS_PER_PAGE};
 /// The pages that can be copied in the time that it takes to parse a chain, without its buffers.
 const PAGES_PER_CHAIN: u64 = 1;
 /// The buffers of a chain that can be parsed in the time that it takes to copy a page.
-const BUFFERS_PER_PAGE: u64 = 32;
+const BUFFERS_PER_PAGE: u32 = 32;
 /// The cost in pages of a part of a DISCARD or WRITE ZEROES: the cache looks up its pages, and the store is busy for
 /// longer.
 pub(super) const PAGES_PER_RANGE_PART: u64 = 64;
@@ -64,8 +64,8 @@ impl Default for Budget {
 impl Budget {
     /// The cost to a turn's budget of taking a request with this many pages and buffers, and of admitting its first
     /// window.
-    pub(super) fn cost_of_taking(&self, pages: u64, buffers: usize) -> u64 {
-        PAGES_PER_CHAIN + buffers as u64 / BUFFERS_PER_PAGE + pages.min(self.window_pages)
+    pub(super) fn cost_of_taking(&self, pages: u64, buffers: u32) -> u64 {
+        PAGES_PER_CHAIN + u64::from(buffers / BUFFERS_PER_PAGE) + pages.min(self.window_pages)
     }
 
     /// The load of a request, which counts against [`Budget::ring_pages`].

@@ -60,10 +60,10 @@ pub struct DescriptorChain<'a> {
     mem: &'a GuestRam,
     table: DescriptorTable<'a>,
     next: Option<u16>,
-    /// How many more descriptors the current table can have unless the chain has a loop.
-    table_left: u32,
-    /// How many more descriptors the chain may have.
-    chain_left: u32,
+    /// Number of descriptors that were read.
+    read: u32,
+    /// Most descriptors to read: the chain is then too long, or has a loop in the current table.
+    read_max: u32,
     /// The current table is an indirect one.
     in_indirect: bool,
 }
@@ -71,8 +71,13 @@ pub struct DescriptorChain<'a> {
 impl<'a> DescriptorChain<'a> {
     /// The chain that starts at descriptor `head` of the ring's table.
     pub fn new(mem: &'a GuestRam, table: DescriptorTable<'a>, head: u16) -> Self {
-        let (table_left, chain_left) = (table.entries, CHAIN_DESCRIPTORS_MAX);
-        Self { mem, table, next: Some(head), table_left, chain_left, in_indirect: false }
+        let read_max = table.entries.min(CHAIN_DESCRIPTORS_MAX);
+        Self { mem, table, next: Some(head), read: 0, read_max, in_indirect: false }
+    }
+
+    /// Number of buffers of the chain that were read.
+    pub fn buffers(&self) -> u32 {
+        self.read
     }
 
     fn advance(&mut self, index: u16) -> Result<Buffer, BrokenChain> {
@@ -92,8 +97,10 @@ impl<'a> DescriptorChain<'a> {
     }
 
     fn take(&mut self, index: u16) -> Result<Descriptor, BrokenChain> {
-        self.table_left = self.table_left.checked_sub(1).ok_or(BrokenChain)?;
-        self.chain_left = self.chain_left.checked_sub(1).ok_or(BrokenChain)?;
+        if self.read == self.read_max {
+            return Err(BrokenChain);
+        }
+        self.read += 1;
         self.table.read(self.mem, index).ok_or(BrokenChain)
     }
 
@@ -108,9 +115,9 @@ impl<'a> DescriptorChain<'a> {
             return Err(BrokenChain);
         }
         // The descriptor that refers to the table is not a buffer of the chain.
-        self.chain_left += 1;
+        self.read -= 1;
+        self.read_max = CHAIN_DESCRIPTORS_MAX.min(self.read + entries);
         self.table = DescriptorTable::new(self.mem, descriptor.addr(), entries);
-        self.table_left = entries;
         self.in_indirect = true;
         Ok(())
     }

@@ -14,7 +14,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Address, GuestAddress};
 
 use crate::units::{LiveSize, SECTOR_BYTES, SectorSpan, Unmap};
-use crate::virtio::chain::{Buffer, DescriptorChain, DescriptorTable};
+use crate::virtio::chain::{BrokenChain, Buffer, DescriptorChain, DescriptorTable};
 use crate::virtio::guest_copy::{BadAddress, GuestCursor, GuestRange, read_once};
 use crate::virtio::{GuestRam, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS, Status};
 
@@ -153,7 +153,7 @@ pub struct Request {
     /// The address of the status byte.
     pub status_addr: GuestAddress,
     /// Number of buffers of the chain that were read.
-    pub buffers: usize,
+    pub buffers: u32,
 }
 
 impl Default for Request {
@@ -177,11 +177,11 @@ pub fn parse(mem: &GuestRam, table: &DescriptorTable<'_>, head: u16, request: &m
     request.head = head;
     request.data.clear();
     request.data_bytes = 0;
-    request.buffers = 0;
+    let mut chain = DescriptorChain::new(mem, table.clone(), head);
     let mut parser = Parser::new(request);
-    for buffer in DescriptorChain::new(mem, table.clone(), head) {
-        parser.add(mem, buffer.map_err(|_| Malformed::Unreadable)?);
-    }
+    let ended = chain.try_for_each(|buffer| buffer.map(|buffer| parser.add(mem, buffer)));
+    parser.request.buffers = chain.buffers();
+    ended.map_err(|BrokenChain| Malformed::Unreadable)?;
     parser.finish(mem)
 }
 
@@ -210,7 +210,6 @@ impl<'a> Parser<'a> {
     #[inline]
     fn add(&mut self, mem: &GuestRam, buffer: Buffer) {
         let range = buffer.range;
-        self.request.buffers += 1;
         if range.len == 0 {
             return;
         }

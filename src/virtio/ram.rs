@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use vm_memory::{
-    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileArrayRef, VolatileMemory,
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileArrayRef, VolatileMemory,
     VolatileSlice,
 };
 
@@ -14,12 +14,14 @@ use vm_memory::{
 #[derive(Debug, Default)]
 pub struct GuestRam {
     memory: Arc<GuestMemoryMmap<()>>,
+    /// The largest region. Nearly all addresses are in it.
+    largest: GuestRegion,
     /// In order of their addresses.
     regions: Box<[GuestRegion]>,
 }
 
-/// A region of guest memory and its mapping.
-#[derive(Debug)]
+/// A region of guest memory and its mapping; by default, an empty one.
+#[derive(Clone, Copy, Debug)]
 struct GuestRegion {
     first: GuestAddress,
     bytes: usize,
@@ -30,6 +32,21 @@ struct GuestRegion {
 unsafe impl Send for GuestRegion {}
 // SAFETY: as above.
 unsafe impl Sync for GuestRegion {}
+
+impl Default for GuestRegion {
+    fn default() -> Self {
+        Self { first: GuestAddress(0), bytes: 0, host: std::ptr::null_mut() }
+    }
+}
+
+impl GuestRegion {
+    /// The offset of an address in the region; `None` if it is outside.
+    #[inline]
+    fn offset_of(&self, addr: GuestAddress) -> Option<usize> {
+        let offset = usize::try_from(addr.0.wrapping_sub(self.first.0)).ok()?;
+        (offset < self.bytes).then_some(offset)
+    }
+}
 
 /// All ones if `offset < bytes`, otherwise 0, computed without a branch (Linux: array_index_mask_nospec).
 #[inline]
@@ -54,23 +71,28 @@ impl GuestRam {
             // The guard is a plain pointer, valid as long as the memory, as vm-memory's Xen mappings are not used.
             GuestRegion { first: region.start_addr(), bytes: slice.len(), host: slice.ptr_guard_mut().as_ptr() }
         };
-        let regions = memory.iter().map(whole).collect();
-        Self { memory, regions }
+        let regions: Box<[GuestRegion]> = memory.iter().map(whole).collect();
+        let largest = regions.iter().max_by_key(|region| region.bytes).copied().unwrap_or_default();
+        Self { memory, largest, regions }
     }
 
     /// The `len` bytes at `addr`, if they are in one region, as is nearly always the case.
     #[inline]
     pub fn slice(&self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
-        let after = self.regions.partition_point(|region| region.first <= addr);
-        let region = self.regions[..after].last()?;
-        let offset = usize::try_from(addr.unchecked_offset_from(region.first)).ok()?;
-        let left = region.bytes.checked_sub(offset).filter(|&left| left > 0)?;
+        let (region, offset) = match self.largest.offset_of(addr) {
+            Some(offset) => (&self.largest, offset),
+            None => {
+                let after = self.regions.partition_point(|region| region.first <= addr);
+                let region = self.regions[..after].last()?;
+                (region, region.offset_of(addr)?)
+            }
+        };
         // The guest chooses the address. If the processor mispredicts the check, it must not load from an arbitrary
         // address: the effect of the loaded bytes on its caches could reveal them to the guest (Spectre, variant 1).
         let offset = offset & in_bounds_mask(offset, region.bytes);
         // SAFETY: the bytes are in the region, which is mapped as long as `self.memory` lives, and the slice borrows
         // `self`. The mask changes nothing, because the offset is in the region.
-        (len <= left).then(|| unsafe { VolatileSlice::new(region.host.add(offset), len) })
+        (len <= region.bytes - offset).then(|| unsafe { VolatileSlice::new(region.host.add(offset), len) })
     }
 
     /// The `len` bytes at `addr` as one slice per region, in order. The last is `None` if guest memory ends before

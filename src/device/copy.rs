@@ -17,7 +17,8 @@ impl Requests {
     /// Copies every ready piece. A read is finished with its last piece: the driver need not wait for the cache.
     pub(super) fn copy_all(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
         let Self { copies, pending, finished, unfinished, read, written, .. } = self;
-        let mut following = copies[..].iter().skip(1);
+        let mut following = copies.iter().map(|(_, piece)| port.memory(piece));
+        let mut next = following.next().flatten();
         for of_one in copies.chunk_by(|(slot, _), (other, _)| slot == other) {
             let slot = of_one[0].0;
             let Pending { request, ring, status, .. } = &mut pending[slot];
@@ -25,8 +26,7 @@ impl Requests {
             let ring = rings[usize::from(*ring)].as_ref().expect("a ring stops only when it has no requests");
             let mut cursor = GuestCursor::new(&ring.memory, &request.data);
             for &(slot, piece) in of_one {
-                let next = following.next().and_then(|(_, next)| port.memory(next));
-                let memory = port.memory(&piece);
+                let memory = std::mem::replace(&mut next, following.next().flatten());
                 let result = if is_postponed(request.kind) {
                     #[cfg(test)]
                     self.postponed.push((slot, piece));

@@ -83,6 +83,14 @@ impl PageNo {
 pub struct PageId(pub u32);
 
 impl PageId {
+    /// No slot: no table has so many.
+    pub const NONE: Self = Self(u32::MAX);
+
+    /// The slot after this one.
+    pub fn next(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
+
     /// Index of the slot in the table.
     pub fn index(self) -> usize {
         self.0 as usize

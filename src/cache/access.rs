@@ -26,8 +26,9 @@ impl Piece {
     /// The frames that the piece pins.
     pub fn frames(&self) -> impl Iterator<Item = FrameId> + use<> {
         let end = u64::from(self.first) + u64::from(self.count);
-        let count = usize::try_from(end.div_ceil(SECTORS_PER_PAGE)).expect("a piece has no more frames than the cache");
-        self.frame.into_iter().flat_map(|frame| (frame.0..).map(FrameId)).take(count)
+        let count = low_u32(end.div_ceil(SECTORS_PER_PAGE));
+        let frames = self.frame.map_or(0..0, |first| first.0..first.0 + count);
+        frames.map(FrameId)
     }
 
     /// Extends this piece by `next` if `next` follows it in the request and in memory. Returns whether it did.
@@ -81,12 +82,15 @@ pub struct Access {
     pub until: u32,
     /// Whether the request stalled before.
     pub attempt: Attempt,
+    /// Where [`PageCache::find_all`](super::PageCache::find_all) found the first page. It may be elsewhere by now.
+    pub guess: PageId,
 }
 
 impl Access {
     /// A whole request for `span`, which is below 2 TiB.
     pub fn new(ticket: Ticket, span: SectorSpan) -> Self {
-        Self { ticket, span, from: 0, until: low_u32(span.count), attempt: Attempt::New }
+        let (until, guess) = (low_u32(span.count), PageId::NONE);
+        Self { ticket, span, from: 0, until, attempt: Attempt::New, guess }
     }
 
     /// The sectors that this call admits.

@@ -67,15 +67,16 @@ impl PageCache {
         let stopped = self.health.stopped();
         let mut at = access.from;
         let mut missed = false;
-        let (mut marker, mut previous) = (None, None);
+        let (mut marker, mut guess) = (None, access.guess);
         while at < access.until
             && let Some(part) = PagePart::of(access.span, at)
         {
             if self.freeze.holds_reads() || self.is_range_locked(part.no) {
                 break;
             }
-            previous = self.pages.find_after(previous, part.no);
-            match previous {
+            let found = self.pages.find_near(guess, part.no);
+            guess = found.map_or(guess, PageId::next);
+            match found {
                 Some(id) if self.pages[id].valid.contains(part.mask()) => {
                     marker = marker.or(self.hit(id, part, pieces));
                 }
@@ -92,7 +93,7 @@ impl PageCache {
                     }
                     Err(CannotRead::Hole) => {
                         self.stats.read_hole_pages += 1;
-                        part.piece(PageId(NONE), None).join(pieces);
+                        part.piece(PageId::NONE, None).join(pieces);
                     }
                     Err(CannotRead::Wait) => break,
                 },
@@ -118,10 +119,10 @@ impl PageCache {
         }
     }
 
-    /// Looks up the pages of the next requests, and changes nothing. Without it, the lookup of each request misses the
-    /// CPU's cache in turn; here those misses overlap.
-    pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo> + Clone) {
-        self.pages.prefetch_lookups(pages);
+    /// Looks up the first pages of the next requests, for [`Access::guess`]. Without it, the lookup of each request
+    /// misses the CPU's cache in turn; here those misses overlap.
+    pub fn find_all(&self, pages: impl Iterator<Item = PageNo> + Clone, found: &mut Vec<PageId>) {
+        self.pages.find_all(pages, found);
     }
 
     /// Takes back a piece of a read.

@@ -37,14 +37,14 @@ impl PageCache {
         }
         let must_queue = access.attempt == Attempt::New && self.stalled.for_room();
         let mut reason = if must_queue { StallReason::Room } else { StallReason::StoreOp };
-        let mut previous = None;
+        let mut guess = access.guess;
         while at < access.until
             && let Some(part) = PagePart::of(access.span, at)
         {
             if must_queue || self.freeze.holds_writes() || self.is_range_locked(part.no) {
                 break;
             }
-            let found = self.pages.find_after(previous, part.no);
+            let found = self.pages.find_near(guess, part.no);
             let makes_dirty = found.is_none_or(|id| !self.pages[id].is_dirty_or_writeback());
             if makes_dirty && !self.has_room_for_dirty(found) {
                 if let Some(fault) = self.health.refused() {
@@ -70,7 +70,7 @@ impl PageCache {
             let frame = self.pages[id].frame().expect("a page being written has a frame");
             self.pages.hold_frame(frame);
             part.piece(id, Some(frame)).join(pieces);
-            previous = Some(id);
+            guess = id.next();
             at += u32::from(part.count);
         }
         if at >= access.until {
@@ -162,7 +162,7 @@ impl PageCache {
         let mut at = 0;
         while let Some(part) = PagePart::of(span, at) {
             if at > 0 {
-                id = self.pages.find_after(Some(id), part.no).expect("a page with a writer stays in the table");
+                id = self.pages.find_near(id.next(), part.no).expect("a page with a writer stays in the table");
             }
             self.finish_page_write(id, part.mask(), result);
             at += u32::from(part.count);

@@ -264,12 +264,11 @@ impl PageCache {
     /// Whether a guest wrote a page of the group since the cursor last passed. Clears that mark, since the cursor
     /// passes now.
     fn was_recent(&mut self, number: u64, group: Group) -> bool {
-        let mut recent = false;
-        let mut previous = None;
+        let (mut recent, mut guess) = (false, PageId::NONE);
         for no in group.pages(number) {
-            previous = self.pages.find_after(previous, no);
-            if let Some(id) = previous {
+            if let Some(id) = self.pages.find_near(guess, no) {
                 recent |= self.pages.take_mark(id, RECENT);
+                guess = id.next();
             }
         }
         recent

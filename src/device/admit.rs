@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use crate::cache::{Access, Admitted, Attempt, Notice, PageCache};
-use crate::units::{SECTORS_PER_PAGE, low_u32};
+use crate::units::{PageId, SECTORS_PER_PAGE, low_u32};
 use crate::virtio::chain::DescriptorTable;
 use crate::virtio::request::{Malformed, RequestKind, parse};
 use crate::virtio::{GuestRam, Status};
@@ -158,22 +158,23 @@ impl Requests {
         let mut budget = turn_pages;
         while let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.resumed) {
             self.pending[slot].stalled = false;
-            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::Resumed));
+            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::Resumed, PageId::NONE));
         }
-        let Self { incoming, pending, .. } = self;
+        let Self { incoming, pending, found, .. } = self;
+        found.clear();
         if incoming.len() > 1 {
-            let requests = incoming.iter().map(|&slot| &pending[slot].request);
-            let transfers = requests.filter(|request| matches!(request.kind, RequestKind::Read | RequestKind::Write));
-            cache.prefetch_lookups(transfers.map(|request| request.span().pages().first));
+            cache.find_all(incoming.iter().map(|&slot| pending[slot].request.span().pages().first), found);
         }
-        while let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.incoming) {
-            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::New));
+        for at in 0.. {
+            let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.incoming) else { break };
+            let guess = self.found.get(at).copied().unwrap_or(PageId::NONE);
+            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::New, guess));
         }
         let mut budget = (turn_pages / 2).max(1);
         for _ in 0..self.continuing.len() {
             let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.continuing) else { break };
             self.pending[slot].continuing = false;
-            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::New));
+            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::New, PageId::NONE));
         }
     }
 
@@ -186,8 +187,9 @@ impl Requests {
         if budget > 0 && self.can_admit() { list(self).pop_front() } else { None }
     }
 
-    /// Admits a request to the cache, up to the end of its next window. Returns its cost to a turn's budget.
-    fn admit(&mut self, cache: &mut PageCache, slot: PendingSlot, attempt: Attempt) -> u64 {
+    /// Admits a request to the cache, up to the end of its next window. Returns its cost to a turn's budget. `guess` is
+    /// [`Access::guess`].
+    fn admit(&mut self, cache: &mut PageCache, slot: PendingSlot, attempt: Attempt, guess: PageId) -> u64 {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
         if pending.status != Status::Ok && pending.stage == Stage::Data {
@@ -211,7 +213,7 @@ impl Requests {
         if until <= from {
             return 1;
         }
-        let access = Access { from, until, attempt, ..Access::new(ticket, span) };
+        let access = Access { from, until, attempt, guess, ..Access::new(ticket, span) };
         self.pieces.clear();
         let admitted = if pending.request.kind == RequestKind::Read {
             cache.read(access, &mut self.pieces)

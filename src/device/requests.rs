@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 
 use crate::cache::{Piece, Ticket};
 use crate::counters::worker::WorkerCounters;
-use crate::units::{Fault, SECTORS_PER_PAGE, Tick};
+use crate::units::{Fault, PageId, SECTORS_PER_PAGE, Tick};
 use crate::virtio::guest_copy::BadAddress;
 use crate::virtio::request::Malformed;
 
@@ -51,6 +51,8 @@ pub(super) struct Requests {
     pub continuing: VecDeque<PendingSlot>,
     /// Pieces of the request being admitted, before they join `copies`.
     pub pieces: Vec<Piece>,
+    /// Where the first page of each incoming request is, as far as that was looked up.
+    pub found: Vec<PageId>,
     /// Pieces to copy.
     pub copies: Vec<(PendingSlot, Piece)>,
     /// Reads that are not finished, of which a piece was copied.
@@ -90,6 +92,7 @@ impl Requests {
             resumed: VecDeque::new(),
             continuing: VecDeque::new(),
             pieces: Vec::new(),
+            found: Vec::new(),
             copies: Vec::new(),
             unfinished: Vec::new(),
             written: Vec::new(),

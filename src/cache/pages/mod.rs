@@ -85,9 +85,9 @@ impl Pages {
         self.table.find(no)
     }
 
-    /// Like [`Pages::find`], if the preceding page was found in `previous`: faster for adjacent pages.
-    pub fn find_after(&self, previous: Option<PageId>, no: PageNo) -> Option<PageId> {
-        self.table.find_after(previous, no)
+    /// Like [`Pages::find`]. Much faster if the page is in the slot `guess`.
+    pub fn find_near(&self, guess: PageId, no: PageNo) -> Option<PageId> {
+        self.table.find_near(guess, no)
     }
 
     /// Number of pages in memory.
@@ -115,14 +115,19 @@ impl Pages {
         &self.frames
     }
 
-    /// Looks up pages, and changes nothing. Each step reads one link of the lookups of all pages: no read depends on
-    /// the one before it, and no branch waits for an unfinished read.
-    pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo> + Clone) {
-        pages.clone().for_each(|no| self.table.prefetch_index(no));
-        pages.clone().for_each(|no| self.table.prefetch_slot(no));
-        for id in pages.filter_map(|no| self.table.find(no)) {
-            let frame = self.table[id].frame();
-            std::hint::black_box((frame.map(|frame| self.frames.references(frame)), self.policy.contains(id)));
+    /// Looks up pages: `found` gets the slot of each, or [`PageId::NONE`]. Each step reads one link of the lookups of
+    /// all pages: no read depends on the one before it, and no branch waits for an unfinished read.
+    pub fn find_all(&self, pages: impl Iterator<Item = PageNo> + Clone, found: &mut Vec<PageId>) {
+        found.clear();
+        found.extend(pages.clone().map(|no| self.table.chain_start(no)));
+        found.iter().for_each(|&start| self.table.prefetch_slot(start));
+        for (no, slot) in pages.zip(found) {
+            let id = self.table.find_in_chain(*slot, no);
+            if let Some(id) = id {
+                let frame = self.table[id].frame();
+                std::hint::black_box((frame.map(|frame| self.frames.references(frame)), self.policy.contains(id)));
+            }
+            *slot = id.unwrap_or(PageId::NONE);
         }
     }
 

@@ -199,29 +199,31 @@ impl PageTable {
 
     /// The page with this number, if it is in memory.
     pub fn find(&self, no: PageNo) -> Option<PageId> {
-        self.chain(self.first(self.place(no))).find(|(_, page)| page.no() == no).map(|(id, _)| id)
+        self.find_in_chain(self.chain_start(no), no)
     }
 
-    /// Prefetches the first memory that [`PageTable::find`] reads.
-    pub fn prefetch_index(&self, no: PageNo) {
-        std::hint::black_box(self.first(self.place(no)));
+    /// The first page of the chain that page `no` belongs to, or [`PageId::NONE`]: the first step of
+    /// [`PageTable::find`].
+    pub fn chain_start(&self, no: PageNo) -> PageId {
+        PageId(self.first(self.place(no)))
     }
 
-    /// Prefetches the next memory that [`PageTable::find`] reads, if the page is the first of its chain, as most are.
-    pub fn prefetch_slot(&self, no: PageNo) {
+    /// Prefetches what the last step of [`PageTable::find`] reads, if the page is the first of its chain, as most are.
+    pub fn prefetch_slot(&self, start: PageId) {
         // For an empty chain, read any slot: a branch would wait for the read of the index.
-        let first = (self.first(self.place(no)) as usize).min(self.slots.len() - 1);
-        let page = &self.slots[first];
+        let page = &self.slots[start.index().min(self.slots.len() - 1)];
         std::hint::black_box((page.no(), page.next));
     }
 
-    /// Like [`PageTable::find`], if the preceding page was found in `previous`: usually the page is in the next slot.
-    pub fn find_after(&self, previous: Option<PageId>, no: PageNo) -> Option<PageId> {
-        let guess = previous.map(|previous| PageId(previous.0 + 1));
-        match guess.filter(|guess| self.slots.get(guess.index()).is_some_and(|page| page.no() == no)) {
-            None => self.find(no),
-            found => found,
-        }
+    /// The last step of [`PageTable::find`].
+    pub fn find_in_chain(&self, start: PageId, no: PageNo) -> Option<PageId> {
+        self.chain(start.0).find(|(_, page)| page.no() == no).map(|(id, _)| id)
+    }
+
+    /// Like [`PageTable::find`]. Much faster if the page is in the slot `guess`.
+    pub fn find_near(&self, guess: PageId, no: PageNo) -> Option<PageId> {
+        let is_there = self.slots.get(guess.index()).is_some_and(|page| page.no() == no);
+        if is_there { Some(guess) } else { self.find(no) }
     }
 
     /// Whether the slot holds a page. In a free slot [`Page::waiters`] is not a waiter.
@@ -432,16 +434,16 @@ mod tests {
     }
 
     #[test]
-    fn the_next_page_is_found_in_any_slot() {
+    fn a_page_is_found_whatever_slot_is_guessed() {
         let mut table = PageTable::new(8, 8, 0);
         let ids: Vec<PageId> = [4, 5, 6, 9].into_iter().map(|no| table.insert(PageNo(no)).unwrap()).collect();
-        assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), Some(ids[1]), "in the next slot");
-        assert_eq!(table.find_after(Some(ids[3]), PageNo(5)), Some(ids[1]), "elsewhere");
-        assert_eq!(table.find_after(None, PageNo(5)), Some(ids[1]));
-        assert_eq!(table.find_after(Some(ids[2]), PageNo(7)), None, "the next slot has another page");
+        assert_eq!(table.find_near(ids[1], PageNo(5)), Some(ids[1]), "the guess is right");
+        assert_eq!(table.find_near(ids[3], PageNo(5)), Some(ids[1]), "the page is elsewhere");
+        assert_eq!(table.find_near(PageId::NONE, PageNo(5)), Some(ids[1]), "there is no guess");
+        assert_eq!(table.find_near(ids[3], PageNo(7)), None, "the slot has another page");
         table.remove(ids[1]);
-        assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), None, "removed");
-        assert_eq!(table.find_after(Some(PageId(7)), PageNo(4)), Some(ids[0]), "there is no next slot");
+        assert_eq!(table.find_near(ids[1], PageNo(5)), None, "removed");
+        assert_eq!(table.find_near(PageId(8), PageNo(4)), Some(ids[0]), "there is no such slot");
         // Slots are taken in the order in which they became free.
         table.remove(ids[0]);
         let taken: Vec<u32> = (20..26).map(|no| table.insert(PageNo(no)).unwrap().0).collect();

@@ -29,7 +29,7 @@ use crate::arena::{Arena, RANGE_SLOTS};
 use crate::cache::{FrameMemory, Notice, PageCache, Settings, Stats};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Backing, Limits};
-use crate::tenure::record::CachePlace;
+use crate::tenure::record::CacheLocation;
 use crate::units::{FrameId, FrameRecord, OpKind, SECTOR_BYTES, SectorMask, SectorSpan, Tick, counted};
 use crate::waker::Waker;
 
@@ -192,15 +192,15 @@ impl CachedImage {
              restore that"
         );
         if let Err(cause) = replaced {
-            self.arena.note_unmarked_loss();
-            self.note_lost_cache(cause);
+            self.arena.record_unmarked_loss();
+            self.record_cache_loss(cause);
         }
         Ok(())
     }
 
     /// Records in the image that its cache does not survive, because no marker could be created (`cause`). It uses a
     /// separate thread, because the image may not respond.
-    fn note_lost_cache(&self, cause: String) {
+    fn record_cache_loss(&self, cause: String) {
         let (name, backing) = (self.name.clone(), Arc::clone(&self.backing));
         let record = move || {
             if !backing.lose_cache().is_ok_and(|is_recorded| is_recorded) {
@@ -235,8 +235,11 @@ impl CachedImage {
         self.token_recorder.end();
         self.arena.remove_guest_formats(self.backing.recorded_formats());
         // The ledger is more precise than the cache: its clean pages include those that an earlier daemon has synced.
-        let is_written =
-            if self.arena.place() == CachePlace::Memory { cache.is_durable() } else { !self.arena.holds_unwritten() };
+        let is_written = if self.arena.cache_location() == CacheLocation::Memory {
+            cache.is_durable()
+        } else {
+            !self.arena.holds_unwritten()
+        };
         // A loss that the guest has not yet detected must be reported to it by the next daemon.
         let is_over = is_written && !self.arena.has_data_loss();
         match is_over.then(|| self.backing.end_tenure()) {

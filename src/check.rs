@@ -34,7 +34,7 @@ struct Findings {
 
 impl Findings {
     /// Records the error of a check, if it is one.
-    fn note<T>(&mut self, device: &str, result: Result<T>) -> Option<T> {
+    fn record<T>(&mut self, device: &str, result: Result<T>) -> Option<T> {
         result.inspect_err(|_| {}).map_err(|error| self.add(device, &error)).ok()
     }
 
@@ -60,19 +60,19 @@ pub fn check(source: &str, config: &Config) -> Result<String> {
             unused.push(device);
         }
         let socket = check_socket(&device.socket);
-        if findings.note(name, socket) == Some(Usage::InUse) {
+        if findings.record(name, socket) == Some(Usage::InUse) {
             findings
                 .notes
                 .push(format!("{name}: another process listens on {}; stop that process first", device.socket));
         }
-        findings.note(name, SocketAccess::new(device.socket_mode, &device.socket_group));
-        findings.note(name, check_memory_dir(device));
+        findings.record(name, SocketAccess::new(device.socket_mode, &device.socket_group));
+        findings.record(name, check_memory_dir(device));
         if let MemoryDir::Path(memory_dir) = &device.cache.memory_dir {
-            findings.note(name, recover::check_folder(memory_dir));
+            findings.record(name, recover::check_cache_dir(memory_dir));
         }
         if device.engine == Engine::IoUring {
             let failed = |e| Error::io(ErrorKind::System, "io_uring is not available", e);
-            findings.note(name, file::check_uring().map_err(failed));
+            findings.record(name, file::check_uring().map_err(failed));
         }
     }
     check_space(&unused, &mut findings);
@@ -104,7 +104,7 @@ fn check_image(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, 
     if store::is_remote(image) {
         return check_export(device, manager, findings);
     }
-    let Some(found) = findings.note(name, file::inspect(image, device.read_only)) else { return false };
+    let Some(found) = findings.record(name, file::inspect(image, device.read_only)) else { return false };
     if found.is_in_use {
         findings
             .notes
@@ -132,8 +132,8 @@ fn check_export(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>,
         findings.notes.push(format!("{}: {e}; it must end first", device.name));
         return true;
     }
-    let Some(export) = findings.note(&device.name, opened) else { return false };
-    findings.note(&device.name, export.check_workers(device.workers));
+    let Some(export) = findings.record(&device.name, opened) else { return false };
+    findings.record(&device.name, export.check_workers(device.workers));
     let known_raw = match (device.format, export.found_format()) {
         (ImageFormat::Raw, _) => Some(KnownRaw::Configured),
         (ImageFormat::Auto, Some(format)) => {
@@ -142,7 +142,7 @@ fn check_export(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>,
         }
         (ImageFormat::Auto, None) => None,
     };
-    findings.note(&device.name, export.check_format(known_raw));
+    findings.record(&device.name, export.check_format(known_raw));
     false
 }
 
@@ -216,7 +216,7 @@ fn check_space(devices: &[&DeviceConfig], findings: &mut Findings) {
     let mut kept = 0;
     let mut reserved: BTreeSet<&str> = BTreeSet::new();
     for (memory_dir, devices) in dirs {
-        let kept_here = recover::bytes_kept_for(memory_dir, &images);
+        let kept_here = recover::cache_memory_bytes(memory_dir, &images);
         let file_system = file_system_of(memory_dir);
         if file_system.as_ref().is_ok_and(|found| found.is_hugetlbfs) {
             // hugetlbfs memory was reserved when the host was configured, and is not part of the available memory.

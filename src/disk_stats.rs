@@ -35,7 +35,7 @@ mod word {
     pub const WRITTEN_AT: usize = 2;
     // 3 and 4 were counters that are now in the cache's statistics.
     /// 1 if the death of the process or of the daemon would lose completed writes.
-    pub const HAS_UNKEPT_DATA: usize = 5;
+    pub const HAS_VOLATILE_DIRTY_DATA: usize = 5;
     /// The oldest operation in flight: the code of its kind (0: none), its sectors, and since when.
     pub const OLDEST_KIND: usize = 6;
     pub const OLDEST_START: usize = 7;
@@ -46,7 +46,7 @@ mod word {
     pub const HOLDER_PID: usize = 11;
     pub const HOLDER_UID: usize = 12;
     /// The memory whose access raised SIGBUS: a code of [`super::TruncatedMemory`]; 0: none.
-    pub const CUT_MEMORY: usize = 13;
+    pub const TRUNCATED_MEMORY: usize = 13;
     /// 1 if a front-end is served, and its process ID and user ID.
     pub const HAS_FRONT_END: usize = 14;
     pub const FRONT_END_PID: usize = 15;
@@ -187,7 +187,7 @@ impl StatsPage {
         let (pid, uid) = state.front_end.unwrap_or_default();
         words.store(word::FRONT_END_PID, pid.into());
         words.store(word::FRONT_END_UID, uid.into());
-        words.store(word::HAS_UNKEPT_DATA, state.has_volatile_dirty_data.into());
+        words.store(word::HAS_VOLATILE_DIRTY_DATA, state.has_volatile_dirty_data.into());
         words.store(word::OLDEST_KIND, state.oldest.map_or(0, |oldest| code_of(oldest.kind)));
         if let Some(OldestOp { span, age, .. }) = state.oldest {
             words.store(word::OLDEST_START, span.start);
@@ -229,7 +229,7 @@ impl StatsPage {
             cache: Stats::from_array(std::array::from_fn(|index| load(word::CACHE + index))),
             image_bytes: load(word::IMAGE_BYTES),
             is_frozen: load(word::IS_FROZEN) != 0,
-            has_volatile_dirty_data: load(word::HAS_UNKEPT_DATA) != 0,
+            has_volatile_dirty_data: load(word::HAS_VOLATILE_DIRTY_DATA) != 0,
             oldest,
             busy_with: (load(word::IS_BUSY) != 0).then(|| process(word::HOLDER_PID, word::HOLDER_UID)),
             front_end: (load(word::HAS_FRONT_END) != 0).then(|| process(word::FRONT_END_PID, word::FRONT_END_UID)),
@@ -250,8 +250,8 @@ impl StatsPage {
     }
 
     /// Records the memory whose access raised SIGBUS. May be called in a signal handler.
-    pub fn record_truncated(&self, memory: TruncatedMemory) {
-        self.words.store(word::CUT_MEMORY, memory.code());
+    pub fn record_truncated_memory(&self, memory: TruncatedMemory) {
+        self.words.store(word::TRUNCATED_MEMORY, memory.code());
     }
 
     /// Writes any word, as a compromised process could.
@@ -261,9 +261,9 @@ impl StatsPage {
     }
 
     /// Takes the record of the memory whose access raised SIGBUS in the process that ended.
-    pub fn take_cut_memory(&self) -> Option<TruncatedMemory> {
-        let found = TruncatedMemory::of(self.words.load(word::CUT_MEMORY));
-        self.words.store(word::CUT_MEMORY, 0);
+    pub fn take_truncated_memory(&self) -> Option<TruncatedMemory> {
+        let found = TruncatedMemory::of(self.words.load(word::TRUNCATED_MEMORY));
+        self.words.store(word::TRUNCATED_MEMORY, 0);
         found
     }
 }
@@ -328,9 +328,9 @@ mod tests {
     fn a_report_of_truncated_memory_is_read_once() {
         let (page, _file) = StatsPage::create(1).unwrap();
         for memory in TruncatedMemory::ALL {
-            page.record_truncated(memory);
-            assert_eq!(page.take_cut_memory(), Some(memory));
-            assert_eq!(page.take_cut_memory(), None);
+            page.record_truncated_memory(memory);
+            assert_eq!(page.take_truncated_memory(), Some(memory));
+            assert_eq!(page.take_truncated_memory(), None);
         }
     }
 

@@ -24,14 +24,14 @@ pub enum ServerAddress {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NbdUri {
     /// The address of its server.
-    pub place: ServerAddress,
+    pub server: ServerAddress,
     /// The export's name on the server; may be empty.
     pub export: String,
 }
 
 impl NbdUri {
     /// Whether the name of an image is an NBD URI and not a path.
-    pub fn is_meant_by(name: &Path) -> bool {
+    pub fn is_uri(name: &Path) -> bool {
         let scheme = name.to_str().and_then(|text| text.split_once("://"));
         scheme.is_some_and(|(scheme, _)| {
             scheme.starts_with("nbd") && scheme.bytes().all(|b| b.is_ascii_lowercase() || b == b'+')
@@ -53,7 +53,7 @@ impl NbdUri {
         if export.len() > EXPORT_BYTES_MAX || export.contains('\0') {
             return Err(format!("names an export of more than {EXPORT_BYTES_MAX} bytes, or with a zero byte"));
         }
-        let place = match scheme {
+        let server = match scheme {
             "nbd" => match query {
                 None => tcp(authority)?,
                 Some(query) => return Err(format!("takes no parameters, not {query:?}")),
@@ -67,7 +67,7 @@ impl NbdUri {
             }
             other => return Err(format!("has the unknown scheme {other:?}: nbd and nbd+unix are known")),
         };
-        Ok(Self { place, export })
+        Ok(Self { server, export })
     }
 }
 
@@ -142,7 +142,7 @@ impl fmt::Display for Encoded<'_> {
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let export = Encoded(&self.export);
-        match &self.place {
+        match &self.server {
             ServerAddress::Unix(path) => write!(f, "nbd+unix:///{export}?socket={}", Encoded(&path.to_string_lossy())),
             ServerAddress::Tcp(host, port) if host.contains(':') => write!(f, "nbd://[{host}]:{port}/{export}"),
             ServerAddress::Tcp(host, port) => write!(f, "nbd://{host}:{port}/{export}"),
@@ -193,12 +193,12 @@ mod tests {
             ("nbd+vsock://1/", "unknown scheme"),
         ];
         for (text, reason) in cases {
-            assert!(NbdUri::is_meant_by(Path::new(text)), "{text}");
+            assert!(NbdUri::is_uri(Path::new(text)), "{text}");
             let why = NbdUri::parse(text).expect_err(text);
             assert!(why.contains(reason), "{text}: {why}");
         }
         for path in ["/a/nbd://b", "./nbd://host/x", "nbd.img", "NBD://host/"] {
-            assert!(!NbdUri::is_meant_by(Path::new(path)), "{path}");
+            assert!(!NbdUri::is_uri(Path::new(path)), "{path}");
         }
     }
 }

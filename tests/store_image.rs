@@ -16,7 +16,7 @@ use genblk::store::Backing;
 use genblk::store::file::{FileImage, IoEngine, NbdOptions, OpenOptions};
 use genblk::tenure::TenureId;
 use genblk::tenure::host::Boot;
-use genblk::tenure::record::{CachePlace, Record, TenureState};
+use genblk::tenure::record::{CacheLocation, Record, TenureState};
 use genblk::units::ImageHoles;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use store_kit::{Buffer, Driver, Image, MIB, pattern};
@@ -260,7 +260,7 @@ fn failing_to_make_a_tenure_record_durable_is_an_error() {
         boot: Boot::current(),
         inode: 1,
         born_ns: 0,
-        cache: CachePlace::Memory,
+        cache: CacheLocation::Memory,
     };
     let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
     if !opened.begin_tenure(record.clone()).unwrap() {

@@ -213,7 +213,7 @@ fn is_on_the_way(state: &Found, old: &Found, new: &Found, guest: GuestState) -> 
         // The header may already record the guest's new state.
         Found::Marker(recorded) => {
             let data_only = GuestState { write_through: false, ..guest };
-            [GuestState::FRESH, data_only, guest].map(|guest| old.guest().or(guest)).contains(recorded)
+            [GuestState::FRESH, data_only, guest].map(|guest| old.guest().merged_with(guest)).contains(recorded)
         }
         cache => cache == old || cache == new,
     }
@@ -224,7 +224,7 @@ fn guest_state_in_a_cache_file_survives_the_creation_of_a_new_arena() {
     for (bytes, old) in earlier_files() {
         for guest in GUESTS {
             for frames in [0, 1, 5] {
-                let merged = old.guest().or(guest);
+                let merged = old.guest().merged_with(guest);
                 let new = match frames {
                     0 => Found::Marker(merged),
                     frames => Found::Cache { guest: merged, frames, records: Vec::new(), zeroes: Vec::new() },

@@ -35,7 +35,7 @@ fn line_of(tenure: TenureId, state: TenureState) -> String {
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when the file cannot be written; [`ErrorKind::Ledger`] as [`TrustedDir::open_file`].
-pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: TenureState) -> Result<()> {
+pub(super) fn record(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: TenureState) -> Result<()> {
     let shown = shown.with_file_name(NAME);
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot write {}", shown.display()), e);
     let name = OsStr::new(NAME);
@@ -49,9 +49,9 @@ pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: Tenu
 }
 
 /// How a tenure whose cache was at `cache` has ended, if that was recorded in the cache's directory.
-pub(super) fn state_of(cache: &Path, whose: AllowedOwner, tenure: TenureId) -> Option<TenureState> {
+pub(super) fn state_of(cache: &Path, allowed: AllowedOwner, tenure: TenureId) -> Option<TenureState> {
     let (shown, name) = (cache.with_file_name(NAME), OsStr::new(NAME));
-    let file = TrustedDir::open(cache.parent()?, whose).and_then(|dir| dir.open_file(name, OpenMode::Read, &shown));
+    let file = TrustedDir::open(cache.parent()?, allowed).and_then(|dir| dir.open_file(name, OpenMode::Read, &shown));
     let bytes = read(&file.ok()?).ok()?;
     let is = |state| bytes.chunks_exact(LINE_BYTES).any(|line| line == line_of(tenure, state).as_bytes());
     // A loss takes precedence.

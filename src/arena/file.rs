@@ -22,13 +22,13 @@ use crate::sys::memfd;
 use crate::sys::process::{DEATH_TIMEOUT, effective_uid, is_dying};
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
-use crate::tenure::record::{CachePlace, TenureState};
+use crate::tenure::record::{CacheLocation, TenureState};
 
 /// How long to wait before the next attempt to lock a file that another process has locked.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// How long to wait for a process that only examines a file.
-const LOOK_TIMEOUT: Duration = Duration::from_millis(100);
+const EXAMINE_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Name of root's directory of arenas.
 const DIRECTORY: &str = "genblk";
@@ -64,7 +64,7 @@ pub struct FileSummary {
 
 /// A file whose name only another process has.
 #[derive(Clone, Debug)]
-pub(super) struct Elsewhere {
+pub(super) struct FileDescription {
     pub(super) shown: String,
     pub(super) recovery_hint: String,
     pub(super) removal_hint: String,
@@ -79,7 +79,7 @@ enum Location {
     /// At a path in shared memory; the file is locked.
     Path(PathBuf),
     /// At a location that another process of the daemon has. That process removes the file when this one has ended.
-    Received(Box<Elsewhere>),
+    Received(Box<FileDescription>),
     /// In the fd store of the service manager, which passes it only to the next daemon of the same unit.
     FdStore { manager: Arc<ServiceManager>, name: String },
 }
@@ -88,7 +88,7 @@ impl fmt::Display for ArenaFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.location {
             Location::Path(path) => write!(f, "{}", path.display()),
-            Location::Received(elsewhere) => f.write_str(&elsewhere.shown),
+            Location::Received(description) => f.write_str(&description.shown),
             Location::FdStore { name, .. } => write!(f, "fd-store entry {name}"),
         }
     }
@@ -96,14 +96,14 @@ impl fmt::Display for ArenaFile {
 
 impl ArenaFile {
     /// A file that another process of the daemon has opened and locked.
-    pub(super) fn received(file: File, elsewhere: Elsewhere) -> Self {
-        Self { file, location: Location::Received(Box::new(elsewhere)), entry: None }
+    pub(super) fn received(file: File, description: FileDescription) -> Self {
+        Self { file, location: Location::Received(Box::new(description)), entry: None }
     }
 
     /// A file that replaces this one, which was received from another process: it is removed in the same way.
     pub(super) fn replace_received(&self, file: File) -> Option<Self> {
-        let Location::Received(elsewhere) = &self.location else { return None };
-        Some(Self::received(file, (**elsewhere).clone()))
+        let Location::Received(description) = &self.location else { return None };
+        Some(Self::received(file, (**description).clone()))
     }
 
     /// The directory of this user's arenas in `memory_dir`.
@@ -150,21 +150,21 @@ impl ArenaFile {
     /// [`ErrorKind::Ledger`] when the file does not have the name of an arena. Such a file must stay unchanged: a disk
     /// image that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`] when another process
     /// holds its lock. Otherwise like [`ArenaFile::create_for`].
-    pub fn open_existing(path: &Path, whose: AllowedOwner) -> Result<Self> {
-        Self::open_within(path, whose, LOOK_TIMEOUT)
+    pub fn open_existing(path: &Path, allowed: AllowedOwner) -> Result<Self> {
+        Self::open_within(path, allowed, EXAMINE_TIMEOUT)
     }
 
     /// Like [`ArenaFile::open_existing`], but waits at most `timeout` for another process to release its lock.
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`].
-    pub fn open_within(path: &Path, whose: AllowedOwner, timeout: Duration) -> Result<Self> {
+    pub fn open_within(path: &Path, allowed: AllowedOwner, timeout: Duration) -> Result<Self> {
         let shown = path.display();
         fs::symlink_metadata(path).map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e))?;
         if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
             return Err(Error::new(ErrorKind::Ledger, format!("not a genblk cache file: {shown}")));
         }
-        Self::open(path, OpenMode::ReadWrite, whose, timeout)
+        Self::open(path, OpenMode::ReadWrite, allowed, timeout)
     }
 
     /// The header of a file, which another process may use at the same time; `None` if it has none, or does not have
@@ -174,12 +174,12 @@ impl ArenaFile {
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`], and [`ErrorKind::Ledger`] for an unknown layout.
-    pub fn peek(path: &Path, whose: AllowedOwner) -> Result<Option<Header>> {
+    pub fn peek(path: &Path, allowed: AllowedOwner) -> Result<Option<Header>> {
         if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
             return Ok(None);
         }
         let (directory, name) = split(path)?;
-        let file = TrustedDir::open(directory, whose)?.open_file(name, OpenMode::Read, path)?;
+        let file = TrustedDir::open(directory, allowed)?.open_file(name, OpenMode::Read, path)?;
         survey::header_of(&file, path)
     }
 
@@ -221,11 +221,11 @@ impl ArenaFile {
     }
 
     /// The location of the file, for the record of a tenure.
-    pub fn place(&self) -> CachePlace {
+    pub fn cache_location(&self) -> CacheLocation {
         match &self.location {
-            Location::Path(path) => CachePlace::Path(path.canonicalize().unwrap_or_else(|_| path.clone())),
-            Location::Received(elsewhere) => CachePlace::Path(PathBuf::from(&elsewhere.shown)),
-            Location::FdStore { name, .. } => CachePlace::FdStore(name.clone()),
+            Location::Path(path) => CacheLocation::Path(path.canonicalize().unwrap_or_else(|_| path.clone())),
+            Location::Received(description) => CacheLocation::Path(PathBuf::from(&description.shown)),
+            Location::FdStore { name, .. } => CacheLocation::FdStore(name.clone()),
         }
     }
 
@@ -233,7 +233,7 @@ impl ArenaFile {
     pub fn is_in(&self, memory_dir: &Path) -> bool {
         let directory = Self::dir(memory_dir);
         let directory = directory.canonicalize().unwrap_or(directory);
-        matches!(self.place(), CachePlace::Path(path) if path.parent() == Some(&directory))
+        matches!(self.cache_location(), CacheLocation::Path(path) if path.parent() == Some(&directory))
     }
 
     /// Records in the directory of the file, which is about to be removed, that its tenure has ended: in
@@ -242,10 +242,10 @@ impl ArenaFile {
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be recorded.
-    pub fn note_ended(&self, tenure: TenureId, state: TenureState) -> Result<()> {
+    pub fn record_tenure_end(&self, tenure: TenureId, state: TenureState) -> Result<()> {
         match &self.location {
             Location::Path(path) => {
-                ended::note(&TrustedDir::open(split(path)?.0, AllowedOwner::Anyone)?, path, tenure, state)
+                ended::record(&TrustedDir::open(split(path)?.0, AllowedOwner::Anyone)?, path, tenure, state)
             }
             Location::FdStore { .. } | Location::Received(_) => {
                 Err(Error::new(ErrorKind::Memory, format!("cannot record next to {self} that its image was released")))
@@ -253,9 +253,9 @@ impl ArenaFile {
         }
     }
 
-    /// How a tenure whose cache was at `path` has ended, if [`ArenaFile::note_ended`] was called for it.
-    pub fn noted_end(path: &Path, whose: AllowedOwner, tenure: TenureId) -> Option<TenureState> {
-        ended::state_of(path, whose, tenure)
+    /// How a tenure whose cache was at `path` has ended, if [`ArenaFile::record_tenure_end`] was called for it.
+    pub fn recorded_tenure_end(path: &Path, allowed: AllowedOwner, tenure: TenureId) -> Option<TenureState> {
+        ended::state_of(path, allowed, tenure)
     }
 
     /// Sets the file aside: no daemon uses it, and its pages stay for the operator.
@@ -280,14 +280,14 @@ impl ArenaFile {
     /// # Errors
     /// [`ErrorKind::Ledger`] when another user could have done so; [`ErrorKind::Memory`] when the directory cannot be
     /// opened.
-    pub fn check_dir(directory: &Path, whose: AllowedOwner) -> Result<()> {
-        TrustedDir::open(directory, whose).map(drop)
+    pub fn check_dir(directory: &Path, allowed: AllowedOwner) -> Result<()> {
+        TrustedDir::open(directory, allowed).map(drop)
     }
 
     /// Whether a process uses a file. Takes the lock for a moment, if it is free.
-    pub fn is_held(path: &Path, whose: AllowedOwner) -> bool {
+    pub fn is_held(path: &Path, allowed: AllowedOwner) -> bool {
         let opened = split(path)
-            .and_then(|(directory, name)| TrustedDir::open(directory, whose)?.open_file(name, OpenMode::Read, path));
+            .and_then(|(directory, name)| TrustedDir::open(directory, allowed)?.open_file(name, OpenMode::Read, path));
         opened.is_ok_and(|file| file.try_lock_shared().is_err())
     }
 
@@ -295,9 +295,9 @@ impl ArenaFile {
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`].
-    pub fn examine(path: &Path, whose: AllowedOwner) -> Result<FileSummary> {
+    pub fn examine(path: &Path, allowed: AllowedOwner) -> Result<FileSummary> {
         let (directory, name) = split(path)?;
-        let dir = TrustedDir::open(directory, whose)?;
+        let dir = TrustedDir::open(directory, allowed)?;
         let file = dir.open_file(name, OpenMode::Read, path)?;
         // A daemon that starts at this moment retries; another examination is not affected.
         let is_locked = file.try_lock_shared().is_err();
@@ -307,11 +307,11 @@ impl ArenaFile {
     }
 
     /// Opens and locks a file.
-    fn open(path: &Path, access: OpenMode, whose: AllowedOwner, timeout: Duration) -> Result<Self> {
+    fn open(path: &Path, access: OpenMode, allowed: AllowedOwner, timeout: Duration) -> Result<Self> {
         let began = Instant::now();
         let (directory, name) = split(path)?;
         loop {
-            let dir = TrustedDir::open(directory, whose)?;
+            let dir = TrustedDir::open(directory, allowed)?;
             let file = dir.open_file(name, access, path)?;
             match file.try_lock() {
                 Ok(()) => {}
@@ -422,7 +422,7 @@ impl ArenaFile {
     pub fn is_in_fdstore(&self) -> bool {
         match &self.location {
             Location::Path(_) => false,
-            Location::Received(elsewhere) => elsewhere.is_in_fdstore,
+            Location::Received(description) => description.is_in_fdstore,
             Location::FdStore { .. } => true,
         }
     }
@@ -433,7 +433,7 @@ impl ArenaFile {
             Location::Path(path) => {
                 format!("start the daemon again, or run \"genblk recover {}\"", path.display())
             }
-            Location::Received(elsewhere) => elsewhere.recovery_hint.clone(),
+            Location::Received(description) => description.recovery_hint.clone(),
             Location::FdStore { .. } => "start the unit again".to_owned(),
         }
     }
@@ -442,7 +442,7 @@ impl ArenaFile {
     pub fn removal_hint(&self) -> String {
         match &self.location {
             Location::Path(path) => format!("remove it with \"genblk recover --discard {}\"", path.display()),
-            Location::Received(elsewhere) => elsewhere.removal_hint.clone(),
+            Location::Received(description) => description.removal_hint.clone(),
             Location::FdStore { .. } => {
                 "stop the unit and remove it with \"systemctl clean --what=fdstore UNIT\"".to_owned()
             }
@@ -517,7 +517,7 @@ impl ArenaFile {
                     let _ = entry.unlink();
                 }
             }
-            Location::Received(elsewhere) => elsewhere.is_removed.store(true, Ordering::Release),
+            Location::Received(description) => description.is_removed.store(true, Ordering::Release),
             Location::FdStore { manager, name } => {
                 // The service manager does not confirm the removal, and the image changes from now on. So clear the
                 // magic number: the next daemon must find no pages in the file if it receives it after all.

@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use super::file::Elsewhere;
+use super::file::FileDescription;
 use super::ledger::{boot_id, note_boot_id};
 use super::lost_file::LossMarker;
 use super::mapping::Mapping;
@@ -77,7 +77,7 @@ impl ReceivedArena {
         let mut files = files.into_iter();
         let missing = || Error::new(ErrorKind::System, "a descriptor of the cache is missing");
         let is_removed = Arc::new(AtomicBool::new(false));
-        let named = |file| ArenaFile::received(file, parts.elsewhere(&is_removed));
+        let named = |file| ArenaFile::received(file, parts.file_description(&is_removed));
         let map = |file: &File, bytes| {
             Mapping::new(file, bytes).map_err(|e| Error::io(ErrorKind::Memory, "cannot map the cache", e))
         };
@@ -100,7 +100,7 @@ impl ReceivedArena {
             }
             ArenaKind::LossMarker => {
                 let (memory, file) = (map(&first, bytes_of(frames, 0)?)?, named(files.next().ok_or_else(missing)?));
-                let guest = file.header()?.map_or(guest, |header| guest.or(header.guest));
+                let guest = file.header()?.map_or(guest, |header| guest.merged_with(header.guest));
                 let marker = map(&file.file, HEADER_BYTES)?;
                 Arena::new(memory, counts, 0, Persistence::LossMarker(LossMarker { marker, file }), guest)
                     .backed_by(first)
@@ -121,8 +121,8 @@ impl ReceivedArena {
 }
 
 impl ArenaParts {
-    fn elsewhere(&self, is_removed: &Arc<AtomicBool>) -> Elsewhere {
-        Elsewhere {
+    fn file_description(&self, is_removed: &Arc<AtomicBool>) -> FileDescription {
+        FileDescription {
             shown: self.shown.clone(),
             recovery_hint: self.recovery_hint.clone(),
             removal_hint: self.removal_hint.clone(),
@@ -225,7 +225,7 @@ impl KeptArena {
 
     /// The process that used the arena died. The next one restores its pages. If the pages were only in the memory of
     /// that process, the guest must be informed that completed writes may be lost.
-    pub fn note_death(&mut self, is_read_only: bool) {
+    pub fn record_death(&mut self, is_read_only: bool) {
         // The size may have changed before the death.
         self.reserved = 0;
         if self.kind == ArenaKind::Anonymous && !is_read_only {
@@ -289,9 +289,9 @@ mod tests {
     #[test]
     fn only_the_death_of_a_writer_marks_an_anonymous_arena_as_lost() {
         let mut kept = Arena::anonymous(1).unwrap().into_kept();
-        kept.note_death(true);
+        kept.record_death(true);
         assert!(!kept.parts().data_loss);
-        kept.note_death(false);
+        kept.record_death(false);
         assert!(kept.parts().data_loss);
     }
 }

@@ -174,7 +174,7 @@ impl GuestState {
 
     /// Combines the states that two files record.
     #[must_use]
-    pub fn or(self, other: Self) -> Self {
+    pub fn merged_with(self, other: Self) -> Self {
         let data = if self.data == GuestData::Lost { GuestData::Lost } else { other.data };
         let write_through = self.write_through || other.write_through;
         Self { data, write_through, formats: self.formats | other.formats }
@@ -269,7 +269,7 @@ impl Header {
 
     /// Whether this is the header of a cache of the image, in a layout that does not record which formats' headers the
     /// guest has written.
-    pub fn is_silent_on_formats(&self, identity: &ImageId) -> bool {
+    pub fn predates_format_records(&self, identity: &ImageId) -> bool {
         self.layout < FIRST_WITH_SAMPLES && self.frames > 0 && self.image.identity == *identity
     }
 

@@ -38,7 +38,7 @@ impl Arena {
     }
 
     /// The arena's file lost its name, and no marker replaced it.
-    pub fn note_unmarked_loss(&self) {
+    pub fn record_unmarked_loss(&self) {
         self.is_unmarked.store(true, Ordering::Release);
     }
 

@@ -16,7 +16,7 @@ fn reports_loss(test: &str, act: impl Fn(&Arena)) -> bool {
     let tenure = TenureFacts { id, since: 0, is_recorded: false, is_over: false };
     let spec = ArenaSpec { frames: 4, reserved: 4, image: &image, tenure, guest: GuestState::FRESH };
     let file = ArenaFile::create_for(&directory, &image).unwrap();
-    let CachePlace::Path(path) = file.place() else { panic!("the file has a path") };
+    let CacheLocation::Path(path) = file.cache_location() else { panic!("the file has a path") };
     let arena = Arena::loss_marker(file, &spec).map_err(|e| e.error).unwrap();
     act(&arena);
     arena.keep_on_drop(true);

@@ -38,7 +38,7 @@ use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memfd;
-use crate::tenure::record::CachePlace;
+use crate::tenure::record::CacheLocation;
 use crate::units::{
     FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask,
     SectorSpan, low_u8,
@@ -92,7 +92,7 @@ pub struct Arena {
 
 /// The contents of a cache that lie past the end of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Overhang {
+pub struct DataPastEnd {
     /// Dirty pages past the end of the image.
     pub pages: usize,
     /// Ranges past the end of the image that must read as zeros.
@@ -406,14 +406,14 @@ impl Arena {
     ///
     /// # Errors
     /// The completed writes past the end of the new image; in that case nothing has changed.
-    pub fn move_to(&self, old: &ImageFacts, new: &ImageFacts) -> std::result::Result<(), Overhang> {
+    pub fn move_to(&self, old: &ImageFacts, new: &ImageFacts) -> std::result::Result<(), DataPastEnd> {
         let (old_sectors, sectors) = (old.size_bytes / SECTOR_BYTES, new.size_bytes / SECTOR_BYTES);
         let beyond = |record: &FrameRecord| record.dirty.without(sectors_within(sectors, record.page));
         if sectors < old_sectors {
             let pages = self.records().filter(|(_, record)| !beyond(record).is_empty()).count();
             let ranges = self.pending_zeroes().filter(|(_, span)| span.end() > sectors).count();
             if pages + ranges > 0 {
-                return Err(Overhang { pages, ranges });
+                return Err(DataPastEnd { pages, ranges });
             }
         }
         if sectors != old_sectors {
@@ -510,10 +510,10 @@ impl Arena {
     }
 
     /// The location of the part that outlives the daemon, for the record of a tenure.
-    pub fn place(&self) -> CachePlace {
+    pub fn cache_location(&self) -> CacheLocation {
         match &self.persistence {
-            Persistence::None => CachePlace::Memory,
-            Persistence::LossMarker(LossMarker { file, .. }) | Persistence::Full { file, .. } => file.place(),
+            Persistence::None => CacheLocation::Memory,
+            Persistence::LossMarker(LossMarker { file, .. }) | Persistence::Full { file, .. } => file.cache_location(),
         }
     }
 
@@ -624,7 +624,7 @@ fn anonymous_memory(reserved: usize, frames: usize) -> Result<(File, Mapping)> {
 ///    first becomes a loss marker, which then gets its frames by one store.
 fn create_contents(file: &ArenaFile, spec: &ArenaSpec<'_>) -> Result<(Mapping, Header)> {
     let recorded = file.header()?.map_or(GuestState::FRESH, |header| header.guest);
-    let guest = recorded.or(spec.guest);
+    let guest = recorded.merged_with(spec.guest);
     let header = Header::new(&ArenaSpec { guest, ..*spec });
     file.shrink_to_header()?;
     let (bytes, parts) = match spec.frames {

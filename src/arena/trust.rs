@@ -43,7 +43,7 @@ impl TrustedDir {
     /// # Errors
     /// [`ErrorKind::Ledger`] when another user could have created a file in it; [`ErrorKind::Memory`] when it cannot be
     /// opened.
-    pub(super) fn open(path: &Path, whose: AllowedOwner) -> Result<Self> {
+    pub(super) fn open(path: &Path, allowed: AllowedOwner) -> Result<Self> {
         let shown = path.display();
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e);
         let distrusted = |why: String| {
@@ -59,7 +59,7 @@ impl TrustedDir {
         };
         let metadata = dir.metadata().map_err(failed)?;
         let (owner, user) = (metadata.uid(), effective_uid());
-        if owner != user && (whose == AllowedOwner::Own || user != 0) {
+        if owner != user && (allowed == AllowedOwner::Own || user != 0) {
             return distrusted(format!("it belongs to user {owner}, not to user {user}"));
         }
         if metadata.mode() & WRITABLE_BY_OTHERS != 0 {

@@ -87,7 +87,7 @@ impl Broker {
 
     /// The name of a process; `None` if there is no such process, or if the name cannot be determined.
     pub fn name_of(&self, pid: u32) -> Option<String> {
-        let answer = self.query(&question(NAME_OF, pid, 0), None).ok()?;
+        let answer = self.query(&encode_query(NAME_OF, pid, 0), None).ok()?;
         let name = answer.bytes.get(NAME_AT..NAME_AT + usize::from(answer.bytes[1]))?;
         answer.is_yes().then(|| String::from_utf8_lossy(name).into_owned())
     }
@@ -98,7 +98,7 @@ impl Broker {
     /// => False if that cannot be determined: the process is in another PID namespace or belongs to another user, or
     ///    the front-end has no mapping at the address that it sent.
     pub fn is_private(&self, pid: u32, address: u64, file: &File) -> bool {
-        self.query(&question(IS_PRIVATE, pid, address), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
+        self.query(&encode_query(IS_PRIVATE, pid, address), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
     }
 
     /// Whether a descriptor is that of an eventfd.
@@ -106,7 +106,7 @@ impl Broker {
     /// # Errors
     /// The broker did not reply.
     pub fn is_eventfd(&self, file: &impl AsRawFd) -> io::Result<bool> {
-        self.query(&question(IS_EVENTFD, 0, 0), Some(file.as_raw_fd())).map(|answer| answer.is_yes())
+        self.query(&encode_query(IS_EVENTFD, 0, 0), Some(file.as_raw_fd())).map(|answer| answer.is_yes())
     }
 
     /// A listener with one connection in its backlog, and the other end of that connection.
@@ -114,7 +114,7 @@ impl Broker {
     /// # Errors
     /// The error of the system call that failed here; [`io::ErrorKind::Other`] if one failed in the broker.
     pub fn connection(&self) -> io::Result<(UnixListener, UnixStream)> {
-        let answer = self.query(&question(CONNECTION, 0, 0), None)?;
+        let answer = self.query(&encode_query(CONNECTION, 0, 0), None)?;
         match <[File; 2]>::try_from(answer.files) {
             Ok([listener, stream]) => Ok((OwnedFd::from(listener).into(), OwnedFd::from(stream).into())),
             Err(_) => Err(io::Error::other("the broker could not establish the connection")),
@@ -172,7 +172,7 @@ fn send(socket: &UnixStream, message: &[u8], files: &[RawFd]) -> io::Result<()> 
     }
 }
 
-fn question(kind: u8, pid: u32, address: u64) -> [u8; QUERY_BYTES] {
+fn encode_query(kind: u8, pid: u32, address: u64) -> [u8; QUERY_BYTES] {
     let mut bytes = [0; QUERY_BYTES];
     bytes[0] = kind;
     bytes[4..8].copy_from_slice(&pid.to_ne_bytes());
@@ -286,7 +286,7 @@ mod tests {
     fn queries_of_an_unknown_kind_or_without_their_file_are_denied() {
         let broker = Broker::start("test").unwrap();
         for (kind, file) in [(IS_PRIVATE, None), (77, Some(io::stdin().as_raw_fd()))] {
-            let answer = broker.query(&question(kind, 1, 2), file).unwrap();
+            let answer = broker.query(&encode_query(kind, 1, 2), file).unwrap();
             assert!(!answer.is_yes() && answer.files.is_empty());
         }
     }

@@ -104,7 +104,7 @@ impl FlushState {
     }
 
     /// Whether no flush waits.
-    pub fn none_waits(&self) -> bool {
+    pub fn no_flush_waits(&self) -> bool {
         self.queue.is_empty()
     }
 
@@ -431,7 +431,7 @@ impl PageCache {
 
     /// Reports the end of a flush. For the flush of a freeze, that is when the cache is frozen.
     fn end_flush(&mut self, ticket: Ticket, result: Result<(), Fault>) {
-        if self.freeze.is_its_flush(ticket) {
+        if self.freeze.is_freeze_flush(ticket) {
             self.freeze_flushed(result);
         } else {
             self.notices.push(Notice::Done(ticket, result));

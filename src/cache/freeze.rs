@@ -49,7 +49,7 @@ impl FreezeState {
     }
 
     /// Whether the flush with this ticket belongs to the freeze.
-    pub fn is_its_flush(self, flush: Ticket) -> bool {
+    pub fn is_freeze_flush(self, flush: Ticket) -> bool {
         matches!(self, Self::Draining { ticket, flushing: true, .. } if ticket == flush)
     }
 }

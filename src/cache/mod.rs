@@ -135,7 +135,7 @@ pub trait FrameMemory: Send + std::fmt::Debug {
 ///   operation takes and drops its own.
 /// - I4: Counters equal a recount. For pages, upheld by `Pages::change` and `forget`.
 /// - I5: Dirty sectors are valid. Checked by `Pages::change`.
-/// - I6: Two store operations in flight overlap only if both are reads. Upheld by `fill`, `can_be_put` and
+/// - I6: Two store operations in flight overlap only if both are reads. Upheld by `fill`, `can_write_back` and
 ///   `start_ranges`, which start none on a page that has one.
 /// - I7: A store read never overwrites a valid sector. It fills a frame of its own, and the page takes only the sectors
 ///   that it lacks. Upheld by `page_read_in`.

@@ -19,7 +19,7 @@ const BRIDGE_PAGES: u64 = 2;
 impl PageCache {
     /// Writes the page as part of a cluster. Returns the page after the cluster; `None`: the page can't be written now.
     pub(super) fn put_cluster(&mut self, id: PageId) -> Option<PageNo> {
-        if !self.can_be_put(id) {
+        if !self.can_write_back(id) {
             return None;
         }
         if self.pages[id].valid != SectorMask::ALL && !self.is_block_aligned(id) {
@@ -141,7 +141,7 @@ impl PageCache {
     fn dirty_part(&self, no: u64) -> Option<SectorMask> {
         let id = self.pages.find(PageNo(no))?;
         let page = &self.pages[id];
-        (page.valid != SectorMask::ALL && !page.is(FAILED) && self.can_be_put(id)).then_some(page.dirty)
+        (page.valid != SectorMask::ALL && !page.is(FAILED) && self.can_write_back(id)).then_some(page.dirty)
     }
 
     /// Whether a page can be part of a cluster: all of it is valid, and no operation, writer or range holds it. It is
@@ -157,7 +157,7 @@ impl PageCache {
 
     /// Whether it is worthwhile to extend a cluster to this page.
     fn extends_cluster(&self, no: u64) -> bool {
-        self.pages.find(PageNo(no)).is_some_and(|id| self.can_be_put(id))
+        self.pages.find(PageNo(no)).is_some_and(|id| self.can_write_back(id))
     }
 
     /// Submits a write. The frames of its pages are copy-on-write until it ends.

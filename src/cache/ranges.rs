@@ -220,12 +220,12 @@ impl PageCache {
             // Only a successful Sync frees a slot, and the next one may be far off.
             self.fail_ranges(fault, |kind| matches!(kind, OpKind::Zero { .. }));
         }
-        self.plan_repetitions();
+        self.advance_repeated_zeroes();
         for index in 0..self.ranges.list.len() {
             let Range { ticket, span, kind, started, zero_slot, piece, .. } = self.ranges.list[index];
             if started
                 || self.must_wait(&self.ranges.list[index])
-                || self.must_follow(index)
+                || self.must_wait_for_earlier(index)
                 || self.pages.within(piece.pages()).iter().any(|&id| self.pages[id].busy())
             {
                 continue;
@@ -253,7 +253,7 @@ impl PageCache {
     }
 
     /// Finds the next piece of each zero that is to be repeated. A zero without another piece is done.
-    fn plan_repetitions(&mut self) {
+    fn advance_repeated_zeroes(&mut self) {
         for index in (0..self.ranges.list.len()).rev() {
             let range = &self.ranges.list[index];
             if range.ticket.is_some() || range.started || self.must_wait(range) {
@@ -296,7 +296,7 @@ impl PageCache {
     }
 
     /// Whether a range operation overlaps one that is in flight, or an earlier one that can start first.
-    fn must_follow(&self, index: usize) -> bool {
+    fn must_wait_for_earlier(&self, index: usize) -> bool {
         let pages = self.ranges.list[index].span.pages();
         self.ranges.list.iter().enumerate().any(|(at, other)| {
             let first = other.started || at < index && !self.must_wait(other);

@@ -100,13 +100,13 @@ impl PageCache {
         } else if limit > wanted {
             let spare = self.spare_frames();
             self.pages.remove_frames(wanted.max(limit.saturating_sub(LEAVING_FRAMES_MAX)), spare);
-            self.pause_unless(self.pages.frames().total() < limit);
+            self.pause_unless_advanced(self.pages.frames().total() < limit);
         } else if self.pages.frames().leaving_listed() > 0 {
             self.pages.retire_listed(SCANNED_MAX);
-        } else if !self.pages.frames().have_left() {
+        } else if !self.pages.frames().all_retired() {
             self.move_pages();
         }
-        if self.pages.frames().total() == wanted && self.pages.frames().have_left() {
+        if self.pages.frames().total() == wanted && self.pages.frames().all_retired() {
             self.publish_frames_in_use(wanted);
             self.resize.due = None;
         }
@@ -121,7 +121,7 @@ impl PageCache {
     }
 
     /// The next step is due immediately if this one did something; otherwise it waits for operations in flight.
-    fn pause_unless(&mut self, has_advanced: bool) {
+    fn pause_unless_advanced(&mut self, has_advanced: bool) {
         if !has_advanced {
             self.resize.due = Some(self.now.plus_us(PAUSE_US));
         }
@@ -142,7 +142,7 @@ impl PageCache {
             self.resize.next_slot += 1;
         }
         let is_pass_over = self.resize.next_slot == self.pages.slots();
-        self.pause_unless(room > 0 && (!is_pass_over || self.resize.has_moved));
+        self.pause_unless_advanced(room > 0 && (!is_pass_over || self.resize.has_moved));
         if is_pass_over {
             (self.resize.next_slot, self.resize.has_moved) = (0, false);
         }

@@ -186,7 +186,7 @@ impl PageCache {
             let room = u64::from((self.throttle.setpoint_pages() - start).max(1));
             let depth = 1 + low_u32((u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)));
             self.sweep(Scope::Cold, depth);
-        } else if self.eager.is_on() && self.flushing.none_waits() && self.health.may_retry(self.now) {
+        } else if self.eager.is_on() && self.flushing.no_flush_waits() && self.health.may_retry(self.now) {
             self.sweep(Scope::Ahead, DEPTH_UNAWAITED);
         }
     }
@@ -248,7 +248,7 @@ impl PageCache {
             }
             self.writeback.cursor = number + 1;
             self.writeback.groups_without_progress += 1;
-            if !(cold && self.was_recent(number, group)) {
+            if !(cold && self.take_recently_written(number, group)) {
                 self.sweep_group(number, group, scope, depth);
             }
         }
@@ -263,7 +263,7 @@ impl PageCache {
 
     /// Whether a guest wrote a page of the group since the cursor last passed. Clears that mark, since the cursor
     /// passes now.
-    fn was_recent(&mut self, number: u64, group: Group) -> bool {
+    fn take_recently_written(&mut self, number: u64, group: Group) -> bool {
         let (mut recent, mut guess) = (false, PageId::NONE);
         for no in group.pages(number) {
             if let Some(id) = self.pages.find_near(guess, no) {
@@ -297,7 +297,7 @@ impl PageCache {
     }
 
     /// Whether the page has dirty sectors that may be written now (I6).
-    pub(super) fn can_be_put(&self, id: PageId) -> bool {
+    pub(super) fn can_write_back(&self, id: PageId) -> bool {
         let page = &self.pages[id];
         !page.dirty.is_empty()
             && page.writing.is_empty()

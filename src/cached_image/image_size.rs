@@ -58,7 +58,7 @@ impl CachedImage {
     }
 
     /// The image has been cut to `size_bytes` bytes, up to which it is used.
-    pub fn note_cut(&self, size_bytes: u64) {
+    pub fn end_shrink(&self, size_bytes: u64) {
         let _cache = self.lock();
         // The cut changes the image's times, as a write does.
         self.arena.begin_change(SectorSpan::new(size_bytes / SECTOR_BYTES, 0));

@@ -237,7 +237,7 @@ impl WorkerPort {
             self.submit();
         }
         if let Some(idle) = idle {
-            self.image.token_recorder.note(idle, &self.image.backing, &self.image.arena);
+            self.image.token_recorder.record_when_idle(idle, &self.image.backing, &self.image.arena);
         }
         result
     }
@@ -340,7 +340,7 @@ fn take_new_ops(
             image.arena.begin_change(op.span);
         }
         if op.kind == OpKind::Write && image.backing.shows_format(op.span) {
-            note_ends(image, &op);
+            report_boundary_write(image, &op);
         }
         backlog.push_back(request_of(&image.arena, &op));
     });
@@ -348,7 +348,7 @@ fn take_new_ops(
 }
 
 /// Reports to the store the data that a write puts into the first page and the last sector of the image.
-fn note_ends(image: &CachedImage, op: &StoreOpRef<'_>) {
+fn report_boundary_write(image: &CachedImage, op: &StoreOpRef<'_>) {
     let note = |first, bytes: Vec<u8>| {
         let unrecorded = image.backing.note_guest_write(first, &bytes);
         // Record it in the ledger immediately: whether the image can record it is known only after this write has

@@ -17,7 +17,7 @@ use crate::store::file::{FileImage, OpenOptions};
 use crate::store::{Backing, Limits, StoreQueue};
 use crate::sys::poll::wait_readable;
 use crate::tenure::TenureId;
-use crate::tenure::record::CachePlace;
+use crate::tenure::record::CacheLocation;
 use crate::tenure::token::wall_clock_ns;
 use crate::units::{FrameId, FrameRecord, ImageHoles, PageNo, SectorMask, SectorSpan, Unmap};
 
@@ -150,7 +150,7 @@ fn a_tenure_ends_only_when_nothing_is_dirty_and_no_loss_is_unreported() {
 fn the_ledger_ends_a_tenure_only_after_the_image_has_recorded_the_end() {
     for fails in [false, true] {
         let (directory, arena) = arena_of("tenure-order");
-        let CachePlace::Path(ledger) = arena.place() else { panic!("it is in a file") };
+        let CacheLocation::Path(ledger) = arena.cache_location() else { panic!("it is in a file") };
         arena.keep_on_drop(true);
         let image = ending_image(&directory, Some(ledger.clone()), fails);
         drop(CachedImage::new("test", image.clone(), arena, settings()));

@@ -73,7 +73,7 @@ impl TokenRecorder {
     }
 
     /// Records the token for the moment `idle`, unless a change starts meanwhile.
-    pub(super) fn note(&self, idle: IdlePoint, backing: &Arc<dyn Backing>, arena: &Arena) {
+    pub(super) fn record_when_idle(&self, idle: IdlePoint, backing: &Arc<dyn Backing>, arena: &Arena) {
         match &self.thread {
             Some(shared) => {
                 shared.lock().idle = Some(idle);
@@ -166,13 +166,13 @@ mod tests {
         let token = |modified_ns| ChangeToken { modified_ns, ..ChangeToken::default() };
         arena.begin_change(SectorSpan::new(0, 8));
         let began = Instant::now();
-        recorder.note(arena.idle_point().expect("a change"), &backing, &arena);
+        recorder.record_when_idle(arena.idle_point().expect("a change"), &backing, &arena);
         assert!(began.elapsed() < Duration::from_secs(1));
         is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks");
         // A change starts before the image responds: the response is too late.
         arena.begin_change(SectorSpan::new(0, 8));
         let idle = arena.idle_point().expect("a change");
-        recorder.note(idle, &backing, &arena);
+        recorder.record_when_idle(idle, &backing, &arena);
         answer.send(token(1)).unwrap();
         is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks again");
         assert!(arena.idle_point().is_some(), "the token of an earlier moment is not recorded");
@@ -184,7 +184,7 @@ mod tests {
         }
         // After the end nothing is recorded, and nothing waits for the thread.
         arena.begin_change(SectorSpan::new(0, 8));
-        recorder.note(arena.idle_point().expect("a change"), &backing, &arena);
+        recorder.record_when_idle(arena.idle_point().expect("a change"), &backing, &arena);
         is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks");
         drop(recorder);
         answer.send(token(3)).unwrap();

@@ -21,7 +21,7 @@ pub fn attach(client: &mut ControlClient, path: &Path, names: &[String], as_json
     let text = fs::read_to_string(path).map_err(|e| Error::io(ErrorKind::Config, format!("cannot read {shown}"), e))?;
     let table: toml::Table = text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
     let mut printed = String::new();
-    for device in devices(&table).and_then(|devices| chosen(devices, names)).map_err(wrong)? {
+    for device in devices(&table).and_then(|devices| select_devices(devices, names)).map_err(wrong)? {
         let results = client.call_long("Attach", &json!({ "config": device }), |_| {})?;
         let name = device["name"].as_str().unwrap_or_default();
         printed += &match (as_json, results["attached"] == json!(true)) {
@@ -65,7 +65,7 @@ fn devices(table: &toml::Table) -> std::result::Result<Vec<Value>, String> {
 }
 
 /// The devices with these names, or all.
-fn chosen(mut devices: Vec<Value>, names: &[String]) -> std::result::Result<Vec<Value>, String> {
+fn select_devices(mut devices: Vec<Value>, names: &[String]) -> std::result::Result<Vec<Value>, String> {
     if names.is_empty() {
         return Ok(devices);
     }
@@ -101,9 +101,9 @@ mod tests {
         let control = "[control]\nsocket = \"/s\"\n";
         assert!(read(control).unwrap_err().contains("no [[device]] table"));
         let both = read(&format!("{control}[[device]]\nname = \"a\"\n[[device]]\nname = \"b\"\n")).unwrap();
-        assert_eq!(chosen(both.clone(), &[]), Ok(both.clone()));
-        assert_eq!(chosen(both.clone(), &["b".to_owned()]), Ok(vec![json!({"name": "b"})]));
-        let missing = chosen(both, &["c".to_owned()]).unwrap_err();
+        assert_eq!(select_devices(both.clone(), &[]), Ok(both.clone()));
+        assert_eq!(select_devices(both.clone(), &["b".to_owned()]), Ok(vec![json!({"name": "b"})]));
+        let missing = select_devices(both, &["c".to_owned()]).unwrap_err();
         assert!(missing.contains("no device \"c\"; it has: a, b"), "{missing}");
     }
 }

@@ -46,11 +46,11 @@ fn line_of(event: &ControlEvent) -> String {
     let ControlEvent { time_us, device, kind, detail, .. } = event;
     let about = device.as_ref().map_or_else(String::new, |device| format!("{}: ", visible(device)));
     let details = detail.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
-    let details: String = details.map(|(name, value)| format!(" {}={}", visible(name), shown(value))).collect();
+    let details: String = details.map(|(name, value)| format!(" {}={}", visible(name), display_value(value))).collect();
     format!("{} {about}{}{details}\n", utc(*time_us), visible(kind))
 }
 
-fn shown(value: &Value) -> String {
+fn display_value(value: &Value) -> String {
     match value {
         Value::String(text) if !text.is_empty() && !text.contains([' ', '=', '"']) => visible(text),
         other => visible(&other.to_string()),

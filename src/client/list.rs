@@ -21,7 +21,7 @@ pub fn list(client: &mut ControlClient, device: Option<String>, as_json: bool) -
 const SLOW_US: u64 = 1_000_000;
 
 /// A part in percent.
-fn share(part: u64, whole: u64) -> String {
+fn percent_of(part: u64, whole: u64) -> String {
     let percent = part.saturating_mul(100).checked_div(whole).unwrap_or(0);
     format!("{}%", percent.min(100))
 }
@@ -40,7 +40,7 @@ fn table(devices: &[DeviceStatus]) -> String {
             visible(&device.image),
             bytes(device.image_bytes),
             bytes(Some(device.cache_bytes)),
-            device.resident_bytes.map_or_else(|| "-".to_owned(), |used| share(used, device.cache_bytes)),
+            device.resident_bytes.map_or_else(|| "-".to_owned(), |used| percent_of(used, device.cache_bytes)),
             if device.read_only { "-".to_owned() } else { bytes(device.dirty_bytes) },
             mode.to_owned(),
         ]);

@@ -35,23 +35,23 @@ pub(crate) struct Setting<'a> {
 pub(crate) struct DeviceBuilder {
     device: DeviceConfig,
     /// The start of the device's table.
-    whole: Origin,
+    table_origin: Origin,
     /// The keys with a valid value. Rules between keys check only these, so that one mistake is reported once.
-    good: BTreeMap<&'static str, Origin>,
+    valid_keys: BTreeMap<&'static str, Origin>,
 }
 
 impl DeviceBuilder {
     /// A device from `entries`, with defaults for the other keys. `label` names a key that has no entry.
     pub(crate) fn new(
         entries: &[Setting<'_>],
-        whole: Origin,
+        table_origin: Origin,
         label: impl Fn(&Key) -> String,
         problems: &mut Vec<Problem>,
     ) -> Self {
-        let mut builder = Self { device: DeviceConfig::unset(), whole, good: BTreeMap::new() };
+        let mut builder = Self { device: DeviceConfig::unset(), table_origin, valid_keys: BTreeMap::new() };
         for key in KEYS {
             let given = entries.iter().find(|entry| entry.key.name == key.name);
-            let absent = || Origin { label: label(key), line: builder.whole.line };
+            let absent = || Origin { label: label(key), line: builder.table_origin.line };
             let origin = given.map_or_else(absent, |entry| entry.origin.clone());
             let result = match (given, &key.default) {
                 (Some(entry), _) => key.kind.set(&mut builder.device, entry.value),
@@ -64,28 +64,28 @@ impl DeviceBuilder {
                 }
             };
             match result {
-                Ok(()) => drop(builder.good.insert(key.name, origin)),
+                Ok(()) => drop(builder.valid_keys.insert(key.name, origin)),
                 Err(message) => problems.push(origin.problem(message)),
             }
         }
         builder.check_workers(problems);
         let sizes_good =
-            ["cache.size", "cache.size_max", "cache.size_min"].iter().all(|key| builder.good.contains_key(key));
+            ["cache.size", "cache.size_max", "cache.size_min"].iter().all(|key| builder.valid_keys.contains_key(key));
         if sizes_good && let Some((key, message)) = check_sizes(&builder.device) {
-            problems.push(builder.good[key].problem(message));
+            problems.push(builder.valid_keys[key].problem(message));
         }
         builder
     }
 
     /// A device whose keys have all been checked before.
     pub(super) fn of(device: &DeviceConfig) -> Self {
-        let whole = Origin { label: device.name.clone(), line: None };
+        let table_origin = Origin { label: device.name.clone(), line: None };
         let key = |key: &'static Key| (key.name, Origin { label: key.name.to_owned(), line: None });
-        Self { device: device.clone(), whole, good: KEYS.iter().map(key).collect() }
+        Self { device: device.clone(), table_origin, valid_keys: KEYS.iter().map(key).collect() }
     }
 
     fn check_workers(&self, problems: &mut Vec<Problem>) {
-        if let (Some(origin), Some(_)) = (self.good.get("workers"), self.good.get("num_queues"))
+        if let (Some(origin), Some(_)) = (self.valid_keys.get("workers"), self.valid_keys.get("num_queues"))
             && self.device.workers > self.device.num_queues
         {
             let (workers, queues) = (self.device.workers, self.device.num_queues);
@@ -95,14 +95,14 @@ impl DeviceBuilder {
     }
 
     /// The first of `others` with a valid `name` and, by `same`, the same value as `self`.
-    fn twin<'a>(
+    fn conflicting<'a>(
         &self,
         others: &'a [Self],
         name: &str,
         same: impl Fn(&DeviceConfig, &DeviceConfig) -> bool,
     ) -> Option<&'a Self> {
-        self.good.get(name)?;
-        others.iter().find(|other| other.good.contains_key(name) && same(&other.device, &self.device))
+        self.valid_keys.get(name)?;
+        others.iter().find(|other| other.valid_keys.contains_key(name) && same(&other.device, &self.device))
     }
 }
 
@@ -139,46 +139,51 @@ pub(super) fn check_sizes(device: &DeviceConfig) -> Option<(&'static str, String
 
 /// Checks the keys that must differ between a device and an earlier one, and those that must be equal.
 pub(super) fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], problems: &mut Vec<Problem>) {
-    let mut report = |name: &str, message: String| problems.push(builder.good[name].problem(message));
+    let mut report = |name: &str, message: String| problems.push(builder.valid_keys[name].problem(message));
 
-    if let Some(twin) = builder.twin(earlier, "name", |a, b| a.name == b.name) {
-        report("name", format!("{:?} is also the name of {}", builder.device.name, twin.whole.label));
+    if let Some(conflicting) = builder.conflicting(earlier, "name", |a, b| a.name == b.name) {
+        report("name", format!("{:?} is also the name of {}", builder.device.name, conflicting.table_origin.label));
     }
     let same_socket = |a: &DeviceConfig, b: &DeviceConfig| matches!(a.socket, Socket::Path(_)) && a.socket == b.socket;
-    if let Some(twin) = builder.twin(earlier, "socket", same_socket) {
-        report("socket", format!("{} is also the socket of {}", builder.device.socket, twin.whole.label));
+    if let Some(conflicting) = builder.conflicting(earlier, "socket", same_socket) {
+        report("socket", format!("{} is also the socket of {}", builder.device.socket, conflicting.table_origin.label));
     }
 
     let in_group = |a: &DeviceConfig, b: &DeviceConfig| !a.group.is_empty() && a.group == b.group;
-    if let Some(twin) = builder.twin(earlier, "group", in_group)
-        && ["user", "sandbox"].iter().all(|key| builder.good.contains_key(key) && twin.good.contains_key(key))
-        && (builder.device.user != twin.device.user || builder.device.sandbox != twin.device.sandbox)
+    if let Some(conflicting) = builder.conflicting(earlier, "group", in_group)
+        && ["user", "sandbox"]
+            .iter()
+            .all(|key| builder.valid_keys.contains_key(key) && conflicting.valid_keys.contains_key(key))
+        && (builder.device.user != conflicting.device.user || builder.device.sandbox != conflicting.device.sandbox)
     {
         let advice = "user and sandbox must be the same in both";
-        report("group", format!("{} is in it too, and they share a process; {advice}", twin.whole.label));
+        report("group", format!("{} is in it too, and they share a process; {advice}", conflicting.table_origin.label));
     }
 
-    let Some(twin) = builder.twin(earlier, "image", |a, b| a.image == b.image) else {
+    let Some(conflicting) = builder.conflicting(earlier, "image", |a, b| a.image == b.image) else {
         return;
     };
     let image = builder.device.image.display();
-    if !builder.device.read_only || !twin.device.read_only {
+    if !builder.device.read_only || !conflicting.device.read_only {
         // A second writer would destroy the image, and a reader would see it change.
         let advice = "devices that share an image must all be read_only";
-        report("image", format!("{image} is also the image of {}; {advice}", twin.whole.label));
+        report("image", format!("{image} is also the image of {}; {advice}", conflicting.table_origin.label));
         return;
     }
-    if builder.device.isolate || twin.device.isolate {
+    if builder.device.isolate || conflicting.device.isolate {
         return;
     }
     // Devices on one image share one cache, and therefore one way to access the image.
-    let (this, that) = (&builder.device, &twin.device);
-    let settings_good =
-        |builder: &DeviceBuilder| KEYS.iter().all(|key| !is_shared(key) || builder.good.contains_key(key.name));
+    let (this, that) = (&builder.device, &conflicting.device);
+    let are_settings_valid =
+        |builder: &DeviceBuilder| KEYS.iter().all(|key| !is_shared(key) || builder.valid_keys.contains_key(key.name));
     let differ = this.cache != that.cache || this.engine != that.engine || this.direct != that.direct;
-    if settings_good(builder) && settings_good(twin) && differ {
+    if are_settings_valid(builder) && are_settings_valid(conflicting) && differ {
         let advice = "engine, direct and every cache key must be the same in both";
-        report("image", format!("{} serves {image} too, and they share its cache; {advice}", twin.whole.label));
+        report(
+            "image",
+            format!("{} serves {image} too, and they share its cache; {advice}", conflicting.table_origin.label),
+        );
     }
 }
 

@@ -16,22 +16,22 @@ use super::problem::Problem;
 /// Returns the devices and the control socket of `text`; adds problems to `problems`.
 pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> (Vec<DeviceBuilder>, Option<ControlConfig>) {
     let (root, errors) = DeTable::parse_recoverable(text);
-    let mut walk = Walk { text, problems };
+    let mut reader = DocumentReader { text, problems };
     if !errors.is_empty() {
         for error in errors {
-            walk.syntax(error.message(), error.span());
+            reader.syntax(error.message(), error.span());
         }
         return (Vec::new(), None);
     }
-    walk.root(root.get_ref())
+    reader.root(root.get_ref())
 }
 
-struct Walk<'a> {
+struct DocumentReader<'a> {
     text: &'a str,
     problems: &'a mut Vec<Problem>,
 }
 
-impl Walk<'_> {
+impl DocumentReader<'_> {
     fn root(&mut self, root: &DeTable<'_>) -> (Vec<DeviceBuilder>, Option<ControlConfig>) {
         let (mut builders, mut control) = (Vec::new(), None);
         for (name, value) in root {
@@ -75,12 +75,12 @@ impl Walk<'_> {
     }
 
     /// The `[control]` table.
-    fn control(&mut self, table: &DeTable<'_>, whole: &Origin) -> Option<ControlConfig> {
+    fn control(&mut self, table: &DeTable<'_>, origin: &Origin) -> Option<ControlConfig> {
         let (mut socket, mut group) = (None, String::new());
         let mut is_good = true;
         for (name, value) in table {
             let origin = self.origin(format!("control.{}", name.get_ref()), name);
-            let problem = match (name.get_ref().as_ref(), plain(value.get_ref())) {
+            let problem = match (name.get_ref().as_ref(), to_value(value.get_ref())) {
                 ("socket", Value::Text(path)) if path.starts_with('/') => {
                     socket = Some(path.into());
                     continue;
@@ -97,21 +97,21 @@ impl Walk<'_> {
             self.problems.push(problem);
         }
         if socket.is_none() && is_good {
-            self.problems.push(whole.problem("has no socket, such as socket = \"/run/genblk/control.sock\""));
+            self.problems.push(origin.problem("has no socket, such as socket = \"/run/genblk/control.sock\""));
         }
         Some(ControlConfig { socket: socket?, group })
     }
 
     fn device(&mut self, i: usize, device: &Spanned<DeValue<'_>>) -> Option<DeviceBuilder> {
         let label = format!("device[{i}]");
-        let whole = self.origin(label.clone(), device);
+        let origin = self.origin(label.clone(), device);
         let Some(table) = device.get_ref().as_table() else {
-            self.problems.push(whole.problem("takes a table: write [[device]] above it"));
+            self.problems.push(origin.problem("takes a table: write [[device]] above it"));
             return None;
         };
         let mut entries = Vec::new();
         self.entries(table, &label, "", &mut entries);
-        Some(DeviceBuilder::new(&entries, whole, |key| format!("{label}.{}", key.name), self.problems))
+        Some(DeviceBuilder::new(&entries, origin, |key| format!("{label}.{}", key.name), self.problems))
     }
 
     /// Collects the keys of `table`, which is the device's own table (`prefix` empty) or one inside it.
@@ -120,7 +120,7 @@ impl Walk<'_> {
             let path = format!("{prefix}{}", name.get_ref());
             let origin = self.origin(format!("{device}.{path}"), name);
             match (key(&path), value.get_ref()) {
-                (Some(key), value) => entries.push(Setting { key, value: plain(value), origin }),
+                (Some(key), value) => entries.push(Setting { key, value: to_value(value), origin }),
                 (None, DeValue::Table(inner)) if TABLES.contains(&path.as_str()) => {
                     self.entries(inner, device, &format!("{path}."), entries);
                 }
@@ -161,7 +161,7 @@ fn quoted(origin: &Origin) -> Origin {
 }
 
 /// A TOML value, converted for the table of keys.
-fn plain<'v>(value: &'v DeValue<'_>) -> Value<'v> {
+fn to_value<'v>(value: &'v DeValue<'_>) -> Value<'v> {
     match value {
         DeValue::String(text) => Value::Text(text),
         DeValue::Boolean(flag) => Value::Flag(*flag),

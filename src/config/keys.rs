@@ -466,7 +466,7 @@ impl ValueKind {
             (Self::Image { set }, Text(_) | Value::Path(_)) => {
                 let name = path(value, usize::MAX)?;
                 // Different spellings of a URI are one image.
-                let uri = NbdUri::is_meant_by(name).then(|| NbdUri::parse(name.to_str().unwrap_or_default()));
+                let uri = NbdUri::is_uri(name).then(|| NbdUri::parse(name.to_str().unwrap_or_default()));
                 set(device, uri.map_or(Ok(name.into()), |uri| uri.map(|uri| uri.to_string().into())).ok()?);
             }
             (Self::Socket { set }, Text(_) | Value::Path(_)) => {

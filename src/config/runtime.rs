@@ -239,12 +239,12 @@ pub fn changed(device: &DeviceConfig, object: &serde_json::Value) -> Result<Devi
 /// Every problem, with its key.
 pub fn device_of(object: &serde_json::Value) -> Result<DeviceConfig, Vec<Problem>> {
     let (mut entries, mut problems) = (Vec::new(), Vec::new());
-    let whole = Origin { label: "device".to_owned(), line: None };
+    let origin = Origin { label: "device".to_owned(), line: None };
     match object.as_object() {
         Some(object) => flatten(object, "", &mut entries, &mut problems),
-        None => problems.push(whole.problem("takes an object")),
+        None => problems.push(origin.problem("takes an object")),
     }
-    let builder = DeviceBuilder::new(&entries, whole, |key| key.name.to_owned(), &mut problems);
+    let builder = DeviceBuilder::new(&entries, origin, |key| key.name.to_owned(), &mut problems);
     super::finish(vec![builder], problems).map(|mut config| config.devices.remove(0))
 }
 
@@ -259,7 +259,7 @@ fn flatten<'a>(
         let path = format!("{prefix}{name}");
         let origin = Origin { label: path.escape_debug().to_string(), line: None };
         match (key(&path), value) {
-            (Some(key), value) => entries.push(Setting { key, value: plain(value), origin }),
+            (Some(key), value) => entries.push(Setting { key, value: to_value(value), origin }),
             (None, serde_json::Value::Object(inner)) if TABLES.contains(&path.as_str()) => {
                 flatten(inner, &format!("{path}."), entries, problems);
             }
@@ -272,7 +272,7 @@ fn flatten<'a>(
 }
 
 /// A JSON value, converted for the table of keys.
-fn plain(value: &serde_json::Value) -> Value<'_> {
+fn to_value(value: &serde_json::Value) -> Value<'_> {
     match value {
         serde_json::Value::String(text) => Value::Text(text),
         serde_json::Value::Bool(flag) => Value::Flag(*flag),

@@ -190,6 +190,11 @@ impl Refusal {
         Self::new("Refused", json!({ "what": what.into(), "why": why.into() }))
     }
 
+    /// The daemon is shutting down.
+    pub fn shutting_down() -> Self {
+        Self::refused("the daemon", "it is shutting down")
+    }
+
     /// The reason, for the log.
     pub fn reason(&self) -> String {
         let text = |key: &str| self.parameters[key].as_str().unwrap_or_default();
@@ -223,15 +228,15 @@ pub struct BegunChange {
 #[derive(Debug)]
 pub struct ChangeClient {
     steps: Sender<ChangeReply>,
-    hung_up: Receiver<()>,
+    disconnected: Receiver<()>,
     accepts_progress: bool,
 }
 
 impl ChangeClient {
     /// Both ends of a change. `accepts_progress`: the client accepts more than one reply.
     pub fn of_change(accepts_progress: bool) -> (BegunChange, Self) {
-        let ((steps, receiver), (client, hung_up)) = (channel(), channel());
-        (BegunChange { steps: receiver, _client: client }, Self { steps, hung_up, accepts_progress })
+        let ((steps, receiver), (client, disconnected)) = (channel(), channel());
+        (BegunChange { steps: receiver, _client: client }, Self { steps, disconnected, accepts_progress })
     }
 
     /// Whether the client accepts more than one reply.
@@ -255,6 +260,6 @@ impl ChangeClient {
 
     /// Waits for this time; returns early with `true` if the client has disconnected.
     pub fn wait_disconnected(&self, time: Duration) -> bool {
-        self.hung_up.recv_timeout(time) == Err(RecvTimeoutError::Disconnected)
+        self.disconnected.recv_timeout(time) == Err(RecvTimeoutError::Disconnected)
     }
 }

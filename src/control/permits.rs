@@ -26,14 +26,14 @@ pub(super) struct Caller {
 
 impl Caller {
     /// Most connections in total, and of this user.
-    pub fn places(self) -> (usize, usize) {
+    pub fn connection_limits(self) -> (usize, usize) {
         match self.may_change {
             true => (CONNECTIONS_MAX, CONNECTIONS_MAX),
             false => (CONNECTIONS_MAX - CONNECTIONS_RESERVED, CONNECTIONS_OF_USER_MAX),
         }
     }
 
-    fn streams(self) -> (usize, usize) {
+    fn stream_limits(self) -> (usize, usize) {
         match self.may_change {
             true => (usize::MAX, usize::MAX),
             false => (STREAMS_MAX, STREAMS_OF_USER_MAX),
@@ -41,7 +41,7 @@ impl Caller {
     }
 }
 
-/// The permits that are taken, by user.
+/// The permits in use, by caller.
 #[derive(Debug, Default)]
 pub(super) struct Permits {
     connections: Mutex<HashMap<Caller, usize>>,
@@ -62,22 +62,23 @@ enum PermitKind {
 }
 
 impl Permits {
-    fn taken(&self, kind: PermitKind) -> MutexGuard<'_, HashMap<Caller, usize>> {
-        let taken = if kind == PermitKind::Connection { &self.connections } else { &self.streams };
-        taken.lock().expect("no thread panics with the permits locked")
+    fn counts(&self, kind: PermitKind) -> MutexGuard<'_, HashMap<Caller, usize>> {
+        let counts = if kind == PermitKind::Connection { &self.connections } else { &self.streams };
+        counts.lock().expect("no thread panics with the permits locked")
     }
 
     fn take(self: &Arc<Self>, caller: Caller, kind: PermitKind) -> Option<Permit> {
-        let (all_max, own_max) = if kind == PermitKind::Connection { caller.places() } else { caller.streams() };
-        let mut taken = self.taken(kind);
-        let counts = |other: &Caller| kind == PermitKind::Connection || !other.may_change;
-        let all: usize = taken.iter().filter(|(other, _)| counts(other)).map(|(_, count)| count).sum();
-        let own = taken.get(&caller).copied().unwrap_or_default();
+        let (all_max, own_max) =
+            if kind == PermitKind::Connection { caller.connection_limits() } else { caller.stream_limits() };
+        let mut counts = self.counts(kind);
+        let is_limited = |other: &Caller| kind == PermitKind::Connection || !other.may_change;
+        let all: usize = counts.iter().filter(|(other, _)| is_limited(other)).map(|(_, count)| count).sum();
+        let own = counts.get(&caller).copied().unwrap_or_default();
         if all >= all_max || own >= own_max {
             return None;
         }
-        taken.insert(caller, own + 1);
-        drop(taken);
+        counts.insert(caller, own + 1);
+        drop(counts);
         Some(Permit { permits: Arc::clone(self), caller, kind })
     }
 
@@ -102,11 +103,11 @@ pub(super) struct Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut taken = self.permits.taken(self.kind);
-        if let Some(count) = taken.get_mut(&self.caller) {
+        let mut counts = self.permits.counts(self.kind);
+        if let Some(count) = counts.get_mut(&self.caller) {
             *count -= 1;
             if *count == 0 {
-                taken.remove(&self.caller);
+                counts.remove(&self.caller);
             }
         }
     }

@@ -92,7 +92,7 @@ pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
 
 /// Refuses a client because there are too many. It gets the reply before its first call.
 fn refuse(stream: UnixStream, caller: Caller) {
-    let (places, _) = caller.places();
+    let (places, _) = caller.connection_limits();
     let _ = stream.set_nonblocking(true);
     let _ = VarlinkConnection::new(stream).send(&error("Busy", json!({ "connections": places })));
 }

@@ -206,7 +206,7 @@ impl StatsPages {
     }
 
     /// Records a page, if there is room.
-    pub fn note(&self, page: &'static StatsPage) {
+    pub fn register(&self, page: &'static StatsPage) {
         let slot = self.count.fetch_add(1, Ordering::Relaxed);
         if let Some(free) = self.pages.get(slot) {
             // It cannot be set already: each call has its own slot.

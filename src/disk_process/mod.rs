@@ -87,7 +87,7 @@ pub fn main(name: &str, standard_input: OwnedFd) -> Result<()> {
 /// [`ErrorKind::System`] if the channel fails or a message is invalid.
 pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
-    signal::on_bus_error(note_bus_error).map_err(system("cannot handle SIGBUS"))?;
+    signal::on_bus_error(record_bus_error).map_err(system("cannot handle SIGBUS"))?;
     let waker = Arc::new(Waker::new().map_err(system("cannot create an eventfd"))?);
     let mut control = Control {
         channel: Arc::clone(channel),
@@ -105,7 +105,7 @@ pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
         if message {
             match channel.receive().map_err(system("cannot talk to the supervisor"))? {
                 Received::Message(message, files) => control.handle_message(message, files)?,
-                Received::Closed => return orphan::end(control),
+                Received::Closed => return orphan::end_all(control),
             }
         }
         control.check();
@@ -117,7 +117,7 @@ pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
 
 /// An image and its cache.
 #[derive(Debug)]
-struct Open {
+struct ServedImage {
     /// Name of the device for which the image was opened.
     name: String,
     image: Arc<CachedImage>,
@@ -144,7 +144,7 @@ struct Control {
     /// Notified when a device has ended.
     waker: Arc<Waker>,
     /// Images, by the number of the device for which each was opened.
-    images: BTreeMap<u32, Open>,
+    images: BTreeMap<u32, ServedImage>,
     devices: BTreeMap<u32, ServedDevice>,
     /// Threads that release images.
     releases: Vec<JoinHandle<()>>,
@@ -227,11 +227,12 @@ impl Control {
         let (image, io_mode) = store::received(file, image)?;
         let received = crate::arena::ReceivedArena::new(cache, cache_files)?;
         let (is_cache_removed, arena) = (received.is_removed, received.arena);
-        regions::note(TruncatableMemory::Cache, &arena.mapped());
+        regions::register(TruncatableMemory::Cache, &arena.mapped());
         // The image may have grown since the cache was opened.
         arena.set_image_size(image.limits().size_bytes.get());
         let (name, image) = (settings.name.clone(), cached_image(settings, image, arena)?);
-        self.images.insert(image_of, Open { name, image, io_mode, is_cache_removed, lost: None, is_used: false });
+        self.images
+            .insert(image_of, ServedImage { name, image, io_mode, is_cache_removed, lost: None, is_used: false });
         Ok(())
     }
 
@@ -250,7 +251,7 @@ impl Control {
         let page = page.map_err(|e| Error::io(ErrorKind::System, "cannot map a statistics page", e))?;
         let service = Service::new(settings, &open.image, open.io_mode, listener, broker, page.counters());
         let page: &'static StatsPage = Box::leak(Box::new(page));
-        BUS_ERROR_PAGES.note(page);
+        BUS_ERROR_PAGES.register(page);
         let device = DeviceControl::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
         self.devices.insert(number, ServedDevice { image_of, device });
         if !self.is_shared {
@@ -296,7 +297,7 @@ impl Control {
     /// => The threads of its devices have ended. If one hangs in the kernel instead, the image is not released, and the
     /// cache stays.
     fn release(&mut self, image_of: u32) {
-        let Some(Open { name, image, is_cache_removed, .. }) = self.images.remove(&image_of) else { return };
+        let Some(ServedImage { name, image, is_cache_removed, .. }) = self.images.remove(&image_of) else { return };
         self.devices.retain(|_, served| served.image_of != image_of);
         self.has_released = true;
         let channel = Arc::clone(&self.channel);
@@ -350,14 +351,14 @@ fn unexpected(what: &str) -> Error {
 static BUS_ERROR_PAGES: device::StatsPages = device::StatsPages::new();
 
 /// Records which memory was accessed, so that the supervisor can log it. Runs in a signal handler.
-fn note_bus_error(address: usize) {
-    let memory = match regions::of(address) {
+fn record_bus_error(address: usize) {
+    let memory = match regions::kind_of(address) {
         Some(TruncatableMemory::Cache) => TruncatedMemory::Cache,
         Some(TruncatableMemory::Inflight) => TruncatedMemory::Inflight,
         // No other mapping is shared with another process.
         None => TruncatedMemory::Guest,
     };
-    BUS_ERROR_PAGES.for_each(|page| page.record_truncated(memory));
+    BUS_ERROR_PAGES.for_each(|page| page.record_truncated_memory(memory));
 }
 
 /// Runs `body` on a thread with this name.

@@ -29,7 +29,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// [`ErrorKind::Image`] if a device hangs.
-pub(super) fn end(mut control: Control) -> Result<()> {
+pub(super) fn end_all(mut control: Control) -> Result<()> {
     if control.devices.is_empty() {
         control.end();
         return Ok(());

@@ -34,7 +34,7 @@ pub(super) fn disk_protocol(input: &[u8]) {
             if let Some(oldest) = state.oldest {
                 assert!(!oldest.describe().is_empty());
             }
-            let _ = (page.silent_for(), page.take_cut_memory());
+            let _ = (page.silent_for(), page.take_truncated_memory());
             let snapshot = Snapshot::read(&page.counters());
             for class in Class::ALL {
                 let latencies = snapshot.requests(class);

@@ -24,7 +24,7 @@ pub fn has_kept_cache(
         peeked.ok().flatten()
     });
     // Only the header of such an entry can be read before it is taken; older layouts do not record formats.
-    let vouches = |header: Header| is_noted(&header) || header.is_silent_on_formats(identity);
+    let vouches = |header: Header| is_noted(&header) || header.predates_format_records(identity);
     if in_fdstore.any(vouches) {
         return true;
     }

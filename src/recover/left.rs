@@ -7,7 +7,7 @@ use std::sync::Arc;
 use log::{error, info, warn};
 
 use super::proof::{MatchStrength, Proof, SET_ASIDE, prove};
-use super::search::{Candidate, Search, has_identity, is_of, whose};
+use super::search::{Candidate, Search, allowed_owner, has_identity, is_of};
 use super::write_back::Unwritten;
 use crate::arena::{AllowedOwner, Arena, ArenaFile, GuestData, GuestState, ImageFacts};
 use crate::config::DeviceConfig;
@@ -16,8 +16,8 @@ use crate::store::file::LastTenure;
 use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
-use crate::tenure::host::{Boot, Relation, booted_at};
-use crate::tenure::record::{CachePlace, Record, TenureState};
+use crate::tenure::host::{Boot, BootRelation, booted_at};
+use crate::tenure::record::{CacheLocation, Record, TenureState};
 use crate::tenure::token::{ChangeVerdict, age_of};
 use crate::units::{PAGE_BYTES, counted};
 
@@ -70,7 +70,7 @@ impl Leftovers {
             left.add(name, config.read_only, image, candidate)?;
         }
         if let Some(record) = &record {
-            left.check_that_cache_is_there(name, image, record)?;
+            left.check_cache_exists(name, image, record)?;
         }
         Ok(left)
     }
@@ -118,7 +118,7 @@ impl Leftovers {
                 Err(refusal(image, &file, unwritten, header.last_seen.heartbeat_ns, &why))
             }
             Proof::Overtaken(why) | Proof::Refuted(why) | Proof::Unproven(why) => {
-                self.guest = self.guest.or(header.guest);
+                self.guest = self.guest.merged_with(header.guest);
                 if read_only || match_strength == MatchStrength::Similar {
                     return Ok(());
                 }
@@ -156,14 +156,14 @@ impl Leftovers {
         }
         if header.frames == 0 {
             // A cache replaces a marker.
-            self.guest = self.guest.or(header.guest);
+            self.guest = self.guest.merged_with(header.guest);
             let marker = self.usable.replace(candidate).expect("it was judged");
             if !read_only {
                 marker.file.remove();
             }
             return Ok(());
         }
-        self.guest = self.guest.or(candidate.header.guest);
+        self.guest = self.guest.merged_with(candidate.header.guest);
         if !read_only {
             info!("{name}: dropped the cache in {}, which held no unwritten data", candidate.file);
             candidate.file.remove();
@@ -176,7 +176,7 @@ impl Leftovers {
         if candidate.match_strength == MatchStrength::Similar {
             return;
         }
-        self.guest = self.guest.or(candidate.header.guest);
+        self.guest = self.guest.merged_with(candidate.header.guest);
         if self.usable.is_none() {
             self.usable = Some(candidate);
         } else if !read_only {
@@ -197,11 +197,11 @@ impl Leftovers {
     }
 
     /// Checks that the cache of an open tenure is among those that were found.
-    fn check_that_cache_is_there(&mut self, name: &str, image: &dyn NamedImage, record: &Record) -> Result<()> {
+    fn check_cache_exists(&mut self, name: &str, image: &dyn NamedImage, record: &Record) -> Result<()> {
         // The tenure may have been ended meanwhile, or its end may be recorded next to the cache's old path.
         let state = self.record.as_ref().map_or(record.state, |record| record.state);
         let noted = match &record.cache {
-            CachePlace::Path(path) => ArenaFile::noted_end(path, whose(), record.tenure),
+            CacheLocation::Path(path) => ArenaFile::recorded_tenure_end(path, allowed_owner(), record.tenure),
             _ => None,
         };
         let state = noted.filter(|_| state == TenureState::Open).unwrap_or(state);
@@ -209,7 +209,7 @@ impl Leftovers {
         match (state, Boot::current().relation_to(record.boot), &record.cache) {
             _ if self.is_recorded_cache_there => {}
             (TenureState::Clean, ..) => {}
-            (TenureState::Open, Relation::EarlierBoot, _) => {
+            (TenureState::Open, BootRelation::EarlierBoot, _) => {
                 error!(
                     "{name}: the host rebooted while image {} was in use (marked {} ago): completed writes that were \
                      not flushed are lost, as on a disk whose power fails",
@@ -224,10 +224,10 @@ impl Leftovers {
                     );
                 }
             }
-            (TenureState::Forfeited, ..) | (TenureState::Open, _, CachePlace::Memory) => {
+            (TenureState::Forfeited, ..) | (TenureState::Open, _, CacheLocation::Memory) => {
                 self.guest.data = GuestData::Lost;
             }
-            (TenureState::Open, _, place) => return Err(missing(image, place, since)),
+            (TenureState::Open, _, place) => return Err(missing_cache(image, place, since)),
         }
         Ok(())
     }
@@ -280,7 +280,7 @@ impl MovedCache {
     /// nothing; or if the image shows that it was copied before, or was changed since.
     pub(super) fn of(image: &dyn NamedImage, facts: &ImageFacts) -> Option<Self> {
         let LastTenure::Recorded(record) = image.last_tenure().ok()? else { return None };
-        let CachePlace::Path(path) = &record.cache else { return None };
+        let CacheLocation::Path(path) = &record.cache else { return None };
         if record.state != TenureState::Open || is_of(&record, facts) {
             return None;
         }
@@ -318,11 +318,11 @@ impl MovedCache {
 
 /// Refuses an image whose cache another host may hold.
 fn refuse_other_host(image: &dyn NamedImage, record: &Record) -> Result<()> {
-    if record.state != TenureState::Open || Boot::current().relation_to(record.boot) != Relation::OtherHost {
+    if record.state != TenureState::Open || Boot::current().relation_to(record.boot) != BootRelation::OtherHost {
         return Ok(());
     }
     let image = image.path().display();
-    let place = shown(&record.cache);
+    let place = location_text(&record.cache);
     let since = duration(age_of(record.since * 1_000_000_000).as_secs());
     let (host, is_maybe_here) = match (record.boot.machine, Boot::current().machine) {
         (0, _) => ("a host without a machine ID".to_owned(), true),
@@ -423,13 +423,13 @@ fn remedies(image: &str, file: &ArenaFile) -> String {
 }
 
 /// The error for a cache that is not at its recorded place.
-fn missing(image: &dyn NamedImage, place: &CachePlace, since: u64) -> Error {
+fn missing_cache(image: &dyn NamedImage, place: &CacheLocation, since: u64) -> Error {
     let image = image.path().display();
     let context = format!(
         "image {image} was marked in use {} ago and never released, but its cache {} does not exist: it was removed, \
          or is in another container's memory",
         duration(since),
-        shown(place)
+        location_text(place)
     );
     let hint = format!(
         "if it is in another container, start genblk there; if it was removed, completed writes that were not flushed \
@@ -439,11 +439,11 @@ fn missing(image: &dyn NamedImage, place: &CachePlace, since: u64) -> Error {
 }
 
 /// The place of a cache in words.
-fn shown(place: &CachePlace) -> String {
+fn location_text(place: &CacheLocation) -> String {
     match place {
-        CachePlace::Path(path) => path.display().to_string(),
-        CachePlace::FdStore(name) => format!("fd-store entry {name}"),
-        CachePlace::Memory => "only in its daemon's memory".to_owned(),
+        CacheLocation::Path(path) => path.display().to_string(),
+        CacheLocation::FdStore(name) => format!("fd-store entry {name}"),
+        CacheLocation::Memory => "only in its daemon's memory".to_owned(),
     }
 }
 

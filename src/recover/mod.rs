@@ -19,7 +19,7 @@ use std::time::Duration;
 use log::{info, warn};
 
 use crate::arena::{
-    Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, ImageFacts, NotCreated, Overhang, SAMPLES_MAX,
+    Arena, ArenaFile, ArenaSpec, DataPastEnd, GuestData, GuestState, Header, ImageFacts, NotCreated, SAMPLES_MAX,
     TenureFacts, check_memory,
 };
 use crate::config::{DeviceConfig, MemoryDir, NbdFlush, Survive};
@@ -37,7 +37,7 @@ use crate::units::{PAGE_BYTES, counted};
 pub use kept::has_kept_cache;
 pub use memory_dir::{check_memory_dir, file_system_of};
 pub use operator::{
-    Consent, Recovery, Report, bytes_kept_for, check_folder, discard, has_unwritten_cache, hint_for,
+    Consent, Recovery, Report, cache_memory_bytes, check_cache_dir, discard, has_unwritten_cache, hint_for,
     ignore_file_size_signal, list, prune, recover, warn_unused_fds, warn_unused_files,
 };
 #[cfg(test)]
@@ -156,7 +156,7 @@ pub fn arena_for(
             }
             let arena = Arena::attach(file, &header)?;
             reserve(config, &arena, frames)?;
-            arena.move_to(&header.image, &facts).map_err(|beyond| overhang(image, &arena, beyond))?;
+            arena.move_to(&header.image, &facts).map_err(|beyond| data_past_end(image, &arena, beyond))?;
             if guest.data == GuestData::Lost {
                 arena.set_data_loss();
             }
@@ -235,9 +235,9 @@ fn warn_of_data_loss(name: &str) {
 }
 
 /// The error for a cache that holds completed writes past the end of its image.
-fn overhang(image: &dyn NamedImage, arena: &Arena, beyond: Overhang) -> Error {
+fn data_past_end(image: &dyn NamedImage, arena: &Arena, beyond: DataPastEnd) -> Error {
     let file = arena.file().expect(HAS_FILE);
-    let Overhang { pages, ranges } = beyond;
+    let DataPastEnd { pages, ranges } = beyond;
     let (image, beyond) = (image.path().display(), Unwritten { pages, ranges });
     let context = format!("image {image} has shrunk: its cache {file} holds {beyond} past the end of the image");
     let keep = format!("make the image as large as it was and run \"genblk recover --force {file}\"");
@@ -261,7 +261,7 @@ fn arena_for_reading(
     let name = &config.name;
     let mut guest = left.guest;
     if let Some(Candidate { file, header, .. }) = left.usable {
-        guest = guest.or(header.guest);
+        guest = guest.merged_with(header.guest);
         if header.frames > 0 {
             let arena = Arena::attach(file, &header)?;
             let (unwritten, file) = (Unwritten::of(&arena), arena.file().expect(HAS_FILE));
@@ -339,7 +339,7 @@ impl NewCache<'_> {
         match target {
             None => self.create(found, guest),
             Some(target) => {
-                let guest = found.header()?.map_or(guest, |header| guest.or(header.guest));
+                let guest = found.header()?.map_or(guest, |header| guest.merged_with(header.guest));
                 let created = self.create(target, guest)?;
                 found.remove();
                 Ok(created)
@@ -432,7 +432,7 @@ impl NewCache<'_> {
             boot: Boot::current(),
             inode,
             born_ns,
-            cache: arena.place(),
+            cache: arena.cache_location(),
         };
         // Once the image has the record, the file must stay, even if the start fails.
         let is_kept = arena.is_kept_on_drop();

@@ -78,10 +78,10 @@ pub(super) fn end_tenure(
                 Ok(()) => Ok(()),
                 Err(e) => {
                     warn!("cannot mark image {} as released in its extended attributes: {e}", image.path().display());
-                    file.note_ended(tenure.id, state)
+                    file.record_tenure_end(tenure.id, state)
                 }
             }
         }
-        _ => file.note_ended(tenure.id, state),
+        _ => file.record_tenure_end(tenure.id, state),
     }
 }

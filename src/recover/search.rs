@@ -18,7 +18,7 @@ use crate::store::file::identity_and_token;
 use crate::store::named::{ImageKind, NamedImage};
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
-use crate::tenure::record::{CachePlace, Record};
+use crate::tenure::record::{CacheLocation, Record};
 
 /// The directory in which daemons keep caches by default.
 const DEFAULT_MEMORY_DIR: &str = "/dev/shm";
@@ -43,8 +43,8 @@ pub(super) fn is_of(record: &Record, facts: &ImageFacts) -> bool {
 /// Whether the file for which a record was written still exists at the path in its cache, and is another file than this
 /// one: files in a snapshot of a file system have the inode numbers, creation times and records of the originals.
 fn is_of_original(record: &Record, facts: &ImageFacts) -> bool {
-    let CachePlace::Path(path) = &record.cache else { return false };
-    let Ok(Some(header)) = ArenaFile::peek(path, whose()) else { return false };
+    let CacheLocation::Path(path) = &record.cache else { return false };
+    let Ok(Some(header)) = ArenaFile::peek(path, allowed_owner()) else { return false };
     header.tenure.is_some_and(|tenure| tenure.id == record.tenure) && is_copy(&header.image, &facts.identity)
 }
 
@@ -89,16 +89,16 @@ impl Search<'_> {
     /// [`ErrorKind::Locked`] when another process uses one that belongs to the image; [`ErrorKind::Ledger`] for one
     /// that cannot be read, [`ErrorKind::Memory`] for one that cannot be opened.
     pub(super) fn run(&self) -> Result<Vec<Candidate>> {
-        self.each()?.filter_map(Result::transpose).collect()
+        self.candidates()?.filter_map(Result::transpose).collect()
     }
 
     /// As [`Search::run`], but an error with one cache does not hide the others.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] for a directory that cannot be listed.
-    pub(super) fn run_to_end(&self) -> Result<(Vec<Candidate>, Vec<Error>)> {
+    pub(super) fn run_through(&self) -> Result<(Vec<Candidate>, Vec<Error>)> {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
-        for result in self.each()? {
+        for result in self.candidates()? {
             match result {
                 Ok(candidate) => found.extend(candidate),
                 Err(e) => problems.push(e),
@@ -108,22 +108,22 @@ impl Search<'_> {
     }
 
     /// The candidate in each place.
-    fn each(&self) -> Result<impl Iterator<Item = Result<Option<Candidate>>>> {
-        let named = self.manager.fdstore_names().into_iter().map(|name| self.in_fdstore(&name));
-        let filed = self.paths()?.into_iter().map(|path| self.at(&path));
+    fn candidates(&self) -> Result<impl Iterator<Item = Result<Option<Candidate>>>> {
+        let named = self.manager.fdstore_names().into_iter().map(|name| self.candidate_in_fdstore(&name));
+        let filed = self.paths()?.into_iter().map(|path| self.candidate_at(&path));
         Ok(named.chain(filed))
     }
 
-    fn in_fdstore(&self, name: &str) -> Result<Option<Candidate>> {
+    fn candidate_in_fdstore(&self, name: &str) -> Result<Option<Candidate>> {
         let peeked = ArenaFile::peek_in_fdstore(self.manager, name);
-        let Some(match_strength) = self.likeness_of(peeked, OsStr::new(name))? else { return Ok(None) };
+        let Some(match_strength) = self.match_strength_of(peeked, OsStr::new(name))? else { return Ok(None) };
         let Some(file) = ArenaFile::take_named_from_fdstore(self.manager, name)? else { return Ok(None) };
         self.candidate(file, match_strength)
     }
 
-    fn at(&self, path: &PathBuf) -> Result<Option<Candidate>> {
+    fn candidate_at(&self, path: &PathBuf) -> Result<Option<Candidate>> {
         let is_recorded = self.recorded_path() == Some(path);
-        let peeked = match ArenaFile::peek(path, whose()) {
+        let peeked = match ArenaFile::peek(path, allowed_owner()) {
             Err(e) if is_recorded && e.kind() == ErrorKind::Memory => {
                 if path.try_exists().is_ok_and(|exists| !exists) {
                     return Ok(None);
@@ -136,8 +136,8 @@ impl Search<'_> {
             peeked => peeked,
         };
         let name = path.file_name().unwrap_or_default();
-        let match_strength = match self.likeness_of(peeked, name) {
-            Err(e) if !is_recorded && !is_own(path) && !e.is_lack_of_resources() => return Ok(None),
+        let match_strength = match self.match_strength_of(peeked, name) {
+            Err(e) if !is_recorded && !is_in_own_directory(path) && !e.is_lack_of_resources() => return Ok(None),
             match_strength => match_strength?,
         };
         let Some(match_strength) = match_strength else { return Ok(None) };
@@ -145,7 +145,7 @@ impl Search<'_> {
     }
 
     fn open(&self, path: &Path, match_strength: MatchStrength, is_recorded: bool) -> Result<Option<Candidate>> {
-        match ArenaFile::open_within(path, whose(), LOCK_TIMEOUT) {
+        match ArenaFile::open_within(path, allowed_owner(), LOCK_TIMEOUT) {
             Ok(file) => self.candidate(file, match_strength),
             Err(e) if e.kind() == ErrorKind::Locked && is_recorded => Err(e),
             // A running daemon uses it for another image: this image's lock is ours.
@@ -182,7 +182,7 @@ impl Search<'_> {
     /// The path of the cache in the record, if it is a path.
     fn recorded_path(&self) -> Option<&PathBuf> {
         match &self.record?.cache {
-            CachePlace::Path(path) => Some(path),
+            CacheLocation::Path(path) => Some(path),
             _ => None,
         }
     }
@@ -236,7 +236,7 @@ impl Search<'_> {
     ///
     /// # Errors
     /// The header cannot be read, and by its name the file belongs to the image, or no file can be read at present.
-    fn likeness_of(&self, peeked: Result<Option<Header>>, name: &OsStr) -> Result<Option<MatchStrength>> {
+    fn match_strength_of(&self, peeked: Result<Option<Header>>, name: &OsStr) -> Result<Option<MatchStrength>> {
         let first_name = self.facts.identity.file_name(0, 0);
         let prefix = first_name.trim_end_matches('0');
         match peeked {
@@ -291,7 +291,7 @@ pub(super) fn has_identity(path: &Path, identity: &ImageId) -> bool {
 }
 
 /// Whether a file is in a directory of this user.
-fn is_own(path: &Path) -> bool {
+fn is_in_own_directory(path: &Path) -> bool {
     let directory = path.parent().and_then(|directory| fs::metadata(directory).ok());
     directory.is_some_and(|directory| directory.uid() == effective_uid())
 }
@@ -313,6 +313,6 @@ fn is_copy(of: &ImageFacts, file: &ImageId) -> bool {
 }
 
 /// The users whose caches are read. Root reads all of them, but uses only its own.
-pub(super) fn whose() -> AllowedOwner {
+pub(super) fn allowed_owner() -> AllowedOwner {
     if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }

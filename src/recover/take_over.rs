@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::LOCK_TIMEOUT;
 use super::left::MovedCache;
-use super::search::{Search, facts_of, is_of, whose};
+use super::search::{Search, allowed_owner, facts_of, is_of};
 use super::write_back::Unwritten;
 use crate::arena::{ArenaFile, GuestData, Header, ImageFacts};
 use crate::config::MemoryDir;
@@ -17,7 +17,7 @@ use crate::store::file::{LastTenure, OpenOptions};
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::Boot;
-use crate::tenure::record::{CachePlace, Record, TenureState};
+use crate::tenure::record::{CacheLocation, Record, TenureState};
 use crate::tenure::token::wall_clock_ns;
 
 /// Sets aside every cache of the image below `memory_dir`, in the default directory, or at the path in the image's
@@ -41,7 +41,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
         _ => None,
     };
     let (memory_dir, manager) = (&MemoryDir::Path(memory_dir.to_path_buf()), &Arc::new(ServiceManager::default()));
-    let (found, problems) = (Search { image: &*image, facts: &facts, record, memory_dir, manager }).run_to_end()?;
+    let (found, problems) = (Search { image: &*image, facts: &facts, record, memory_dir, manager }).run_through()?;
     if let Some(position) = problems.iter().position(|e| e.kind() == ErrorKind::Locked) {
         return Err(problems.into_iter().nth(position).expect("it is there"));
     }
@@ -52,7 +52,9 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     let recorded = record.filter(|record| record.state == TenureState::Open);
     let is_recorded = |header: &Header| recorded.is_some_and(|r| header.tenure.is_some_and(|t| t.id == r.tenure));
     let mut last_end = recorded.map(|record| match &record.cache {
-        CachePlace::Path(path) => ArenaFile::noted_end(path, whose(), record.tenure).unwrap_or(TenureState::Forfeited),
+        CacheLocation::Path(path) => {
+            ArenaFile::recorded_tenure_end(path, allowed_owner(), record.tenure).unwrap_or(TenureState::Forfeited)
+        }
         _ => TenureState::Forfeited,
     });
     let mut lossy = Vec::new();
@@ -117,6 +119,6 @@ fn record_of_end(facts: &ImageFacts, generation: u64, state: TenureState) -> Res
         boot: Boot::current(),
         inode,
         born_ns,
-        cache: CachePlace::Memory,
+        cache: CacheLocation::Memory,
     })
 }

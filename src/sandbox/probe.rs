@@ -16,7 +16,7 @@ use super::{Confinement, ThreadKind};
 use crate::sys::trespass;
 
 /// Whether a test removes a fence.
-pub(super) fn takes_away(fence: Confinement) -> bool {
+pub(super) fn is_disabled_by_test(fence: Confinement) -> bool {
     let fences = env::var("GENBLK_SANDBOX_WITHOUT").unwrap_or_default();
     fences.split(' ').any(|name| name == fence.to_string())
 }

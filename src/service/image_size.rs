@@ -61,7 +61,7 @@ impl ServiceHandle {
         }
         self.last_shrink.fetch_max(order, Ordering::AcqRel);
         self.set_capacity(size_bytes);
-        match self.leave_end(workers, size_bytes) {
+        match self.drain_tail(workers, size_bytes) {
             Ok(()) => DeviceReply::Done,
             Err(reply) => {
                 if let Ok(image) = self.image() {
@@ -76,7 +76,7 @@ impl ServiceHandle {
     /// Completes the requests for sectors beyond a new end, makes everything durable, and drops the pages there.
     ///
     /// => It holds the image only for moments: the device may end meanwhile.
-    fn leave_end(&self, workers: &Workers, size_bytes: u64) -> Result<(), DeviceReply> {
+    fn drain_tail(&self, workers: &Workers, size_bytes: u64) -> Result<(), DeviceReply> {
         self.image()?.announce_shrink(Some(size_bytes));
         if !workers.drain_beyond(size_bytes / SECTOR_BYTES, SHRINK_TIMEOUT) {
             let why = "the guest's requests beyond the new end do not complete; the disk keeps its size".to_owned();
@@ -101,10 +101,10 @@ impl ServiceHandle {
     }
 
     /// The image was cut to this size, after [`Self::shrink`].
-    pub(super) fn note_cut(&self, size_bytes: u64) -> DeviceReply {
+    pub(super) fn end_shrink(&self, size_bytes: u64) -> DeviceReply {
         match self.image() {
             Ok(image) => {
-                image.note_cut(size_bytes);
+                image.end_shrink(size_bytes);
                 DeviceReply::Done
             }
             Err(reply) => reply,

@@ -101,7 +101,7 @@ impl ServiceHandle {
             DeviceRequest::Configure { ref settings } => self.configure(&workers, settings),
             DeviceRequest::Grow { size_bytes } => self.grow(size_bytes, order),
             DeviceRequest::Shrink { size_bytes } => self.shrink(&workers, size_bytes, order),
-            DeviceRequest::Cut { size_bytes } => self.note_cut(size_bytes),
+            DeviceRequest::Cut { size_bytes } => self.end_shrink(size_bytes),
             DeviceRequest::Thaw => DeviceReply::Thawed { was_frozen: workers.thaw() },
         }
     }

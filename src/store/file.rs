@@ -24,7 +24,7 @@ use super::{Backing, Limits, StoreQueue, blocking};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys;
-use crate::tenure::record::{CachePlace, Record, TenureState};
+use crate::tenure::record::{CacheLocation, Record, TenureState};
 use crate::tenure::token::ChangeToken;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorSpan, Unmap};
 
@@ -318,7 +318,7 @@ impl NamedImage for FileImage {
         self.found_token()
     }
 
-    fn hand_out(&self, io_lock: IoLock) -> io::Result<(File, ImageParts)> {
+    fn reopen_for_process(&self, io_lock: IoLock) -> io::Result<(File, ImageParts)> {
         let (file, known) = self.image.reopen(io_lock)?;
         let record = self.tenure().as_ref().map(Record::encode);
         Ok((file, ImageParts::File(self.image.parts(known, self.engine, record))))
@@ -340,8 +340,8 @@ impl NamedImage for FileImage {
         self.image.check_shrink(size_bytes)
     }
 
-    fn cut(&self, size_bytes: u64) -> std::result::Result<(), String> {
-        self.image.cut(size_bytes)
+    fn truncate(&self, size_bytes: u64) -> std::result::Result<(), String> {
+        self.image.truncate(size_bytes)
     }
 
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {
@@ -417,7 +417,7 @@ impl Backing for FileImage {
     fn lose_cache(&self) -> io::Result<bool> {
         let mut tenure = self.tenure();
         let Some(record) = tenure.as_mut() else { return Ok(false) };
-        record.cache = CachePlace::Memory;
+        record.cache = CacheLocation::Memory;
         history::write_record(&self.image.file, record).map(|()| true)
     }
 

@@ -76,13 +76,13 @@ pub(super) struct OpenImage {
     is_own: bool,
     reported: Reported,
     #[cfg(test)]
-    hindrances: Hindrances,
+    test_limits: TestLimits,
 }
 
 /// Restrictions that tests put on an image's operations.
 #[cfg(test)]
 #[derive(Debug, Default)]
-struct Hindrances {
+struct TestLimits {
     /// Most bytes that one system call moves; 0: no limit.
     transfer_max: std::sync::atomic::AtomicUsize,
     /// Minimum time of a write of a thread, in milliseconds.
@@ -166,7 +166,7 @@ impl OpenImage {
             is_own: true,
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
-            hindrances: Hindrances::default(),
+            test_limits: TestLimits::default(),
         })
     }
 
@@ -189,7 +189,7 @@ impl OpenImage {
             is_own: false,
             reported: Reported { size_bytes: AtomicU64::new(size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
-            hindrances: Hindrances::default(),
+            test_limits: TestLimits::default(),
         }
     }
 
@@ -281,7 +281,7 @@ impl OpenImage {
     }
 
     /// See [`super::named::NamedImage::cut`].
-    pub(super) fn cut(&self, size_bytes: u64) -> std::result::Result<(), String> {
+    pub(super) fn truncate(&self, size_bytes: u64) -> std::result::Result<(), String> {
         let cut = self.file.set_len(size_bytes).and_then(|()| self.file.sync_all());
         cut.map_err(|e| format!("image {}: {e}", self.path.display()))?;
         self.limits.size_bytes.set(size_bytes);
@@ -395,7 +395,7 @@ impl OpenImage {
     /// The first part of a transfer if a test limits what one system call moves; a later call moves the rest.
     #[cfg(test)]
     pub(super) fn limited_start(&self, segments: &[Segment]) -> Option<Segment> {
-        let max = self.hindrances.transfer_max.load(Ordering::Relaxed);
+        let max = self.test_limits.transfer_max.load(Ordering::Relaxed);
         (max > 0).then(|| Segment { base: segments[0].base, len: segments[0].len.min(max) })
     }
 
@@ -408,32 +408,32 @@ impl OpenImage {
     /// Delays a write of a thread, if a test requires that.
     pub(super) fn delay_write(&self) {
         #[cfg(test)]
-        thread::sleep(Duration::from_millis(self.hindrances.write_ms.load(Ordering::Relaxed)));
+        thread::sleep(Duration::from_millis(self.test_limits.write_ms.load(Ordering::Relaxed)));
     }
 
     /// Makes every write of a thread take at least this long from now on.
     #[cfg(test)]
     pub(super) fn slow_writes(&self, milliseconds: u64) {
-        self.hindrances.write_ms.store(milliseconds, Ordering::Relaxed);
+        self.test_limits.write_ms.store(milliseconds, Ordering::Relaxed);
     }
 
     /// Makes this many submissions to io_uring fail from now on.
     #[cfg(test)]
     pub(super) fn refuse_submissions(&self, count: u64) {
-        self.hindrances.refused_submissions.store(count, Ordering::Relaxed);
+        self.test_limits.refused_submissions.store(count, Ordering::Relaxed);
     }
 
     /// Whether this submission fails.
     #[cfg(test)]
     pub(super) fn refuses_submission(&self) -> bool {
         let refuse = |left: u64| left.checked_sub(1);
-        self.hindrances.refused_submissions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refuse).is_ok()
+        self.test_limits.refused_submissions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refuse).is_ok()
     }
 
     /// Limits every system call to `bytes` from now on, so that transfers are short.
     #[cfg(test)]
     pub(super) fn limit_transfers(&self, bytes: usize) {
-        self.hindrances.transfer_max.store(bytes, Ordering::Relaxed);
+        self.test_limits.transfer_max.store(bytes, Ordering::Relaxed);
     }
 }
 
@@ -512,7 +512,7 @@ fn has_writer(path: &Path) -> bool {
 fn refuse_copy_under_way(file: &File, path: &Path, label: &str) -> Result<()> {
     let state = || file.metadata().ok().map(|m| (m.len(), m.blocks(), m.mtime(), m.mtime_nsec()));
     let before = state();
-    let Some((pid, name)) = sys::process::other_user_of(file).filter(|(_, name)| name != OWN_NAME) else {
+    let Some((pid, name)) = sys::process::other_process_with(file).filter(|(_, name)| name != OWN_NAME) else {
         return Ok(());
     };
     let until = Instant::now() + COPY_TIMEOUT;

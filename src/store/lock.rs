@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file::{is_byte_locked, lock_byte, unlock_byte};
-use crate::sys::process::{DEATH_TIMEOUT, other_user_of};
+use crate::sys::process::{DEATH_TIMEOUT, other_process_with};
 
 /// The access of an opener to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, t
             }
             Err(error) if error.kind() == ErrorKind::Locked => {
                 // The locks belong to open file descriptions, so the kernel does not report which process holds them.
-                let user = other_user_of(file).map(|(pid, name)| format!("; pid {pid} ({name}) has it open"));
+                let user = other_process_with(file).map(|(pid, name)| format!("; pid {pid} ({name}) has it open"));
                 if user.is_none() && !timeout.is_zero() && began.elapsed() < DEATH_TIMEOUT {
                     // Most likely the lock of a killed daemon of which only I/O in flight remains; or that of a process
                     // which is not visible to this user.

@@ -123,7 +123,7 @@ pub trait NamedImage: Backing {
     ///
     /// # Errors
     /// Errors of the store; [`io::ErrorKind::Unsupported`] if only the process that opened an image can serve it.
-    fn hand_out(&self, _io_lock: IoLock) -> io::Result<(File, ImageParts)> {
+    fn reopen_for_process(&self, _io_lock: IoLock) -> io::Result<(File, ImageParts)> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
@@ -160,7 +160,7 @@ pub trait NamedImage: Backing {
     ///
     /// # Errors
     /// Why it cannot be cut; in that case nothing has changed.
-    fn cut(&self, _size_bytes: u64) -> std::result::Result<(), String> {
+    fn truncate(&self, _size_bytes: u64) -> std::result::Result<(), String> {
         Err("an image of this kind cannot shrink".to_owned())
     }
 

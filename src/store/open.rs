@@ -15,7 +15,7 @@ use crate::nbd_uri::NbdUri;
 
 /// Whether an image's name is that of an export on a server, as opposed to a path.
 pub fn is_remote(name: &Path) -> bool {
-    NbdUri::is_meant_by(name)
+    NbdUri::is_uri(name)
 }
 
 /// Opens and locks the image of this name, for the device called `device`: log lines about it begin with the device, or

@@ -30,14 +30,14 @@ impl Fleet {
                 (requester, Ok(disk.is_some_and(|disk| disk.discard(waiter))))
             }
             FleetChange::Detach { name, cancels, discards, record, requester } => match self.find(&name) {
-                _ if self.end.is_some() => (requester, Err(ending())),
+                _ if self.end.is_some() => (requester, Err(Refusal::shutting_down())),
                 Some(index) if cancels && !self.disks[&index].is_attaching() => {
                     (requester, Err(Refusal::new("Busy", json!({ "what": format!("{name}: attach") }))))
                 }
                 Some(index) => return self.detach(index, discards, record, requester),
                 None => (requester, Err(no_such_device(&name))),
             },
-            FleetChange::Set(.., requester) if self.end.is_some() => (requester, Err(ending())),
+            FleetChange::Set(.., requester) if self.end.is_some() => (requester, Err(Refusal::shutting_down())),
             FleetChange::Set(device, keys, record, requester) => {
                 let set = self.set(&device, &keys, record);
                 (requester, set.map(|()| true))
@@ -59,7 +59,7 @@ impl Fleet {
     /// Whether a device is to be attached; `false`: it is attached already.
     fn check_attach(&self, device: &DeviceConfig) -> Result<bool, Refusal> {
         if self.end.is_some() {
-            return Err(ending());
+            return Err(Refusal::shutting_down());
         }
         if let Some(index) = self.find(&device.name) {
             let disk = &self.disks[&index];
@@ -109,7 +109,7 @@ impl Fleet {
     /// Records that a device is kept although the files no longer list it: its guest outlives this daemon.
     fn keep(&mut self, name: &str) -> Result<(), Refusal> {
         if self.end.is_some() {
-            return Err(ending());
+            return Err(Refusal::shutting_down());
         }
         let index = self.find(name).ok_or_else(|| no_such_device(name))?;
         let config = self.disks[&index].config();
@@ -163,7 +163,7 @@ impl Fleet {
         runtime.changes.note_attached(&device);
         if let Err(e) = runtime.save() {
             runtime.changes = before;
-            disk.begin_end(Ending::WriteBack);
+            disk.begin_shutdown(Ending::WriteBack);
             let why = format!("it cannot be recorded for the next daemon: {e}");
             return drop(requester.send(Err(Refusal::refused(device.name, why))));
         }
@@ -174,7 +174,7 @@ impl Fleet {
     pub(super) fn refuse_attaches(&mut self) {
         for (requester, _) in self.disks.values_mut().filter_map(Disk::take_attaching) {
             // It fails if the client has disconnected.
-            let _ = requester.send(Err(ending()));
+            let _ = requester.send(Err(Refusal::shutting_down()));
         }
     }
 
@@ -185,7 +185,7 @@ impl Fleet {
         if let Some((requester, _)) = disk.take_attaching() {
             let _ = requester.send(Err(Refusal::refused(disk.name(), error.to_string())));
         }
-        disk.begin_end(Ending::HandOver);
+        disk.begin_shutdown(Ending::HandOver);
     }
 
     fn detach(&mut self, index: usize, discards: bool, record: Recorded, requester: Requester) {
@@ -220,7 +220,7 @@ impl Fleet {
         }
         for (_, disk) in ended {
             let name = disk.name().to_owned();
-            let (detaching, error) = disk.into_end();
+            let (detaching, error) = disk.into_parts();
             let Some(Detaching { requester, discarders, record, .. }) = detaching else { continue };
             let recorded = self.runtime.as_mut().map_or(Ok(()), |runtime| match record {
                 Recorded::Runtime => {
@@ -253,8 +253,4 @@ impl Fleet {
 
 fn no_such_device(name: &str) -> Refusal {
     Refusal::new("NoSuchDevice", json!({ "device": name, "devices": [] }))
-}
-
-fn ending() -> Refusal {
-    Refusal::refused("the daemon", "it is shutting down")
 }

@@ -216,11 +216,10 @@ impl Operator {
 
     /// The devices that the files describe, and the current ones.
     fn compare(&self, files: Config) -> Result<FleetPlan, Refusal> {
-        let gone = || Refusal::refused("the daemon", "it is shutting down");
         let (requester, reply) = std::sync::mpsc::channel();
         let compare = FleetChange::Compare(Box::new(files), requester);
-        self.events.send(SupervisorEvent::Change(compare)).map_err(|_| gone())?;
-        reply.recv().unwrap_or_else(|_| Err(gone()))
+        self.events.send(SupervisorEvent::Change(compare)).map_err(|_| Refusal::shutting_down())?;
+        reply.recv().unwrap_or_else(|_| Err(Refusal::shutting_down()))
     }
 
     /// Attaches devices: all, or none.

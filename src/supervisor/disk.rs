@@ -106,7 +106,7 @@ pub(super) struct Disk {
     /// Schedules log lines about a process that does not run.
     silence_reminder: Reminder,
     /// Schedules log lines about waiting for the image because the cache is volatile.
-    unkept_reminder: Reminder,
+    volatile_reminder: Reminder,
     /// The error with which it ended.
     error: Option<Error>,
 }
@@ -153,7 +153,7 @@ impl Disk {
             quiesced: None,
             abandoned_hung: None,
             silence_reminder: Reminder::new(),
-            unkept_reminder: Reminder::new(),
+            volatile_reminder: Reminder::new(),
             error: None,
         })
     }
@@ -200,7 +200,7 @@ impl Disk {
     }
 
     /// Whether it has ended, and everything in its cache was written to its image.
-    pub fn has_ended_well(&self) -> bool {
+    pub fn has_ended_cleanly(&self) -> bool {
         self.has_ended() && self.error.is_none()
     }
 
@@ -221,7 +221,7 @@ impl Disk {
     pub fn fail(&mut self, error: &Error) {
         self.set_phase(DevicePhase::Failed);
         let text = error.to_string();
-        let failure = match self.failure.take().filter(|failure| is_same(&failure.text, &text)) {
+        let failure = match self.failure.take().filter(|failure| differ_only_in_digits(&failure.text, &text)) {
             Some(failure) => self.failure.insert(failure),
             None => {
                 error!("{}: not served: {text}; retrying; {} retries immediately", self.name, self.resume_by);
@@ -236,7 +236,7 @@ impl Disk {
     }
 
     /// Records that its process died and will be restarted after a pause.
-    pub fn note_death(&mut self, why: &str, pause: Duration) {
+    pub fn record_death(&mut self, why: &str, pause: Duration) {
         let then = match pause {
             Duration::ZERO => "restarting it".to_owned(),
             pause => format!("restarting it in {} ms", pause.as_millis()),
@@ -381,7 +381,7 @@ impl Disk {
     }
 
     /// Begins its end: a detach, or the end of the daemon.
-    pub fn begin_end(&mut self, ending: Ending) {
+    pub fn begin_shutdown(&mut self, ending: Ending) {
         if self.phase < DevicePhase::Ending {
             self.phase = DevicePhase::Ending;
             self.end = Some((ending, Instant::now()));
@@ -398,12 +398,12 @@ impl Disk {
     }
 
     /// Records that it has ended.
-    pub fn note_end(&mut self, result: Result<()>) {
+    pub fn record_end(&mut self, result: Result<()>) {
         // Also closes the handle's copy of the listening socket.
         self.handle = None;
         if self.phase != DevicePhase::Ended {
             self.phase = DevicePhase::Ended;
-            // For a device that was given up, `give_up_hung` has set the error, or has left it out on purpose.
+            // For a device that was given up, `abandon_hung` has set the error, or has left it out on purpose.
             if self.abandoned_hung.is_none() {
                 self.error = result.err();
             }
@@ -444,11 +444,11 @@ impl Disk {
     /// Logs waits that take long, and ends the wait for an image that does not answer.
     pub fn check_while_ending(&mut self, ending: Ending, since: Instant, hurried: bool) {
         let advice = if hurried { "" } else { "; repeat the signal to exit without waiting" };
-        self.check_end(ending, since, Some(advice));
+        self.check_shutdown(ending, since, Some(advice));
     }
 
     /// As [`Disk::check_while_ending`]. `advice`: how to end the wait, for the log; `None`: the wait has no deadline.
-    fn check_end(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
+    fn check_shutdown(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
         if let Some((at, is_killed)) = self.abandoned_hung {
             return self.kill_hung(at, is_killed);
         }
@@ -469,7 +469,7 @@ impl Disk {
         if self.handle.is_none() {
             // It is not served, so no request is lost.
             if age >= HAND_OVER_TIMEOUT {
-                self.give_up_hung(ending);
+                self.abandon_hung(ending);
             }
             return;
         }
@@ -481,7 +481,7 @@ impl Disk {
         }
         let stalled_for = self.last_completion.0.max(step.since).elapsed();
         let is_kept = ending == Ending::HandOver && !state.has_volatile_dirty_data;
-        if state.has_volatile_dirty_data && stalled_for < STALL_MAX && self.unkept_reminder.is_due(age) {
+        if state.has_volatile_dirty_data && stalled_for < STALL_MAX && self.volatile_reminder.is_due(age) {
             warn!(
                 "{}: its cache is volatile and holds {}; waiting as long as the image completes operations",
                 self.name,
@@ -497,13 +497,13 @@ impl Disk {
             && at.elapsed() >= ABANDON_TIMEOUT
             && (!waits || self.has_quiesced())
         {
-            self.give_up_hung(ending);
+            self.abandon_hung(ending);
         }
     }
 
     /// Gives up a device whose threads hang in the kernel: closes its connection and socket, which others wait for. Its
     /// process is killed afterwards.
-    fn give_up_hung(&mut self, ending: Ending) {
+    fn abandon_hung(&mut self, ending: Ending) {
         let (name, image, step) = (&self.name, self.image.display(), self.keeper.step().what);
         let context = match step {
             keeper::PREPARING => format!("{name}: ended without waiting any longer, while {step} of image {image}"),
@@ -549,7 +549,7 @@ impl Disk {
 }
 
 /// Whether two messages differ only in numbers, such as an age.
-fn is_same(one: &str, other: &str) -> bool {
+fn differ_only_in_digits(one: &str, other: &str) -> bool {
     let without_digits = |text: &str| text.chars().filter(|char| !char.is_ascii_digit()).collect::<String>();
     without_digits(one) == without_digits(other)
 }
@@ -560,7 +560,7 @@ mod tests {
 
     #[test]
     fn errors_that_differ_only_in_a_duration_are_equal() {
-        assert!(is_same("in use for 5 s; try again", "in use for 12 s; try again"));
-        assert!(!is_same("no such file", "permission denied"));
+        assert!(differ_only_in_digits("in use for 5 s; try again", "in use for 12 s; try again"));
+        assert!(!differ_only_in_digits("no such file", "permission denied"));
     }
 }

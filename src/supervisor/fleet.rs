@@ -35,7 +35,7 @@ const STOPPED_MIN: Duration = Duration::from_secs(2);
 
 /// The end of the process, once it has begun.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct End {
+pub(super) struct Shutdown {
     ending: Ending,
     since: Instant,
     /// A second signal came: end devices immediately if their caches stay.
@@ -69,7 +69,7 @@ pub(super) struct Fleet {
     unused_caches_check: Option<Config>,
     /// For checking the fd store once every device is served.
     unchecked: Option<Config>,
-    pub(super) end: Option<End>,
+    pub(super) end: Option<Shutdown>,
     /// Why the daemon ends without a signal.
     failure: Option<Error>,
     is_ready: bool,
@@ -179,10 +179,10 @@ impl Fleet {
             self.disks.values_mut().for_each(Disk::stop_waiting);
         } else if signal == libc::SIGUSR1 {
             info!("{}: stopping, leaving the caches for the next daemon", name_of(signal));
-            self.begin_end(Ending::HandOver);
+            self.begin_shutdown(Ending::HandOver);
         } else {
             info!("{}: stopping", name_of(signal));
-            self.begin_end(Ending::WriteBack);
+            self.begin_shutdown(Ending::WriteBack);
         }
     }
 
@@ -196,12 +196,12 @@ impl Fleet {
         }
     }
 
-    fn begin_end(&mut self, ending: Ending) {
+    fn begin_shutdown(&mut self, ending: Ending) {
         self.manager.notify("STOPPING=1");
         self.overview.events.add(None, "stopping", serde_json::json!({ "hands_over": ending == Ending::HandOver }));
-        self.end = Some(End { ending, since: Instant::now(), hurried: false });
+        self.end = Some(Shutdown { ending, since: Instant::now(), hurried: false });
         self.refuse_attaches();
-        self.disks.values_mut().for_each(|disk| disk.begin_end(ending));
+        self.disks.values_mut().for_each(|disk| disk.begin_shutdown(ending));
     }
 
     fn on_keeper_event(&mut self, index: usize, event: KeeperEvent) {
@@ -213,7 +213,7 @@ impl Fleet {
             KeeperEvent::Failed(error) if disk.is_attaching() => self.refuse_attach(index, &error),
             KeeperEvent::Failed(error) if self.strictness == Strictness::AllOrNone => {
                 self.failure = Some(error);
-                self.begin_end(Ending::HandOver);
+                self.begin_shutdown(Ending::HandOver);
             }
             KeeperEvent::Failed(error) => {
                 let others = self.disks.iter().filter(|(other, _)| **other != index);
@@ -238,14 +238,14 @@ impl Fleet {
                 disk.serve(handle);
                 self.confirm_attach(index);
             }
-            KeeperEvent::Died(why, pause) => disk.note_death(&why, pause),
+            KeeperEvent::Died(why, pause) => disk.record_death(&why, pause),
             KeeperEvent::RestartsExhausted(error) if disk.is_attaching() => self.refuse_attach(index, &error),
             KeeperEvent::RestartsExhausted(error) => disk.stop_restarting(&error),
             KeeperEvent::Quiesced => {
                 disk.set_phase(DevicePhase::Quiesced);
                 self.finish_quiesced();
             }
-            KeeperEvent::Ended(result) => disk.note_end(result),
+            KeeperEvent::Ended(result) => disk.record_end(result),
         }
     }
 
@@ -299,7 +299,7 @@ impl Fleet {
         }
     }
 
-    fn check_while_ending(&mut self, end: End) {
+    fn check_while_ending(&mut self, end: Shutdown) {
         for disk in self.disks.values_mut().filter(|disk| !disk.has_ended()) {
             disk.check_while_ending(end.ending, end.since, end.hurried);
         }
@@ -309,10 +309,10 @@ impl Fleet {
 
     /// Removes the runtime file after a clean stop, so that the next daemon serves what the configuration says. Keeps
     /// it unless every cache was written to its image: only the runtime file names a disk that was attached.
-    fn end_runtime(&self) {
-        let is_orderly = matches!(self.end, Some(End { ending: Ending::WriteBack, .. }));
+    fn finish_runtime_file(&self) {
+        let is_orderly = matches!(self.end, Some(Shutdown { ending: Ending::WriteBack, .. }));
         if let Some(runtime) = self.runtime.as_ref().filter(|_| is_orderly) {
-            if self.failure.is_none() && self.disks.values().all(Disk::has_ended_well) {
+            if self.failure.is_none() && self.disks.values().all(Disk::has_ended_cleanly) {
                 runtime.remove();
             } else {
                 runtime.keep();
@@ -328,7 +328,7 @@ impl Fleet {
     }
 
     fn result(self) -> Result<()> {
-        self.end_runtime();
+        self.finish_runtime_file();
         let of_disks = self.disks.into_values().filter_map(Disk::into_error);
         let mut errors = self.failure.into_iter().chain(of_disks);
         let Some(first) = errors.next() else { return Ok(()) };

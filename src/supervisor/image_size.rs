@@ -68,7 +68,7 @@ fn shrink_image(
         let _ = change_size(entry, io_lock, SizeStep::KeepSize);
         return Err(refusal);
     }
-    if let Err(refusal) = change_size(entry, io_lock, SizeStep::Cut(size_bytes)) {
+    if let Err(refusal) = change_size(entry, io_lock, SizeStep::Truncate(size_bytes)) {
         // It fails only if the process has died: its successor serves the image with its size.
         let _ = ask(entry, DeviceRequest::Grow { size_bytes: served }, client);
         return Err(refusal);

@@ -179,7 +179,7 @@ struct KeeperThread {
 
 /// A device that is open. Fields are dropped in this order: a daemon that waits for the image's lock must find the
 /// socket free when it gets the lock.
-struct Opened {
+struct OpenDevice {
     socket: ListenSocket,
     slot: Arc<ImageSlot>,
 }
@@ -227,7 +227,7 @@ impl KeeperThread {
 
     /// Tries to open the device until that succeeds, then waits for the command to serve it. `None`: the daemon ends
     /// first.
-    fn open_when_possible(&self) -> Option<Opened> {
+    fn open_when_possible(&self) -> Option<OpenDevice> {
         let mut pause = RETRY_MIN;
         loop {
             let error = match self.open() {
@@ -264,7 +264,7 @@ impl KeeperThread {
     }
 
     /// One attempt to open the device.
-    fn open(&self) -> Result<Opened> {
+    fn open(&self) -> Result<OpenDevice> {
         self.begin(OPENING);
         let (config, context) = (&self.config, &self.context);
         let image = open_image(config, &context.manager)?;
@@ -280,7 +280,7 @@ impl KeeperThread {
         let is_smaller = !is_shared && slot.cache_bytes < config.cache.size_bytes;
         self.current.bound_cache(is_smaller.then_some(slot.cache_bytes));
         let socket = ListenSocket::open(&self.config, &self.context.sockets)?;
-        Ok(Opened { socket, slot })
+        Ok(OpenDevice { socket, slot })
     }
 
     /// Waits for the command to serve the device; `false`: the daemon ends.
@@ -299,7 +299,7 @@ impl KeeperThread {
     }
 
     /// Serves the device until it ends, and replaces processes that die.
-    fn keep_served(&mut self, opened: Opened) -> Result<()> {
+    fn keep_served(&mut self, opened: OpenDevice) -> Result<()> {
         let mut pause = RETRY_MIN;
         loop {
             let end = self.serve(&opened).unwrap_or_else(ServiceEnd::Failed);
@@ -359,8 +359,8 @@ impl KeeperThread {
     }
 
     /// Ends a device that has no process. The contents of its cache stay for the next daemon.
-    fn not_served(&self, opened: Opened, why: &str) -> Result<()> {
-        let Opened { socket, slot } = opened;
+    fn not_served(&self, opened: OpenDevice, why: &str) -> Result<()> {
+        let OpenDevice { socket, slot } = opened;
         drop(socket);
         if self.ending.get() == Some(Ending::HandOver) || !slot.holds_unwritten() {
             return Ok(());
@@ -372,7 +372,7 @@ impl KeeperThread {
     }
 
     /// Serves the device with one process, until that process has ended.
-    fn serve(&self, opened: &Opened) -> Result<ServiceEnd> {
+    fn serve(&self, opened: &OpenDevice) -> Result<ServiceEnd> {
         self.begin("starting a process");
         let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
         let process = opened.slot.process(&self.current.settings())?;
@@ -485,11 +485,11 @@ impl ProcessSession<'_> {
         let changed = self.slot.change_size(step);
         self.is_shrinking = match step {
             SizeStep::BeginShrink(wanted) => changed.as_ref().is_ok_and(|served| wanted < *served),
-            SizeStep::Grow(_) | SizeStep::Cut(_) | SizeStep::KeepSize => false,
+            SizeStep::Grow(_) | SizeStep::Truncate(_) | SizeStep::KeepSize => false,
         };
         match (step, &changed) {
             (SizeStep::Grow(_), Ok(_)) => self.send_growth(),
-            (SizeStep::Cut(_), Ok(size_bytes)) => self.image_bytes = Some(*size_bytes),
+            (SizeStep::Truncate(_), Ok(size_bytes)) => self.image_bytes = Some(*size_bytes),
             _ => {}
         }
         changed
@@ -579,12 +579,12 @@ impl ProcessSession<'_> {
             return if self.ending.is_some() { ServiceEnd::Ended(Err(error)) } else { ServiceEnd::Failed(error) };
         }
         if let Some(result) = self.ended.take() {
-            if !exit.is_in_order() {
+            if !exit.is_clean() {
                 error!("{name}: its disk process did not exit cleanly: {exit}; its cache is kept");
             }
             return ServiceEnd::Ended(result);
         }
-        let cut = self.page.take_cut_memory().filter(|_| exit.is_bus_error());
+        let cut = self.page.take_truncated_memory().filter(|_| exit.is_bus_error());
         let because = cut.map_or_else(String::new, |memory| format!(": {}", memory.name()));
         let why = format!("its process has died: {exit}{because}");
         if self.ending.is_none() {

@@ -25,16 +25,16 @@ pub(super) struct LogPipe {
     name: String,
     pipe: ChildStderr,
     /// The beginning of an incomplete line.
-    part: Vec<u8>,
+    partial_line: Vec<u8>,
     /// When the present second began, and the number of its lines.
-    second: (Instant, u32),
+    current_second: (Instant, u32),
     dropped: u64,
 }
 
 impl LogPipe {
     /// The log pipe of the process of device `name`.
     pub fn new(name: &str, pipe: ChildStderr) -> Self {
-        Self { name: name.to_owned(), pipe, part: Vec::new(), second: (Instant::now(), 0), dropped: 0 }
+        Self { name: name.to_owned(), pipe, partial_line: Vec::new(), current_second: (Instant::now(), 0), dropped: 0 }
     }
 
     /// Reads from the pipe, which is readable, and forwards its lines; returns whether more may come.
@@ -42,7 +42,7 @@ impl LogPipe {
         let mut bytes = [0; LINE_BYTES_MAX];
         let len = match self.pipe.read(&mut bytes) {
             Ok(0) => {
-                let part = std::mem::take(&mut self.part);
+                let part = std::mem::take(&mut self.partial_line);
                 self.log(&part);
                 return false;
             }
@@ -51,14 +51,14 @@ impl LogPipe {
         };
         let mut rest = &bytes[..len];
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-            let mut line = std::mem::take(&mut self.part);
+            let mut line = std::mem::take(&mut self.partial_line);
             line.extend_from_slice(&rest[..end]);
             self.log(&line);
             rest = &rest[end + 1..];
         }
-        self.part.extend_from_slice(rest);
-        if self.part.len() > LINE_BYTES_MAX {
-            let part = std::mem::take(&mut self.part);
+        self.partial_line.extend_from_slice(rest);
+        if self.partial_line.len() > LINE_BYTES_MAX {
+            let part = std::mem::take(&mut self.partial_line);
             self.log(&part);
         }
         true
@@ -68,16 +68,16 @@ impl LogPipe {
         if line.is_empty() {
             return;
         }
-        if self.second.0.elapsed() >= Duration::from_secs(1) {
+        if self.current_second.0.elapsed() >= Duration::from_secs(1) {
             let dropped = std::mem::take(&mut self.dropped);
             if dropped > 0 {
                 let lines = counted(dropped, "line");
                 warn!("{}: dropped {lines} of its process's log: too many per second", self.name);
             }
-            self.second = (Instant::now(), 0);
+            self.current_second = (Instant::now(), 0);
         }
-        self.second.1 += 1;
-        if self.second.1 > LINES_MAX {
+        self.current_second.1 += 1;
+        if self.current_second.1 > LINES_MAX {
             self.dropped += 1;
             return;
         }
@@ -103,7 +103,7 @@ mod tests {
         let mut child = Command::new("sh").args(["-c", noise]).stderr(Stdio::piped()).spawn().unwrap();
         let mut pipe = LogPipe::new("disk0", child.stderr.take().unwrap());
         // It has written its lines of this second.
-        pipe.second = (Instant::now(), LINES_MAX);
+        pipe.current_second = (Instant::now(), LINES_MAX);
         let begun = Instant::now();
         while pipe.forward() {}
         assert!(child.wait().unwrap().success());
@@ -117,9 +117,9 @@ mod tests {
         let mut child = Command::new("sh").args(["-c", noise]).stderr(Stdio::piped()).spawn().unwrap();
         let mut pipe = LogPipe::new("disk0", child.stderr.take().unwrap());
         // It has written its lines of this second.
-        pipe.second = (Instant::now(), LINES_MAX);
+        pipe.current_second = (Instant::now(), LINES_MAX);
         while pipe.forward() {
-            assert!(pipe.part.len() <= 2 * LINE_BYTES_MAX);
+            assert!(pipe.partial_line.len() <= 2 * LINE_BYTES_MAX);
         }
         child.wait().unwrap();
     }

@@ -179,7 +179,7 @@ impl Operator {
         if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester, waiter))? {
             info!("{device}: discarding the dirty data that cannot be written to its image, as requested");
             // The client that began the detach gets the same result.
-            return ended.recv().unwrap_or_else(|_| Err(daemon_ends())).map(drop);
+            return ended.recv().unwrap_or_else(|_| Err(Refusal::shutting_down())).map(drop);
         }
         let _change = ChangeGuard::begin(&entry.operator, &entry.config.name, "detach")?;
         if entry.is_frozen() && !force {
@@ -196,11 +196,11 @@ impl Operator {
         let (requester, reply) = channel();
         let cancels = entry.progress.is_attaching && !force;
         let change = FleetChange::Detach { name: device.to_owned(), cancels, discards: discard, record, requester };
-        self.events.send(SupervisorEvent::Change(change)).map_err(|_| daemon_ends())?;
+        self.events.send(SupervisorEvent::Change(change)).map_err(|_| Refusal::shutting_down())?;
         loop {
             match reply.recv_timeout(DETACH_WATCH) {
                 Ok(result) => return result.map(drop),
-                Err(RecvTimeoutError::Disconnected) => return Err(daemon_ends()),
+                Err(RecvTimeoutError::Disconnected) => return Err(Refusal::shutting_down()),
                 Err(RecvTimeoutError::Timeout) => self.write_kept_data(device, client),
             }
         }
@@ -227,8 +227,8 @@ impl Operator {
     /// Sends a request to the main thread and waits for its reply.
     pub(super) fn ask_main_thread(&self, change: impl FnOnce(Requester) -> FleetChange) -> Result<bool, Refusal> {
         let (requester, reply) = channel();
-        self.events.send(SupervisorEvent::Change(change(requester))).map_err(|_| daemon_ends())?;
-        reply.recv().unwrap_or_else(|_| Err(daemon_ends()))
+        self.events.send(SupervisorEvent::Change(change(requester))).map_err(|_| Refusal::shutting_down())?;
+        reply.recv().unwrap_or_else(|_| Err(Refusal::shutting_down()))
     }
 
     /// Freezes a device.
@@ -269,7 +269,7 @@ impl Operator {
     fn await_thaw(&self, device: &str, (frozen, freeze): (Freezing, FreezeLease), client: &ChangeClient) -> Freezing {
         client.send_progress(&frozen);
         loop {
-            let has_hung_up = client.wait_disconnected(FREEZE_WATCH);
+            let has_disconnected = client.wait_disconnected(FREEZE_WATCH);
             let ended = Freezing { frozen: false, frozen_us: micros(freeze.since.elapsed()), lease: None };
             let Ok(entry) = self.overview.entry(device) else { return ended };
             if entry.freeze() != Some(freeze) {
@@ -278,7 +278,7 @@ impl Operator {
                 }
                 return ended;
             }
-            if has_hung_up {
+            if has_disconnected {
                 info!("{device}: the client that froze it has disconnected; thawing");
                 self.thaw(&entry, Some(freeze.number), client);
                 return ended;
@@ -296,10 +296,6 @@ impl Operator {
         }
         thawed
     }
-}
-
-fn daemon_ends() -> Refusal {
-    Refusal::refused("the daemon", "it is shutting down")
 }
 
 /// Ends the freeze with the number `lease`; `None`: any freeze.

@@ -47,7 +47,7 @@ pub(super) fn may_shrink(config: &DeviceConfig) -> bool {
 /// Starts the thread, which runs until the process ends.
 pub(super) fn start(overview: &Arc<Overview>) {
     let overview = Arc::clone(overview);
-    let (only, speed) = injected();
+    let (only, speed) = test_overrides();
     let run = move || {
         let mut monitor = PressureMonitor {
             overview,
@@ -70,7 +70,7 @@ pub(super) fn start(overview: &Arc<Overview>) {
 
 /// For tests: a PSI file in place of the host's (`GENBLK_TEST_PRESSURE`), and a factor by which time passes faster.
 /// Only a binary with debug assertions reads the variable.
-fn injected() -> (Option<std::path::PathBuf>, u32) {
+fn test_overrides() -> (Option<std::path::PathBuf>, u32) {
     let file = if cfg!(debug_assertions) { std::env::var_os("GENBLK_TEST_PRESSURE") } else { None };
     let speed = if file.is_some() { 10 } else { 1 };
     (file.map(Into::into), speed)

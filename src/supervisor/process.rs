@@ -55,7 +55,7 @@ pub(super) struct Exit {
 
 impl Exit {
     /// Whether it ended on command.
-    pub fn is_in_order(&self) -> bool {
+    pub fn is_clean(&self) -> bool {
         self.is_released
     }
 
@@ -126,7 +126,7 @@ pub(super) type SharedProcess = Arc<Mutex<Weak<Process>>>;
 struct Subscribers {
     by_device: BTreeMap<u32, Subscriber>,
     /// Its images, by the number of the device for which each was opened.
-    images: BTreeMap<u32, ImageFate>,
+    images: BTreeMap<u32, ImageOutcome>,
     exit: Option<Exit>,
     /// Receivers of the replies to requests, by number of the request.
     requesters: BTreeMap<u64, Sender<DeviceReply>>,
@@ -143,7 +143,7 @@ struct Subscriber {
 
 /// The state of an image in the process.
 #[derive(Debug, Default)]
-struct ImageFate {
+struct ImageOutcome {
     /// Why it cannot be served.
     failure: Option<ErrorText>,
     /// Once it was released.
@@ -186,7 +186,7 @@ impl Process {
     /// # Errors
     /// Errors of sendmsg(2).
     pub fn open(&self, image_of: u32, open: &ToDisk, image: &File, cache: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.subscribers().images.insert(image_of, ImageFate::default());
+        self.subscribers().images.insert(image_of, ImageOutcome::default());
         let files: Vec<BorrowedFd<'_>> = [image.as_fd()].into_iter().chain(cache.iter().copied()).collect();
         self.send(open, &files)
     }
@@ -348,7 +348,7 @@ impl Process {
     }
 
     /// Reports to the devices of an image that the process no longer uses it.
-    fn note_release(&self, image_of: u32, exit: Exit) {
+    fn report_release(&self, image_of: u32, exit: Exit) {
         let mut subscribers = self.subscribers();
         let devices = subscribers.by_device.extract_if(.., |_, subscriber| subscriber.image_of == image_of);
         for (_, subscriber) in devices.collect::<Vec<_>>() {
@@ -394,7 +394,7 @@ impl Process {
             }
             FromDisk::Released { image_of, is_cache_removed } => {
                 // The image and the cache are released already, so do not wait until the process has freed its memory.
-                self.note_release(image_of, Exit { status: None, is_released: true, is_cache_removed });
+                self.report_release(image_of, Exit { status: None, is_released: true, is_cache_removed });
                 return true;
             }
         };

@@ -42,7 +42,7 @@ pub(super) enum SizeStep {
     /// until the next step.
     BeginShrink(u64),
     /// Cut it to this size. The disk process does not use it beyond that.
-    Cut(u64),
+    Truncate(u64),
     /// It does not shrink after all.
     KeepSize,
 }
@@ -109,7 +109,7 @@ impl ImageSlot {
         image.limits().check().map_err(refused)?;
         let user = match config.user.as_str() {
             "" => None,
-            name => Some(user_called(name)?),
+            name => Some(look_up_user(name)?),
         };
         // Before a new tenure begins.
         let last_tenure = TenureKey::of(&*image);
@@ -149,19 +149,20 @@ impl ImageSlot {
             while state.image.is_io_locked(process.io_lock()) {
                 thread::sleep(FENCE_POLL);
             }
-            if !exit.is_in_order() {
+            if !exit.is_clean() {
                 state.image.quarantine_earlier_writes();
                 if let Some(cache) = &mut state.cache {
-                    cache.note_death(self.settings.read_only);
+                    cache.record_death(self.settings.read_only);
                 }
             }
             state.process = None;
         }
         let process = match &self.group {
-            None => self.hand_to(&state, settings, None)?,
+            None => self.pass_to_process(&state, settings, None)?,
             Some(group) => {
                 let mut group = group.lock().expect("no thread panics with a group locked");
-                let process = self.hand_to(&state, settings, group.upgrade().filter(|process| process.is_running()))?;
+                let process =
+                    self.pass_to_process(&state, settings, group.upgrade().filter(|process| process.is_running()))?;
                 *group = Arc::downgrade(&process);
                 process
             }
@@ -172,7 +173,7 @@ impl ImageSlot {
     }
 
     /// Hands the image and the cache to a process: to the group's present one, unless it is ending, or to a new one.
-    fn hand_to(
+    fn pass_to_process(
         &self,
         state: &SlotState,
         settings: &DeviceSettings,
@@ -181,7 +182,7 @@ impl ImageSlot {
         let failed =
             |e| Error::io(ErrorKind::System, format!("{}: cannot start a disk process", self.settings.name), e);
         let io_lock = present.as_ref().map_or_else(IoLock::unique, |process| process.io_lock());
-        let (file, parts) = state.image.hand_out(io_lock).map_err(failed)?;
+        let (file, parts) = state.image.reopen_for_process(io_lock).map_err(failed)?;
         let cache = state.cache.as_ref().ok_or_else(|| Error::new(ErrorKind::System, "the cache was removed"))?;
         let open = ToDisk::Open {
             image_of: self.image_of,
@@ -253,7 +254,7 @@ impl ImageSlot {
         match step {
             SizeStep::Grow(size_bytes) => image.grow(size_bytes),
             SizeStep::BeginShrink(size_bytes) => image.check_shrink(size_bytes),
-            SizeStep::Cut(size_bytes) => image.cut(size_bytes).map(|()| size_bytes),
+            SizeStep::Truncate(size_bytes) => image.truncate(size_bytes).map(|()| size_bytes),
             SizeStep::KeepSize => Ok(image.limits().size_bytes.get()),
         }
     }
@@ -313,8 +314,8 @@ pub(super) fn open_image(config: &DeviceConfig, manager: &Arc<ServiceManager>) -
 }
 
 /// The user called `name`.
-fn user_called(name: &str) -> Result<User> {
-    match privileges::user_called(name) {
+fn look_up_user(name: &str) -> Result<User> {
+    match privileges::look_up_user(name) {
         Ok(Some(user)) => Ok(user),
         Ok(None) => Err(Error::new(ErrorKind::System, format!("no such user: {name} (key user)"))),
         Err(e) => Err(Error::io(ErrorKind::System, format!("cannot look up user {name} (key user)"), e)),

@@ -29,12 +29,12 @@ pub fn prepare_allocator() {
         // SAFETY: a plain call; the allocator takes the number or ignores it.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
         // A new thread has an arena of its own. If it cannot be started, the process cannot serve anything either.
-        _ = std::thread::Builder::new().spawn(free_much).map(std::thread::JoinHandle::join);
+        _ = std::thread::Builder::new().spawn(exercise_trimming).map(std::thread::JoinHandle::join);
     }
 }
 
 /// Allocates and frees so much memory, in blocks from an arena, that the allocator returns memory to the system.
-pub fn free_much() {
+pub fn exercise_trimming() {
     /// Below the minimum size of a block with a mapping of its own (M_MMAP_THRESHOLD), which grows.
     const BLOCK: usize = 64 << 10;
     /// More than an arena may keep (M_TRIM_THRESHOLD), which grows with the largest mapping that was freed.

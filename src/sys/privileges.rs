@@ -86,7 +86,7 @@ pub struct User {
 ///
 /// # Errors
 /// Errors of getpwnam_r(3); EINVAL for a name with a NUL byte.
-pub fn user_called(name: &str) -> io::Result<Option<User>> {
+pub fn look_up_user(name: &str) -> io::Result<Option<User>> {
     let name = CString::new(name).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let mut buffer = vec![0; 4096];
     loop {
@@ -179,11 +179,11 @@ mod tests {
 
     #[test]
     fn a_user_name_resolves_to_its_ids_and_groups() {
-        let root = user_called("root").unwrap().unwrap();
+        let root = look_up_user("root").unwrap().unwrap();
         assert_eq!((root.uid, root.gid), (0, 0));
         assert!(root.groups.contains(&0), "{root:?}");
-        assert_eq!(user_called("no-such-user-of-genblk").unwrap(), None);
-        assert!(user_called("a\0b").is_err());
+        assert_eq!(look_up_user("no-such-user-of-genblk").unwrap(), None);
+        assert!(look_up_user("a\0b").is_err());
     }
 
     #[test]

@@ -69,18 +69,18 @@ pub fn is_dying(pid: u32) -> bool {
 
 /// Another process, not a dying one, that has the same file open by the same path, with its name; `None` if none is
 /// visible to this user. Does not access the file's file system, which may not respond.
-pub fn other_user_of(file: &File) -> Option<(u32, String)> {
+pub fn other_process_with(file: &File) -> Option<(u32, String)> {
     let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
     let own = std::process::id();
-    user_of(&path, |pid| pid != own)
+    process_with(&path, |pid| pid != own)
 }
 
 /// A process, not a dying one, that has the socket with this inode open; `None` if none is visible to this user.
-pub fn user_of_socket(inode: u32) -> Option<u32> {
-    user_of(Path::new(&format!("socket:[{inode}]")), |_| true).map(|(pid, _)| pid)
+pub fn process_with_socket(inode: u32) -> Option<u32> {
+    process_with(Path::new(&format!("socket:[{inode}]")), |_| true).map(|(pid, _)| pid)
 }
 
-fn user_of(link: &Path, is_wanted: impl Fn(u32) -> bool) -> Option<(u32, String)> {
+fn process_with(link: &Path, is_wanted: impl Fn(u32) -> bool) -> Option<(u32, String)> {
     let has_it_open = |pid: &u32| {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|target| target == link)

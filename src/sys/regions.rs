@@ -26,7 +26,7 @@ impl RangeTable {
         Self { next: AtomicUsize::new(0), ranges: [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; SLOTS] }
     }
 
-    fn note(&self, range: &Range<usize>) {
+    fn register(&self, range: &Range<usize>) {
         let slot = self.next.fetch_add(1, Ordering::Relaxed) % SLOTS;
         let (start, end) = &self.ranges[slot];
         // The slot is empty meanwhile.
@@ -46,15 +46,15 @@ static CACHE: RangeTable = RangeTable::new();
 static INFLIGHT: RangeTable = RangeTable::new();
 
 /// Records where memory of this kind is mapped.
-pub fn note(region: TruncatableMemory, range: &Range<usize>) {
+pub fn register(region: TruncatableMemory, range: &Range<usize>) {
     match region {
-        TruncatableMemory::Cache => CACHE.note(range),
-        TruncatableMemory::Inflight => INFLIGHT.note(range),
+        TruncatableMemory::Cache => CACHE.register(range),
+        TruncatableMemory::Inflight => INFLIGHT.register(range),
     }
 }
 
 /// The kind of memory that an address belongs to, if that was recorded.
-pub fn of(address: usize) -> Option<TruncatableMemory> {
+pub fn kind_of(address: usize) -> Option<TruncatableMemory> {
     if CACHE.contains(address) {
         return Some(TruncatableMemory::Cache);
     }
@@ -68,10 +68,10 @@ mod tests {
     #[test]
     fn an_address_is_attributed_to_its_registered_range() {
         // Addresses that no mapping has.
-        note(TruncatableMemory::Cache, &(16..32));
-        note(TruncatableMemory::Inflight, &(32..40));
+        register(TruncatableMemory::Cache, &(16..32));
+        register(TruncatableMemory::Inflight, &(32..40));
         assert_eq!(
-            (of(15), of(16), of(32), of(40)),
+            (kind_of(15), kind_of(16), kind_of(32), kind_of(40)),
             (None, Some(TruncatableMemory::Cache), Some(TruncatableMemory::Inflight), None)
         );
     }

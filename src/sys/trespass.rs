@@ -60,7 +60,7 @@ pub fn attempt(action: &str) -> io::Result<()> {
         "ring" => check(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, [0u64; 16].as_mut_ptr()) }),
         "abort" => std::process::abort(),
         "free" => {
-            memory::free_much();
+            memory::exercise_trimming();
             Ok(())
         }
         "runtime" => exercise_libraries(),

@@ -49,7 +49,7 @@ impl TenureState {
 
 /// The place of a tenure's cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CachePlace {
+pub enum CacheLocation {
     /// In a file at this path.
     Path(PathBuf),
     /// In the service manager's fd store under this name.
@@ -74,7 +74,7 @@ pub struct Record {
     /// Creation time of the image in nanoseconds since 1970; 0 if its file system does not record it.
     pub born_ns: u64,
     /// The place of its cache.
-    pub cache: CachePlace,
+    pub cache: CacheLocation,
 }
 
 impl Record {
@@ -94,12 +94,12 @@ impl Record {
         let mut bytes = text.into_bytes();
         bytes.extend(b"cache ");
         match cache {
-            CachePlace::Path(path) => {
+            CacheLocation::Path(path) => {
                 let path = path.as_os_str().as_bytes();
                 bytes.extend(&path[..path.len().min(PATH_BYTES_MAX)]);
             }
-            CachePlace::FdStore(name) => bytes.extend([FDSTORE_PREFIX, name.as_bytes()].concat()),
-            CachePlace::Memory => bytes.extend(b"memory"),
+            CacheLocation::FdStore(name) => bytes.extend([FDSTORE_PREFIX, name.as_bytes()].concat()),
+            CacheLocation::Memory => bytes.extend(b"memory"),
         }
         // Last, because a path may contain any byte.
         bytes.push(b'\n');
@@ -129,11 +129,11 @@ impl Record {
         let place = place.ok_or("it does not end with a line for the cache")?;
         let cache = if let Some(name) = place.strip_prefix(FDSTORE_PREFIX) {
             let name = std::str::from_utf8(name).map_err(|_| "the name of an fd-store entry is not UTF-8")?;
-            CachePlace::FdStore(name.to_owned())
+            CacheLocation::FdStore(name.to_owned())
         } else if place == b"memory" {
-            CachePlace::Memory
+            CacheLocation::Memory
         } else if place.starts_with(b"/") && !place.contains(&0) {
-            CachePlace::Path(OsString::from_vec(place.to_vec()).into())
+            CacheLocation::Path(OsString::from_vec(place.to_vec()).into())
         } else {
             return Err("the cache is neither an absolute path nor an fd-store entry nor \"memory\"".to_owned());
         };
@@ -179,7 +179,7 @@ impl<'a> Lines<'a> {
 mod tests {
     use super::*;
 
-    fn record(state: TenureState, cache: CachePlace) -> Record {
+    fn record(state: TenureState, cache: CacheLocation) -> Record {
         Record {
             tenure: TenureId { generation: 7, id: 0xabc },
             state,
@@ -195,7 +195,9 @@ mod tests {
     fn an_encoded_tenure_record_decodes_to_itself() {
         let odd = PathBuf::from(OsString::from_vec(b"/dev/shm/\xff a\nb".to_vec()));
         for state in TenureState::ALL {
-            for cache in [CachePlace::Path(odd.clone()), CachePlace::FdStore("a-b".to_owned()), CachePlace::Memory] {
+            for cache in
+                [CacheLocation::Path(odd.clone()), CacheLocation::FdStore("a-b".to_owned()), CacheLocation::Memory]
+            {
                 let record = record(state, cache);
                 assert_eq!(Record::decode(&record.encode()), Ok(record));
             }
@@ -204,16 +206,16 @@ mod tests {
 
     #[test]
     fn a_change_of_state_keeps_the_length_of_the_record() {
-        let lengths = TenureState::ALL.map(|state| record(state, CachePlace::Memory).encode().len());
+        let lengths = TenureState::ALL.map(|state| record(state, CacheLocation::Memory).encode().len());
         assert!(lengths.iter().all(|&length| length == lengths[0]), "{lengths:?}");
-        let long = CachePlace::Path(format!("/{}", "x".repeat(5000)).into());
+        let long = CacheLocation::Path(format!("/{}", "x".repeat(5000)).into());
         assert!(record(TenureState::Open, long).encode().len() <= BYTES_MAX);
     }
 
     /// Any damaged record is refused, or is another valid record: never "no record", and never a panic.
     #[test]
     fn damaged_records_are_refused() {
-        let bytes = record(TenureState::Open, CachePlace::Path("/dev/shm/genblk/1-2-3-4".into())).encode();
+        let bytes = record(TenureState::Open, CacheLocation::Path("/dev/shm/genblk/1-2-3-4".into())).encode();
         for end in 0..bytes.len() {
             assert!(Record::decode(&bytes[..end]).is_err(), "the first {end} bytes");
         }

@@ -47,7 +47,7 @@ impl ConfigChange {
     }
 
     /// The front-end reads the configuration space.
-    pub fn note_read(&self) {
+    pub fn mark_read(&self) {
         self.lock().is_due = false;
     }
 
@@ -92,7 +92,7 @@ mod tests {
         assert!(told());
         change.repeat();
         assert!(told(), "it has not read the space yet");
-        change.note_read();
+        change.mark_read();
         change.repeat();
         assert!(!told());
         change.notify();

@@ -15,7 +15,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use super::wire::Message;
 use crate::device::inflight::{InflightTracker, ring_bytes};
 use crate::sys::memfd;
-use crate::sys::regions::{TruncatableMemory, note};
+use crate::sys::regions::{TruncatableMemory, register};
 
 /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: size and offset of the region, number of queues, queue size. Some
 /// front-ends append the four bytes of padding of the C structure.
@@ -92,7 +92,7 @@ impl Inflight {
         let memory = MmapRegion::from_file(FileOffset::new(file, offset), shape.bytes())
             .map_err(|e| invalid(format!("inflight region: cannot map it: {e}")))?;
         let first = memory.as_ptr().addr();
-        note(TruncatableMemory::Inflight, &(first..first + memory.size()));
+        register(TruncatableMemory::Inflight, &(first..first + memory.size()));
         *self.0.lock().expect("no thread panics with the region locked") =
             Some(InflightRegion { memory: Arc::new(memory), shape });
         Ok(())

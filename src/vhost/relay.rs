@@ -85,7 +85,7 @@ enum Reply {
 
 /// How a relay ended.
 #[derive(Debug)]
-pub(super) enum Ended {
+pub(super) enum RelayEnd {
     /// One end has disconnected, or the session must end.
     Disconnected,
     /// The front-end starts a new session on the same connection.
@@ -166,7 +166,7 @@ impl<'a> Relay<'a> {
     /// The error of a socket; [`io::ErrorKind::TimedOut`] for a front-end that stalls within a message;
     /// [`io::ErrorKind::InvalidData`] for a malformed inflight message; [`io::ErrorKind::Unsupported`] for a front-end
     /// that does not share the guest's memory.
-    pub fn run(mut self) -> io::Result<Ended> {
+    pub fn run(mut self) -> io::Result<RelayEnd> {
         loop {
             let [stop, from_backend, from_front_end] = if self.held {
                 let [stop, from_backend] = wait_any_readable([self.stop, &self.backend_end])?;
@@ -175,16 +175,16 @@ impl<'a> Relay<'a> {
                 wait_any_readable([self.stop, &self.backend_end, self.front_end])?
             };
             if stop {
-                return Ok(Ended::Disconnected);
+                return Ok(RelayEnd::Disconnected);
             }
             if from_backend {
-                let Some(message) = Message::receive(&self.backend_end)? else { return Ok(Ended::Disconnected) };
+                let Some(message) = Message::receive(&self.backend_end)? else { return Ok(RelayEnd::Disconnected) };
                 if let Some(owner) = self.forward_reply(message)? {
-                    return Ok(Ended::NewOwner(owner));
+                    return Ok(RelayEnd::NewOwner(owner));
                 }
             }
             if from_front_end {
-                let Some(message) = Message::receive(self.front_end)? else { return Ok(Ended::Disconnected) };
+                let Some(message) = Message::receive(self.front_end)? else { return Ok(RelayEnd::Disconnected) };
                 self.forward_request(message)?;
             }
         }
@@ -234,7 +234,7 @@ impl<'a> Relay<'a> {
                 self.config_change.set_channel(message.files.into_iter().next());
                 return self.reply_in_order(done.map_or(Reply::Swallow, Reply::Replace));
             }
-            GET_CONFIG => self.config_change.note_read(),
+            GET_CONFIG => self.config_change.mark_read(),
             SET_VRING_KICK => self.config_change.repeat(),
             _ => {}
         }
@@ -274,7 +274,7 @@ impl<'a> Relay<'a> {
             GET_FEATURES => match self.replies.pop_front() {
                 Some(Reply::Replace(reply)) => message = reply,
                 Some(Reply::Swallow) => return Ok(None),
-                Some(Reply::NewOwner(set_owner)) => return self.second_owner(set_owner),
+                Some(Reply::NewOwner(set_owner)) => return self.handle_second_owner(set_owner),
                 Some(Reply::PassThrough) | None => {}
             },
             _ => {}
@@ -285,7 +285,7 @@ impl<'a> Relay<'a> {
     /// Handles a second SET_OWNER, after everything before it is done.
     ///
     /// => While a vring runs, the message has no effect, as with other back-ends.
-    fn second_owner(&mut self, set_owner: Message) -> io::Result<Option<NewOwner>> {
+    fn handle_second_owner(&mut self, set_owner: Message) -> io::Result<Option<NewOwner>> {
         self.held = false;
         if self.rings.iter().any(VringControl::is_running) {
             let done = set_owner.needs_reply().then(|| Message::reply(SET_OWNER, vec![0; 8], Vec::new()));

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::BackendMemory;
 use super::backend::Backend;
 use super::config_change::ConfigChange;
-use super::relay::{Ended, NewOwner, Relay};
+use super::relay::{NewOwner, Relay, RelayEnd};
 use super::vring::{Session, with_vring_factory};
 use crate::broker::Broker;
 use crate::device::Device;
@@ -171,13 +171,13 @@ impl Server {
             let failed_before = session.has_greeting();
             self.workers.set_memory(&Arc::new(GuestRam::default()));
             match ended {
-                Ok(Ended::NewOwner(next)) => {
+                Ok(RelayEnd::NewOwner(next)) => {
                     info!("{}: the front-end starts a new session on its connection", self.device.name);
                     // As at a disconnection: the previous guest may not return.
                     self.workers.start_flush();
                     owner = Some(next);
                 }
-                Ok(Ended::Disconnected) => break (Ok(()), failed_before),
+                Ok(RelayEnd::Disconnected) => break (Ok(()), failed_before),
                 Err(e) => break (Err(e), failed_before),
             }
         };
@@ -197,7 +197,7 @@ impl Server {
 
     /// Runs a session: a `VhostUserDaemon` and the relay to it. No ring runs when it returns. `owner`: the messages
     /// with which the front-end has started a new session.
-    fn session(&self, session: &Arc<Session>, front_end: &UnixStream, owner: Option<NewOwner>) -> io::Result<Ended> {
+    fn session(&self, session: &Arc<Session>, front_end: &UnixStream, owner: Option<NewOwner>) -> io::Result<RelayEnd> {
         let (listener, backend_end) = self.broker.connection()?;
         let backend = Backend::new(session, self.queue_size);
         let name = format!("vhost {}", self.device.name);

@@ -171,7 +171,7 @@ impl Frames {
     }
 
     /// Whether no frame is leaving: all from the limit on are retired.
-    pub fn have_left(&self) -> bool {
+    pub fn all_retired(&self) -> bool {
         self.leaving_listed == 0 && self.leaving_held == 0
     }
 
@@ -309,13 +309,13 @@ mod tests {
         assert_eq!((frames.free(), frames.total(), frames.in_use()), (0, 2, 8));
         assert_eq!(frames.take(), None, "leaving frames are not free");
         frames.retire_listed(3);
-        assert_eq!((frames.in_use(), frames.have_left()), (5, false));
+        assert_eq!((frames.in_use(), frames.all_retired()), (5, false));
         frames.retire_listed(100);
-        assert_eq!((frames.in_use(), frames.have_left(), frames.leaving_held()), (3, false, 1));
+        assert_eq!((frames.in_use(), frames.all_retired(), frames.leaving_held()), (3, false, 1));
         frames.release(FrameId(0));
         assert_eq!(frames.free(), 1);
         frames.release(FrameId(2));
-        assert!(frames.have_left());
+        assert!(frames.all_retired());
         assert_eq!(frames.in_use(), 2);
         frames.raise_limit(12);
         assert_eq!((frames.free(), frames.in_use()), (11, 12));
@@ -329,7 +329,7 @@ mod tests {
         frames.lower_limit(3, 0);
         frames.retire_listed(1);
         frames.raise_limit(8);
-        assert!(frames.have_left());
+        assert!(frames.all_retired());
         assert_eq!((frames.free(), frames.in_use()), (3, 8));
         for frame in held {
             frames.release(frame);

@@ -43,7 +43,7 @@ pub(super) use page::{COPY_ON_WRITE, FAILED, MARKER, NONE, Page, Period, READING
 use dirty::PageTally;
 use frames::Reuse;
 use page::Mark;
-use readers::SharingDevices;
+use readers::ReaderShares;
 use table::PageTable;
 
 /// See the documentation of the module.
@@ -55,7 +55,7 @@ pub(super) struct Pages {
     memory: Box<dyn FrameMemory>,
     policy: Box<dyn Policy>,
     /// `None` while one device uses the cache.
-    readers: Option<SharingDevices>,
+    readers: Option<ReaderShares>,
     image_sectors: u64,
     /// See [`Pages::has_made_room`].
     made_room: bool,
@@ -137,7 +137,7 @@ impl Pages {
             + self.frames.metadata_bytes()
             + self.policy.metadata_bytes()
             + self.dirty.metadata_bytes()
-            + self.readers.as_ref().map_or(0, SharingDevices::metadata_bytes)
+            + self.readers.as_ref().map_or(0, ReaderShares::metadata_bytes)
     }
 
     /// The sectors of a page that lie beyond the end of the image (genfs: past diskeof).
@@ -380,7 +380,7 @@ impl Pages {
         match &mut self.readers {
             Some(known) => known.set_count(readers),
             None => {
-                self.readers = Some(SharingDevices::new(readers, self.slots(), self.frames.total(), self.table.len()));
+                self.readers = Some(ReaderShares::new(readers, self.slots(), self.frames.total(), self.table.len()));
             }
         }
     }

@@ -7,14 +7,14 @@
 
 use crate::units::{PageId, low_u32};
 
-/// SharingDevices that are counted separately; all later ones count as one.
+/// Readers that are counted separately; all later ones count as one.
 const READERS_MAX: usize = 256;
 
 /// See the documentation of the module.
 #[derive(Debug)]
-pub(super) struct SharingDevices {
+pub(super) struct ReaderShares {
     /// The reader for which each slot's page counts.
-    of: Vec<u8>,
+    reader_of_slot: Vec<u8>,
     /// Pages of the cache, to be divided into shares.
     capacity: u32,
     /// Pages of each reader.
@@ -25,19 +25,19 @@ pub(super) struct SharingDevices {
     current: u8,
 }
 
-impl SharingDevices {
+impl ReaderShares {
     /// `count` readers of a cache of `capacity` pages with `slots` slots. Pages that are already in memory count for
     /// the first reader.
     pub fn new(count: usize, slots: u32, capacity: u32, resident: u32) -> Self {
         let mut pages = vec![0; count.min(READERS_MAX)];
         pages[0] = resident;
         let present = vec![true; pages.len()];
-        Self { of: vec![0; slots as usize], capacity, pages, present, current: 0 }
+        Self { reader_of_slot: vec![0; slots as usize], capacity, pages, present, current: 0 }
     }
 
     /// Sets the number of slots, which never decreases.
     pub fn add_slots(&mut self, slots: u32) {
-        self.of.resize(self.of.len().max(slots as usize), 0);
+        self.reader_of_slot.resize(self.reader_of_slot.len().max(slots as usize), 0);
     }
 
     /// Sets the number of pages of the cache.
@@ -51,7 +51,7 @@ impl SharingDevices {
         self.present.resize(self.pages.len(), true);
     }
 
-    /// A reader detaches, or one with the same number attaches again. SharingDevices that count as one never detach.
+    /// A reader detaches, or one with the same number attaches again. Readers that count as one never detach.
     pub fn set_present(&mut self, reader: usize, is_present: bool) {
         if reader + 1 < READERS_MAX
             && let Some(present) = self.present.get_mut(reader)
@@ -78,18 +78,18 @@ impl SharingDevices {
 
     /// A page is inserted for the current reader.
     pub fn insert(&mut self, id: PageId) {
-        self.of[id.index()] = self.current;
+        self.reader_of_slot[id.index()] = self.current;
         self.pages[usize::from(self.current)] += 1;
     }
 
     /// A page is removed.
     pub fn remove(&mut self, id: PageId) {
-        self.pages[usize::from(self.of[id.index()])] -= 1;
+        self.pages[usize::from(self.reader_of_slot[id.index()])] -= 1;
     }
 
     /// The current reader uses a page. The page now counts for it if it has a free share and the other reader does not.
     pub fn touch(&mut self, id: PageId) {
-        let (owner, current) = (self.of[id.index()], self.current);
+        let (owner, current) = (self.reader_of_slot[id.index()], self.current);
         let (of_owner, of_current) = (self.share_of(owner), self.share_of(current));
         if owner != current
             && self.pages[usize::from(owner)] > of_owner
@@ -108,12 +108,12 @@ impl SharingDevices {
 
     /// Whether a page counts for a reader that is within its share.
     pub fn is_within_share(&self, id: PageId) -> bool {
-        let reader = self.of[id.index()];
+        let reader = self.reader_of_slot[id.index()];
         self.pages[usize::from(reader)] <= self.share_of(reader)
     }
 
     /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.of.capacity() + self.pages.capacity() * size_of::<u32>()
+        self.reader_of_slot.capacity() + self.pages.capacity() * size_of::<u32>()
     }
 }

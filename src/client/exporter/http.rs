@@ -33,7 +33,7 @@ const REST_TIMEOUT: Duration = Duration::from_millis(500);
 /// [`crate::error::ErrorKind::System`] if the address cannot be listened on.
 pub fn serve(address: &ListenAddress, options: &ExporterOptions) -> Result<()> {
     let listener = ScrapeListener::open(address)?;
-    let exporter = Arc::new(Exporter { options: options.clone(), trouble: Mutex::default() });
+    let exporter = Arc::new(Exporter { options: options.clone(), last_error: Mutex::default() });
     let open = Arc::new(AtomicUsize::new(0));
     loop {
         let Ok(stream) = listener.accept() else {
@@ -64,7 +64,7 @@ pub fn serve(address: &ListenAddress, options: &ExporterOptions) -> Result<()> {
 struct Exporter {
     options: ExporterOptions,
     /// Why the last query of the daemon failed.
-    trouble: Mutex<Option<String>>,
+    last_error: Mutex<Option<String>>,
 }
 
 impl Exporter {
@@ -91,14 +91,14 @@ impl Exporter {
     }
 
     /// Reports once on standard error why the daemon cannot be queried.
-    fn report(&self, trouble: Option<String>) {
-        let mut last = self.trouble.lock().expect("no thread panics with it locked");
-        if *last != trouble {
-            match &trouble {
+    fn report(&self, error: Option<String>) {
+        let mut last = self.last_error.lock().expect("no thread panics with it locked");
+        if *last != error {
+            match &error {
                 Some(why) => eprintln!("genblk: exporter: {why}"),
                 None => eprintln!("genblk: exporter: the daemon replies again"),
             }
-            *last = trouble;
+            *last = error;
         }
     }
 }

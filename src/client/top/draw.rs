@@ -76,7 +76,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, state: &TopState, palette: Palette) {
         (_, Some((device, interval))) => draw_details(frame, state, palette, rest, device, interval.as_ref()),
         (_, None) => {}
     }
-    let footer = match state.trouble() {
+    let footer = match state.last_error() {
         Some(why) => Line::styled(format!(" {}", visible(why)), palette.style(Color::Red).add_modifier(Modifier::BOLD)),
         None if state.is_paused() => Line::styled(format!("{KEYS}   PAUSED"), Modifier::BOLD),
         None => Line::raw(KEYS),

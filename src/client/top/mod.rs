@@ -24,7 +24,7 @@ use state::{TopCommand, TopState};
 /// How long the daemon may take to reply. Keys wait meanwhile.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(2);
 /// Size of the screen as text: the minimum for which the layout is made.
-const PICTURE: (u16, u16) = (80, 24);
+const SCREEN_SIZE: (u16, u16) = (80, 24);
 
 /// Options of `genblk top`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,11 +50,11 @@ pub fn top(options: &TopOptions) -> Result<()> {
         let advice = "\"genblk top --once\" prints one screen, \"genblk stat 1\" a report each second";
         return Err(Error::new(ErrorKind::Config, format!("genblk top needs a terminal; {advice}")));
     }
-    let mut state = TopState::new(take(options)?);
+    let mut state = TopState::new(take_sample(options)?);
     if options.once {
         thread::sleep(options.interval);
-        state.update(take(options));
-        return super::stat::print(&picture(&state)).map(drop);
+        state.update(take_sample(options));
+        return super::stat::print(&screen_text(&state)).map(drop);
     }
     let failed = |e| Error::io(ErrorKind::System, "cannot draw on the terminal", e);
     let mut terminal = ratatui::try_init().map_err(failed)?;
@@ -64,7 +64,7 @@ pub fn top(options: &TopOptions) -> Result<()> {
     ended.and(restored).map_err(failed)
 }
 
-fn take(options: &TopOptions) -> Result<DaemonSample> {
+fn take_sample(options: &TopOptions) -> Result<DaemonSample> {
     DaemonSample::take(&options.socket, Instant::now() + REPLY_TIMEOUT)
 }
 
@@ -82,7 +82,7 @@ fn run(terminal: &mut DefaultTerminal, options: &TopOptions, state: &mut TopStat
             terminal.draw(|frame| draw::draw(frame, state, palette))?;
         }
         if !state.is_paused() {
-            state.update(take(options));
+            state.update(take_sample(options));
         }
         next = Instant::now() + options.interval;
     }
@@ -112,8 +112,8 @@ fn command_of(event: &Event) -> Option<TopCommand> {
 }
 
 /// The screen as text, without trailing spaces.
-fn picture(state: &TopState) -> String {
-    let Ok(mut terminal) = Terminal::new(TestBackend::new(PICTURE.0, PICTURE.1));
+fn screen_text(state: &TopState) -> String {
+    let Ok(mut terminal) = Terminal::new(TestBackend::new(SCREEN_SIZE.0, SCREEN_SIZE.1));
     let Ok(_) = terminal.draw(|frame| draw::draw(frame, state, Palette { has_colour: false }));
     text_of(terminal.backend())
 }

@@ -103,7 +103,7 @@ pub(super) struct TopState {
     now: DaemonSample,
     history: BTreeMap<String, DiskHistory>,
     /// Why there is no newer sample.
-    trouble: Option<String>,
+    last_error: Option<String>,
     sort: SortKey,
     view: TopView,
     is_paused: bool,
@@ -117,7 +117,7 @@ impl TopState {
         let before = DaemonSample { time_us: now.description.since_us, statistics: Vec::new(), ..now.clone() };
         let selected = now.devices.first().map(|device| device.name.clone());
         let (sort, view) = (SortKey::default(), TopView::default());
-        Self { before, now, history: BTreeMap::new(), trouble: None, sort, view, is_paused: false, selected }
+        Self { before, now, history: BTreeMap::new(), last_error: None, sort, view, is_paused: false, selected }
     }
 
     /// Adds a new sample, or the reason why there is none.
@@ -125,11 +125,11 @@ impl TopState {
         let sample = match sample {
             Ok(sample) => sample,
             Err(e) => {
-                self.trouble = Some(e.to_string());
+                self.last_error = Some(e.to_string());
                 return;
             }
         };
-        self.trouble = None;
+        self.last_error = None;
         let is_same_daemon = sample.description == self.now.description;
         self.before = std::mem::replace(&mut self.now, sample);
         if !is_same_daemon {
@@ -206,8 +206,8 @@ impl TopState {
     }
 
     /// Why there is no newer sample.
-    pub fn trouble(&self) -> Option<&str> {
-        self.trouble.as_deref()
+    pub fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
     }
 
     pub fn history(&self, name: &str) -> Option<&DiskHistory> {

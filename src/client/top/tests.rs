@@ -119,7 +119,7 @@ fn press(state: &mut TopState, keys: &str) {
 
 #[test]
 fn a_screen_of_80_columns_shows_all_disks_and_details_of_the_selected_one() {
-    let text = picture(&state());
+    let text = screen_text(&state());
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 24);
     assert_eq!(lines[0], "genblk 0.1.0 up 2m19s 3 disks  r 41.0k/s 99.7%  w 4.1k/s  dirty 122M/240M");

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use log::warn;
 
-use super::folders::{caches_in, whose};
+use super::cache_dirs::{allowed_owner, caches_in};
 use super::leftovers::{Cleared, clear};
 use super::terminal::{ProgressBar, confirm, is_interactive, visible};
 use super::{Report, describe_guest_state};
@@ -126,7 +126,7 @@ fn refuse_other_users(path: &Path) -> Result<()> {
 /// [`ErrorKind::Locked`] when a daemon uses it.
 pub fn discard(path: &Path, consent: Consent) -> Result<String> {
     let shown = visible(path);
-    let file = ArenaFile::open_existing(path, whose())?;
+    let file = ArenaFile::open_existing(path, allowed_owner())?;
     // A file that cannot be read may hold unwritten data.
     let survey = file.survey();
     let held = match &survey {

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use log::{info, warn};
 
+use super::cache_dirs::{CacheFile, CacheNeed, ImageState, allowed_owner, cache_files};
 use super::describe_guest_state;
-use super::folders::{CacheFile, CacheNeed, ImageState, cache_files, whose};
 use super::terminal::visible;
 use crate::arena::{Arena, ArenaFile, FileSummary, GuestState, Header, Survey};
 use crate::config::{Config, DeviceConfig, MemoryDir, Socket};
@@ -65,13 +65,13 @@ fn description(file: ArenaFile) -> Result<String> {
 
 /// Caches of a memory directory that no process uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Unheld {
+struct UnusedCaches {
     count: u64,
     dirty: u64,
     bytes: u64,
 }
 
-impl Unheld {
+impl UnusedCaches {
     /// Counts a cache. One without pages is not counted: it takes almost no memory, and the next daemon of its image
     /// uses it.
     fn add(&mut self, cache: &CacheFile) {
@@ -87,10 +87,10 @@ impl Unheld {
 
 /// The caches in this user's folder below a memory directory that no process uses. Those in use are neither locked nor
 /// read.
-fn unheld_below(memory_dir: &Path) -> Vec<CacheFile> {
-    let Ok((paths, whose)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
-    let unheld = paths.into_iter().filter(|path| !ArenaFile::is_held(path, whose));
-    unheld.filter_map(|path| CacheFile::examine(path, whose).ok()).filter(|cache| !cache.summary.is_locked).collect()
+fn unused_caches_in(memory_dir: &Path) -> Vec<CacheFile> {
+    let Ok((paths, allowed)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
+    let unused = paths.into_iter().filter(|path| !ArenaFile::is_held(path, allowed));
+    unused.filter_map(|path| CacheFile::examine(path, allowed).ok()).filter(|cache| !cache.summary.is_locked).collect()
 }
 
 /// The cache files in this user's folder below a memory directory whose headers satisfy `is_wanted`.
@@ -98,12 +98,12 @@ pub(in crate::recover) fn caches_below(
     memory_dir: &Path,
     mut is_wanted: impl FnMut(&Header) -> bool,
 ) -> Vec<FileSummary> {
-    let Ok((paths, whose)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
+    let Ok((paths, allowed)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
     let wanted = paths.into_iter().filter(|path| {
-        let header = ArenaFile::peek(path, whose).ok().flatten();
+        let header = ArenaFile::peek(path, allowed).ok().flatten();
         header.is_some_and(|header| is_wanted(&header))
     });
-    wanted.filter_map(|path| ArenaFile::examine(&path, whose).ok()).collect()
+    wanted.filter_map(|path| ArenaFile::examine(&path, allowed).ok()).collect()
 }
 
 /// The memory directories of devices, and the default one.
@@ -119,7 +119,7 @@ fn memory_dirs<'a>(devices: impl IntoIterator<Item = &'a DeviceConfig>) -> BTree
 /// the image, which may not answer.
 pub fn has_unwritten_cache(config: &DeviceConfig) -> bool {
     let memory_dirs = memory_dirs([config]);
-    let image = resolved(&config.image);
+    let image = resolve_in_time(&config.image);
     let is_of_image = |path: &Path| *path == config.image || *path == image;
     let mut caches =
         memory_dirs.iter().flat_map(|directory| caches_below(directory, |header| is_of_image(&header.image.path)));
@@ -127,7 +127,7 @@ pub fn has_unwritten_cache(config: &DeviceConfig) -> bool {
 }
 
 /// The path without symbolic links, or the path itself if its file system does not answer in time.
-fn resolved(path: &Path) -> PathBuf {
+fn resolve_in_time(path: &Path) -> PathBuf {
     let (sender, resolved) = channel();
     let asked = path.to_path_buf();
     let ask = move || drop(sender.send(asked.canonicalize()));
@@ -143,9 +143,9 @@ fn resolved(path: &Path) -> PathBuf {
 /// the replaced one is among the others.
 pub fn warn_unused_files(config: &Config) {
     for memory_dir in memory_dirs(&config.devices) {
-        let mut unheld = Unheld::default();
-        for cache in unheld_below(&memory_dir) {
-            let may_clear = cache.needed() != CacheNeed::Needed && cache.image() == ImageState::Gone;
+        let mut unused = UnusedCaches::default();
+        for cache in unused_caches_in(&memory_dir) {
+            let may_clear = cache.needed() != CacheNeed::All && cache.image() == ImageState::Deleted;
             // The image is no longer at its path, so its record cannot be changed.
             let note =
                 |file: &ArenaFile, survey: &Survey| end_tenure(file, None, survey.header.tenure, TenureState::Clean);
@@ -159,13 +159,13 @@ pub fn warn_unused_files(config: &Config) {
                 Some(Ok(Cleared::Shrunk(_))) => {}
                 Some(Err(e)) => {
                     warn!("cannot remove {}, which holds no unwritten data: {e}", visible(&cache.path));
-                    unheld.add(&cache);
+                    unused.add(&cache);
                 }
-                Some(Ok(Cleared::Kept)) | None => unheld.add(&cache),
+                Some(Ok(Cleared::Kept)) | None => unused.add(&cache),
             }
         }
-        if unheld.count > 0 {
-            warn!("{}", describe(&unheld, &memory_dir));
+        if unused.count > 0 {
+            warn!("{}", describe(&unused, &memory_dir));
         }
     }
 }
@@ -185,18 +185,18 @@ pub(super) enum Cleared {
 /// Errors of `end_tenure`, and of opening the file. The file stays then.
 pub(super) fn clear(cache: &CacheFile, end_tenure: impl Fn(&ArenaFile, &Survey) -> Result<()>) -> Result<Cleared> {
     let needed = cache.needed();
-    if needed == CacheNeed::Needed {
+    if needed == CacheNeed::All {
         return Ok(Cleared::Kept);
     }
-    let file = ArenaFile::open_existing(&cache.path, whose())?;
+    let file = ArenaFile::open_existing(&cache.path, allowed_owner())?;
     // Inspected again, now that it is locked.
     let survey = file.survey()?;
     let is_same = |survey: &Survey| {
-        !survey.is_dirty() && (needed == CacheNeed::HeaderNeeded || survey.header.guest == GuestState::FRESH)
+        !survey.is_dirty() && (needed == CacheNeed::Header || survey.header.guest == GuestState::FRESH)
     };
     match &survey {
         Some(survey) if !is_same(survey) => return Ok(Cleared::Kept),
-        Some(survey) if needed == CacheNeed::HeaderNeeded => {
+        Some(survey) if needed == CacheNeed::Header => {
             file.shrink_to_header()?;
             return Ok(Cleared::Shrunk(survey.memory_bytes));
         }
@@ -207,8 +207,8 @@ pub(super) fn clear(cache: &CacheFile, end_tenure: impl Fn(&ArenaFile, &Survey) 
     Ok(Cleared::Removed(survey.map_or(0, |survey| survey.memory_bytes)))
 }
 
-fn describe(unheld: &Unheld, memory_dir: &Path) -> String {
-    let Unheld { count, dirty, bytes } = unheld;
+fn describe(unused: &UnusedCaches, memory_dir: &Path) -> String {
+    let UnusedCaches { count, dirty, bytes } = unused;
     let list = match memory_dir == Path::new(DEFAULT_MEMORY_DIR) {
         true => "genblk recover".to_owned(),
         false => format!("genblk recover --memory-dir {}", visible(memory_dir)),
@@ -224,14 +224,14 @@ pub fn hint_for(memory_dir: &MemoryDir) -> Option<String> {
         MemoryDir::Path(path) => path,
         MemoryDir::Systemd => Path::new(DEFAULT_MEMORY_DIR),
     };
-    let mut unheld = Unheld::default();
-    unheld_below(memory_dir).iter().for_each(|cache| unheld.add(cache));
-    (unheld.count > 0).then(|| describe(&unheld, memory_dir))
+    let mut unused = UnusedCaches::default();
+    unused_caches_in(memory_dir).iter().for_each(|cache| unused.add(cache));
+    (unused.count > 0).then(|| describe(&unused, memory_dir))
 }
 
 /// Memory in bytes that the caches of these images, given by their paths, take in this user's folder below a memory
 /// directory.
-pub fn bytes_kept_for(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
+pub fn cache_memory_bytes(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
     let kept = caches_below(memory_dir, |header| images.contains(&header.image.path));
     kept.into_iter().filter_map(|summary| summary.survey.ok().flatten()).map(|survey| survey.memory_bytes).sum()
 }
@@ -240,7 +240,7 @@ pub fn bytes_kept_for(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
 ///
 /// # Errors
 /// [`ErrorKind::Ledger`] when one could.
-pub fn check_folder(memory_dir: &Path) -> Result<()> {
+pub fn check_cache_dir(memory_dir: &Path) -> Result<()> {
     match cache_files(&ArenaFile::dir(memory_dir)) {
         Err(e) if e.kind() == ErrorKind::Ledger => Err(e),
         _ => Ok(()),

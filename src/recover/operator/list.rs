@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::folders::{CacheFile, CacheNeed, ImageState, caches_in};
+use super::cache_dirs::{CacheFile, CacheNeed, ImageState, caches_in};
 use super::terminal::visible;
 use super::{Report, describe_guest_state};
 use crate::arena::{FileSummary, GuestData, Survey};
@@ -26,7 +26,7 @@ pub fn list(directory: &Path) -> Result<Report> {
         match cache {
             Ok(cache) => {
                 is_any_dirty |= !cache.summary.is_locked && surveyed(&cache).is_some_and(Survey::is_dirty);
-                is_any_prunable |= cache.needed() == CacheNeed::Needless;
+                is_any_prunable |= cache.needed() == CacheNeed::None;
                 rows.push(row(&cache));
             }
             Err(e) => report.fail(&visible(&path), &e),
@@ -104,10 +104,10 @@ fn state(cache: &CacheFile) -> String {
 
 fn image_note(image: ImageState) -> Option<&'static str> {
     match image {
-        ImageState::There => None,
+        ImageState::Present => None,
         ImageState::Changed => Some("image was changed since"),
-        ImageState::Gone => Some("image no longer exists"),
-        ImageState::Away => Some("image is not mounted"),
+        ImageState::Deleted => Some("image no longer exists"),
+        ImageState::Unmounted => Some("image is not mounted"),
         ImageState::Replaced => Some("image was replaced"),
         ImageState::Unknown => Some("image cannot be inspected"),
     }

@@ -1,13 +1,15 @@
 //! The list of caches that earlier daemons left, and the commands that remove them.
 
+mod cache_dirs;
 mod commands;
-mod folders;
 mod leftovers;
 mod list;
 mod terminal;
 
 pub use commands::{Consent, Recovery, discard, prune, recover};
-pub use leftovers::{bytes_kept_for, check_folder, has_unwritten_cache, hint_for, warn_unused_fds, warn_unused_files};
+pub use leftovers::{
+    cache_memory_bytes, check_cache_dir, has_unwritten_cache, hint_for, warn_unused_fds, warn_unused_files,
+};
 pub use list::list;
 
 pub(super) use leftovers::caches_below;

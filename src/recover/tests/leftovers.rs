@@ -32,7 +32,7 @@ impl World {
         let second = Arena::persistent(file, &spec).unwrap();
         if is_recorded {
             let LastTenure::Recorded(record) = image.last_tenure().unwrap() else { panic!("the image has a record") };
-            image.write_record(&Record { tenure: tenure.id, cache: second.place(), ..record }).unwrap();
+            image.write_record(&Record { tenure: tenure.id, cache: second.cache_location(), ..record }).unwrap();
         }
         second.record_token_now(image.change_token().unwrap());
         [Arena::attach(first, &header).unwrap(), second]

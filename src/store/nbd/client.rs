@@ -247,7 +247,7 @@ impl Client {
     }
 
     /// Re-examines all held operations: suspects were released.
-    pub fn reconsider(&mut self, now: Duration) {
+    pub fn retry_held(&mut self, now: Duration) {
         for index in self.in_order(|slot| matches!(slot.phase, Phase::Held(_))) {
             self.start(index, now);
         }
@@ -414,7 +414,7 @@ impl Client {
                 self.start(index, now);
             }
         }
-        self.reconsider(now);
+        self.retry_held(now);
     }
 
     /// No further connection follows: every operation fails from now on.

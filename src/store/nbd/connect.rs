@@ -42,18 +42,18 @@ impl LastServer {
 }
 
 /// A stream with a timeout.
-trait Patient: Read + Write {
+trait TimedStream: Read + Write {
     fn set_timeouts(&self, timeout: Duration) -> io::Result<()>;
 }
 
-impl Patient for UnixStream {
+impl TimedStream for UnixStream {
     fn set_timeouts(&self, timeout: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(timeout))?;
         self.set_write_timeout(Some(timeout))
     }
 }
 
-impl Patient for TcpStream {
+impl TimedStream for TcpStream {
     fn set_timeouts(&self, timeout: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(timeout))?;
         self.set_write_timeout(Some(timeout))
@@ -66,7 +66,7 @@ impl Patient for TcpStream {
 /// Errors of connect(2); [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::InvalidData`] if it is not an NBD server;
 /// [`io::ErrorKind::ConnectionRefused`] with the server's reason if it refuses the export.
 pub(super) fn connect(uri: &NbdUri, timeout: Duration) -> io::Result<Connection> {
-    let (host, port) = match &uri.place {
+    let (host, port) = match &uri.server {
         ServerAddress::Unix(path) => {
             let mut stream = socket::connect_to_path_without_waiting(path)?;
             let export = negotiate(&mut stream, &uri.export, timeout)?;
@@ -95,7 +95,7 @@ fn connect_to_host(host: &str, port: u16) -> io::Result<TcpStream> {
     Err(last)
 }
 
-fn negotiate(stream: &mut dyn Patient, export: &str, timeout: Duration) -> io::Result<Export> {
+fn negotiate(stream: &mut dyn TimedStream, export: &str, timeout: Duration) -> io::Result<Export> {
     let until = Instant::now() + timeout;
     let mut handshake = Handshake::new(export);
     while let Some(needed) = handshake.bytes_needed() {
@@ -104,14 +104,14 @@ fn negotiate(stream: &mut dyn Patient, export: &str, timeout: Duration) -> io::R
         while filled < needed {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(silent(timeout));
+                return Err(no_answer(timeout));
             }
             stream.set_timeouts(left)?;
             match stream.read(&mut bytes[filled..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => filled += count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(silent(timeout)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(no_answer(timeout)),
                 Err(e) => return Err(e),
             }
         }
@@ -124,7 +124,7 @@ fn negotiate(stream: &mut dyn Patient, export: &str, timeout: Duration) -> io::R
     Ok(handshake.export().expect("the handshake is over"))
 }
 
-fn silent(timeout: Duration) -> io::Error {
+fn no_answer(timeout: Duration) -> io::Error {
     let seconds = timeout.as_secs();
     let why = format!("the server does not answer within {seconds} s (it may serve one client at a time: qemu-nbd -e)");
     io::Error::new(io::ErrorKind::TimedOut, why)

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use crate::sys::process::{DEATH_TIMEOUT, effective_uid, is_dying, user_of_socket};
+use crate::sys::process::{DEATH_TIMEOUT, effective_uid, is_dying, process_with_socket};
 use crate::sys::socket::{Peer, connect_without_waiting, peer};
 use crate::sys::unix_diag::{ListeningSocket, listener_of};
 
@@ -60,7 +60,7 @@ impl Daemon {
     /// A process that holds the lock and is not dying; `None` if none is visible to this user.
     fn living(self) -> Option<u32> {
         match self {
-            Self::Inode(inode) => user_of_socket(inode),
+            Self::Inode(inode) => process_with_socket(inode),
             Self::Pid(pid) => Some(pid).filter(|pid| *pid != 0 && !is_dying(*pid)),
         }
     }

@@ -64,7 +64,7 @@ const STEP_BYTES: u64 = 1 << 20;
 /// The device number in the identity of every export, which no real device has.
 const NBD_DEVICE: u64 = u64::from_be_bytes(*b"\0\0\0\0\0nbd");
 /// How often a thread that waits for the server checks it, if nothing wakes the thread.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_PERIOD: Duration = Duration::from_secs(1);
 
 /// An export that this process has opened by its name.
 #[derive(Debug)]
@@ -177,7 +177,7 @@ fn run_on(queue: &mut NbdQueue, op: OpKind, offset: u64, len: u64, segments: Vec
             Some(Event::Failed { fault, .. }) if fault == Fault::Lost => return Err(io::Error::other(fault)),
             Some(Event::Failed { errno, .. }) => return Err(io::Error::from_raw_os_error(errno)),
             Some(_) => return Ok(()),
-            None => drop(sys::poll::wait_readable(queue.wake_fd(), LOOK)),
+            None => drop(sys::poll::wait_readable(queue.wake_fd(), CHECK_PERIOD)),
         }
     }
 }
@@ -327,7 +327,7 @@ impl NamedImage for NbdImage {
         Err(Error::new(ErrorKind::Config, format!("image {}: {NO_MULTI_CONN}", self.backing.path.display())))
     }
 
-    fn hand_out(&self, _io_lock: IoLock) -> io::Result<(File, ImageParts)> {
+    fn reopen_for_process(&self, _io_lock: IoLock) -> io::Result<(File, ImageParts)> {
         let (remote, milliseconds) = (&self.backing.remote, |time: Duration| u64::try_from(time.as_millis()));
         let parts = NbdParts {
             limits: self.backing.limits.clone(),

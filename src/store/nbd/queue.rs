@@ -98,7 +98,7 @@ impl NbdQueue {
             queue.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
         }
         match connection {
-            Some(connection) => queue.adopt(connection)?,
+            Some(connection) => queue.use_connection(connection)?,
             None => queue.request_connection(Duration::ZERO),
         }
         Ok(queue)
@@ -119,7 +119,7 @@ impl NbdQueue {
         self.connection.take().map(|connection| Connection { may_have_lost, ..connection })
     }
 
-    fn adopt(&mut self, connection: Connection) -> io::Result<()> {
+    fn use_connection(&mut self, connection: Connection) -> io::Result<()> {
         let event = EpollEvent::new(EventSet::IN, 0);
         self.epoll.ctl(ControlOperation::Add, connection.socket.as_raw_fd(), event)?;
         (self.watches_writable, self.staged) = (false, 0..0);
@@ -287,7 +287,7 @@ impl NbdQueue {
             }
         }
         let may_have_lost = self.last_break.is_some() || self.remote.has_changed();
-        if let Err(e) = self.adopt(Connection { may_have_lost, ..connection }) {
+        if let Err(e) = self.use_connection(Connection { may_have_lost, ..connection }) {
             error!("{label}: cannot watch the connection: {e}");
             self.client.close();
         }

@@ -323,7 +323,7 @@ impl World {
                 self.wires[at].received.clear();
                 self.cut(at);
                 self.suspects.release(self.breaks);
-                self.clients[at].reconsider(self.now);
+                self.clients[at].retry_held(self.now);
             }
         }
     }

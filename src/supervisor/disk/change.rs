@@ -63,7 +63,7 @@ impl Disk {
     /// Begins to detach it; `requester` gets the result. `discards`: dirty pages of a volatile cache may be discarded.
     pub fn begin_detach(&mut self, requester: Requester, record: Recorded, discards: bool) {
         self.detaching = Some(Detaching { requester, discarders: Vec::new(), record, discards });
-        self.begin_end(Ending::WriteBack);
+        self.begin_shutdown(Ending::WriteBack);
     }
 
     /// Lets the detach in progress discard dirty pages that the image does not accept; `requester` gets the result of
@@ -76,7 +76,7 @@ impl Disk {
     }
 
     /// The detach, if there is one, and the error with which it ended.
-    pub fn into_end(self) -> (Option<Detaching>, Option<Error>) {
+    pub fn into_parts(self) -> (Option<Detaching>, Option<Error>) {
         (self.detaching, self.error)
     }
 
@@ -108,6 +108,6 @@ impl Disk {
         } else {
             Some("")
         };
-        self.check_end(ending, since, advice);
+        self.check_shutdown(ending, since, advice);
     }
 }

@@ -15,8 +15,8 @@ use crate::store::is_remote;
 use crate::sys::process::effective_uid;
 use crate::tenure::token::ChangeVerdict;
 
-/// Name of root's folder; the names of other users' folders continue with a hyphen and the UID.
-const FOLDER: &str = "genblk";
+/// Name of root's directory; the names of other users' directories continue with a hyphen and the UID.
+const DIR_NAME: &str = "genblk";
 
 /// A cache file, and what was found out about it.
 #[derive(Debug)]
@@ -29,13 +29,13 @@ pub(super) struct CacheFile {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ImageState {
     /// It is at its path, unchanged.
-    There,
+    Present,
     /// It is at its path, but another program than the cache's daemon has changed it.
     Changed,
     /// Nothing exists at its path.
-    Gone,
+    Deleted,
     /// Its file system is not mounted, or its device is not attached.
-    Away,
+    Unmounted,
     /// Another image is at its path.
     Replaced,
     /// It cannot be inspected, or the cache file does not name it.
@@ -46,11 +46,11 @@ pub(super) enum ImageState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CacheNeed {
     /// All of it: it holds unwritten data or a report of data loss for the guest, or is in use.
-    Needed,
+    All,
     /// Its header, which records the guest's state; its pages can be freed.
-    HeaderNeeded,
+    Header,
     /// Nothing: it can be removed.
-    Needless,
+    None,
 }
 
 impl CacheFile {
@@ -58,8 +58,8 @@ impl CacheFile {
     ///
     /// # Errors
     /// As [`ArenaFile::examine`].
-    pub(super) fn examine(path: PathBuf, whose: AllowedOwner) -> Result<Self> {
-        let summary = ArenaFile::examine(&path, whose)?;
+    pub(super) fn examine(path: PathBuf, allowed: AllowedOwner) -> Result<Self> {
+        let summary = ArenaFile::examine(&path, allowed)?;
         Ok(Self { path, summary })
     }
 
@@ -75,20 +75,20 @@ impl CacheFile {
     /// Which part of it is still needed.
     pub(super) fn needed(&self) -> CacheNeed {
         match &self.summary.survey {
-            _ if self.summary.is_locked => CacheNeed::Needed,
-            Ok(None) => CacheNeed::Needless,
+            _ if self.summary.is_locked => CacheNeed::All,
+            Ok(None) => CacheNeed::None,
             Ok(Some(survey)) if survey.is_of_this_boot && !survey.is_dirty() => {
                 let header = &survey.header;
                 if header.guest == GuestState::FRESH {
-                    CacheNeed::Needless
-                } else if header.frames > 0 && self.image() == ImageState::Gone {
+                    CacheNeed::None
+                } else if header.frames > 0 && self.image() == ImageState::Deleted {
                     // The image may have been renamed, and its guest may still run.
-                    CacheNeed::HeaderNeeded
+                    CacheNeed::Header
                 } else {
-                    CacheNeed::Needed
+                    CacheNeed::All
                 }
             }
-            _ => CacheNeed::Needed,
+            _ => CacheNeed::All,
         }
     }
 }
@@ -102,13 +102,13 @@ fn image_state(header: &Header) -> ImageState {
     match identity_and_token(path) {
         Ok((found, token)) if is_same(&found, identity) => match header.last_seen.judge(&token) {
             ChangeVerdict::Changed(_) => ImageState::Changed,
-            _ => ImageState::There,
+            _ => ImageState::Present,
         },
         Ok(_) => ImageState::Replaced,
         Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
-            let folder = path.parent().and_then(|folder| fs::metadata(folder).ok());
-            let is_mounted = folder.is_some_and(|folder| folder.dev() == identity.device);
-            if is_mounted { ImageState::Gone } else { ImageState::Away }
+            let dir = path.parent().and_then(|dir| fs::metadata(dir).ok());
+            let is_mounted = dir.is_some_and(|dir| dir.dev() == identity.device);
+            if is_mounted { ImageState::Deleted } else { ImageState::Unmounted }
         }
         Err(_) => ImageState::Unknown,
     }
@@ -121,39 +121,39 @@ fn is_same(found: &ImageId, known: &ImageId) -> bool {
 }
 
 /// The users whose files this process may inspect.
-pub(super) fn whose() -> AllowedOwner {
+pub(super) fn allowed_owner() -> AllowedOwner {
     if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }
 
-/// The folders with cache files in `directory`, which is a memory directory or such a folder itself: the folder of this
-/// user, or for root those of all users.
+/// The directories with cache files in `directory`, which is a memory directory or such a directory itself: that of
+/// this user, or for root those of all users.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when `directory` cannot be read.
-pub(super) fn folders(directory: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn cache_dirs(directory: &Path) -> Result<Vec<PathBuf>> {
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", directory.display()), e);
     let entries: Vec<_> = fs::read_dir(directory).map_err(failed)?.flatten().collect();
-    if directory.file_name().is_some_and(|name| owner_of_folder(name).is_some()) {
+    if directory.file_name().is_some_and(|name| owner_of_cache_dir(name).is_some()) {
         return Ok(vec![directory.to_path_buf()]);
     }
     let user = effective_uid();
-    let is_ours = |name: &OsStr| owner_of_folder(name).is_some_and(|owner| user == 0 || owner == user);
-    let mut folders: Vec<PathBuf> = entries
+    let is_ours = |name: &OsStr| owner_of_cache_dir(name).is_some_and(|owner| user == 0 || owner == user);
+    let mut dirs: Vec<PathBuf> = entries
         .iter()
         .filter(|entry| is_ours(&entry.file_name()) && entry.file_type().is_ok_and(|kind| kind.is_dir()))
         .map(fs::DirEntry::path)
         .collect();
-    // A folder under another name.
-    if folders.is_empty() && entries.iter().any(|entry| is_cache_name(&entry.file_name())) {
-        folders.push(directory.to_path_buf());
+    // A directory under another name.
+    if dirs.is_empty() && entries.iter().any(|entry| is_cache_name(&entry.file_name())) {
+        dirs.push(directory.to_path_buf());
     }
-    folders.sort();
-    Ok(folders)
+    dirs.sort();
+    Ok(dirs)
 }
 
-/// The user whose folder has this name; `None`: it is not such a folder.
-fn owner_of_folder(name: &OsStr) -> Option<u32> {
-    let rest = name.to_str()?.strip_prefix(FOLDER)?;
+/// The user whose directory has this name; `None`: it is not such a directory.
+fn owner_of_cache_dir(name: &OsStr) -> Option<u32> {
+    let rest = name.to_str()?.strip_prefix(DIR_NAME)?;
     if rest.is_empty() { Some(0) } else { rest.strip_prefix('-')?.parse().ok() }
 }
 
@@ -161,51 +161,51 @@ fn is_cache_name(name: &OsStr) -> bool {
     name.to_str().is_some_and(ImageId::is_file_name)
 }
 
-/// The cache files in a folder, each with the result of inspecting it.
+/// The cache files in a directory, each with the result of inspecting it.
 ///
 /// => Reads the ledger of each, which takes time in proportion to the caches: see [`cache_files`].
 ///
 /// # Errors
-/// [`ErrorKind::Memory`] when the folder cannot be read; [`ErrorKind::Ledger`] when another user could have put files
-/// there.
-fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<CacheFile>)>> {
-    let (paths, whose) = cache_files(folder)?;
-    Ok(paths.into_iter().map(|path| (path.clone(), CacheFile::examine(path, whose))).collect())
+/// [`ErrorKind::Memory`] when the directory cannot be read; [`ErrorKind::Ledger`] when another user could have put
+/// files there.
+fn caches(dir: &Path) -> Result<Vec<(PathBuf, Result<CacheFile>)>> {
+    let (paths, allowed) = cache_files(dir)?;
+    Ok(paths.into_iter().map(|path| (path.clone(), CacheFile::examine(path, allowed))).collect())
 }
 
-/// The caches in `directory`, a memory directory or a folder of caches itself. The report gets the folders that cannot
-/// be read.
+/// The caches in `directory`, a memory directory or a directory of caches itself. The report gets the directories that
+/// cannot be read.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when the directory cannot be read.
 pub(super) fn caches_in(directory: &Path, report: &mut Report) -> Result<Vec<(PathBuf, Result<CacheFile>)>> {
     let mut found = Vec::new();
-    for folder in folders(directory)? {
-        match caches(&folder) {
+    for dir in cache_dirs(directory)? {
+        match caches(&dir) {
             Ok(caches) => found.extend(caches),
-            Err(error) => report.fail(&visible(&folder), &error),
+            Err(error) => report.fail(&visible(&dir), &error),
         }
     }
     Ok(found)
 }
 
-/// The paths of the cache files in a folder, and the users who may own them.
+/// The paths of the cache files in a directory, and the users who may own them.
 ///
 /// # Errors
 /// As [`caches`].
-pub(super) fn cache_files(folder: &Path) -> Result<(Vec<PathBuf>, AllowedOwner)> {
-    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", folder.display()), e);
-    let metadata = fs::metadata(folder).map_err(failed)?;
-    let whose = if metadata.uid() == effective_uid() { AllowedOwner::Own } else { whose() };
-    ArenaFile::check_dir(folder, whose)?;
-    let mut paths: Vec<PathBuf> = fs::read_dir(folder)
+pub(super) fn cache_files(dir: &Path) -> Result<(Vec<PathBuf>, AllowedOwner)> {
+    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", dir.display()), e);
+    let metadata = fs::metadata(dir).map_err(failed)?;
+    let allowed = if metadata.uid() == effective_uid() { AllowedOwner::Own } else { allowed_owner() };
+    ArenaFile::check_dir(dir, allowed)?;
+    let mut paths: Vec<PathBuf> = fs::read_dir(dir)
         .map_err(failed)?
         .flatten()
         .filter(|entry| is_cache_name(&entry.file_name()))
         .map(|entry| entry.path())
         .collect();
     paths.sort();
-    Ok((paths, whose))
+    Ok((paths, allowed))
 }
 
 #[cfg(test)]
@@ -217,7 +217,7 @@ mod tests {
         for (name, owner) in
             [("genblk", Some(0)), ("genblk-1000", Some(1000)), ("genblk-", None), ("genblkx", None), ("genblk-a", None)]
         {
-            assert_eq!(owner_of_folder(OsStr::new(name)), owner, "{name}");
+            assert_eq!(owner_of_cache_dir(OsStr::new(name)), owner, "{name}");
         }
     }
 }

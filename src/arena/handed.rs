@@ -12,10 +12,10 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 
 use super::file::FileDescription;
-use super::ledger::{boot_id, note_boot_id};
+use super::ledger::{HEADER_BYTES, boot_id, note_boot_id};
 use super::lost_file::LossMarker;
 use super::mapping::Mapping;
-use super::{Arena, ArenaFile, GuestData, GuestState, HEADER_BYTES, Persistence, bytes_of};
+use super::{Arena, ArenaFile, GuestData, GuestState, Persistence, bytes_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tenure::token::ChangeToken;
 use crate::units::counted;

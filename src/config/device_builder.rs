@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::keys::{DefaultValue, KEYS, Key, Value};
+use super::keys::{DefaultValue, KEYS, Key};
 use super::size::format_size;
+use super::values::Value;
 use super::{CacheConfig, Config, DeviceConfig, Problem, SIZE_BYTES_MIN, Socket};
 
 /// The origin of a value, for messages.

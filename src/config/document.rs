@@ -10,8 +10,9 @@ use toml::de::{DeTable, DeValue};
 
 use super::ControlConfig;
 use super::device_builder::{DeviceBuilder, Origin, Setting};
-use super::keys::{TABLES, Value, key, suggestion};
+use super::keys::{TABLES, key, suggestion};
 use super::problem::Problem;
+use super::values::Value;
 
 /// Returns the devices and the control socket of `text`; adds problems to `problems`.
 pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> (Vec<DeviceBuilder>, Option<ControlConfig>) {

@@ -11,6 +11,7 @@ mod problem;
 mod runtime;
 mod shown;
 mod size;
+mod values;
 
 use std::fmt;
 use std::fs;
@@ -24,12 +25,13 @@ use crate::error::{Error, ErrorKind, Result};
 pub(crate) use device_builder::{DeviceBuilder, Origin, Setting, finish};
 #[cfg(test)]
 pub(crate) use keys::documented_keys;
-pub(crate) use keys::{SYSTEMD, Value, key};
+pub(crate) use keys::key;
 pub use problem::Problem;
 pub(crate) use problem::report;
 pub use runtime::{LIVE_KEYS, RuntimeConfig, changed, check_conflicts, device_of, with_keys_of};
 pub use shown::{device_table, differing_keys};
 pub(crate) use size::parse_size;
+pub(crate) use values::{SYSTEMD, Value};
 
 /// The configuration of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]

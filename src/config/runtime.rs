@@ -2,8 +2,9 @@
 //! a file, because guests outlive a daemon, and so must the disks that they use.
 
 use super::device_builder::{DeviceBuilder, Origin, Setting, check_against, check_sizes};
-use super::keys::{TABLES, Value, key, suggestion};
+use super::keys::{TABLES, key, suggestion};
 use super::shown::{device_table, value_of};
+use super::values::Value;
 use super::{Config, DeviceConfig, Problem};
 
 /// See the module.

@@ -1,7 +1,8 @@
 //! Devices as TOML: each key with its current value. Reading the text again gives the same device.
 
-use super::keys::{KEYS, SYSTEMD};
+use super::keys::KEYS;
 use super::size::format_size;
+use super::values::SYSTEMD;
 use super::{DeviceConfig, MemoryDir, Socket};
 
 /// The value of the key called `name`, as TOML; `None` for a value that a file cannot contain: an inherited descriptor.

@@ -13,10 +13,11 @@ use super::handed::FileParts;
 pub use super::handed::{ImageParts, IoLock};
 use super::history;
 pub use super::history::LastTenure;
-pub use super::image::Inspection;
-use super::image::{self, OpenImage};
+use super::image::OpenImage;
 use super::named::{BlockWriter, ImageKind, NamedImage};
 pub use super::named::{KnownRaw, PageBytes};
+use super::open_checks;
+pub use super::open_checks::Inspection;
 pub use super::options::{IoEngine, NbdOptions, OpenOptions};
 use super::threads::ThreadQueue;
 use super::uring::UringQueue;
@@ -34,7 +35,7 @@ use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorSpan, Unma
 /// # Errors
 /// Errors of open(2) and stat(2).
 pub fn identity_and_token(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
-    image::identity_and_token(path)
+    open_checks::identity_and_token(path)
 }
 
 /// Examines the image at `path` like a daemon that opens it, without locking it. Blocks.
@@ -42,7 +43,7 @@ pub fn identity_and_token(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
 /// # Errors
 /// The errors of [`FileImage::open`]. [`ErrorKind::Locked`] for a block device that is in use, but not by a daemon.
 pub fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
-    image::inspect(path, read_only)
+    open_checks::inspect(path, read_only)
 }
 
 /// Checks that this process may use io_uring.

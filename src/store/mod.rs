@@ -34,6 +34,7 @@ mod lock;
 pub mod named;
 pub mod nbd;
 mod open;
+mod open_checks;
 mod options;
 mod pool;
 mod pool_queue;

@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 
 use super::file::FileDescription;
-use super::ledger::{HEADER_BYTES, boot_id, note_boot_id};
+use super::ledger::{HEADER_BYTES, boot_id, set_boot_id};
 use super::lost_file::LossMarker;
 use super::mapping::Mapping;
 use super::{Arena, ArenaFile, GuestData, GuestState, Persistence, bytes_of};
@@ -73,7 +73,7 @@ impl ReceivedArena {
     /// # Errors
     /// [`ErrorKind::System`] when descriptors are missing; otherwise as [`Arena::attach`].
     pub fn new(parts: &ArenaParts, files: impl IntoIterator<Item = File>) -> Result<Self> {
-        note_boot_id(parts.boot);
+        set_boot_id(parts.boot);
         let mut files = files.into_iter();
         let missing = || Error::new(ErrorKind::System, "a descriptor of the cache is missing");
         let is_removed = Arc::new(AtomicBool::new(false));

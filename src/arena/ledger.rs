@@ -464,7 +464,7 @@ pub(super) fn boot_id() -> [u8; 16] {
 }
 
 /// Sets the host's boot ID, for a process that may open no path.
-pub(super) fn note_boot_id(boot: [u8; 16]) {
+pub(super) fn set_boot_id(boot: [u8; 16]) {
     // The boot ID is the same for every arena.
     let _ = BOOT_ID.set(boot);
 }

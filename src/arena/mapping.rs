@@ -174,7 +174,7 @@ impl Mapping {
         crash_point();
         // SAFETY: both ranges lie within the mapping, of which no reference exists, and they do not overlap.
         unsafe { racing::copy(self.range(source, len), self.range(target, len), len, None) };
-        self.note_copied(target, len);
+        self.trace_copied(target, len);
     }
 
     /// Fills `len` bytes with zeros, starting at byte `at`.
@@ -184,10 +184,10 @@ impl Mapping {
         crash_point();
         // SAFETY: the range lies within the mapping, of which no reference exists.
         unsafe { racing::zero(self.range(at, len), len) };
-        self.note_copied(at, len);
+        self.trace_copied(at, len);
     }
 
-    fn note_copied(&self, at: usize, len: usize) {
+    fn trace_copied(&self, at: usize, len: usize) {
         shared_memory::copied(self.range(at, len), || {
             let mut bytes = vec![0; len];
             self.read(at, &mut bytes);

@@ -180,7 +180,7 @@ impl Arena {
             }
         }
         if let Some(LossMarker { marker, .. }) = self.marker() {
-            note_unwritten(marker, !record.dirty.is_empty());
+            mark_unwritten(marker, !record.dirty.is_empty());
         }
     }
 
@@ -194,7 +194,7 @@ impl Arena {
             Persistence::Full { zero_slots, .. } => self.note_range(*zero_slots, slot, span),
         }
         if let Some(LossMarker { marker, .. }) = self.marker() {
-            note_unwritten(marker, span.is_some());
+            mark_unwritten(marker, span.is_some());
         }
     }
 
@@ -429,7 +429,7 @@ fn frames_at(header: &Header, frames: usize) -> usize {
 }
 
 /// Sets the word of a loss marker if there is `unwritten` data, unless it is already set.
-fn note_unwritten(marker: &Mapping, unwritten: bool) {
+fn mark_unwritten(marker: &Mapping, unwritten: bool) {
     if unwritten && marker.load(field::UNWRITTEN) == 0 {
         marker.store(field::UNWRITTEN, 1);
     }

@@ -350,7 +350,7 @@ fn take_new_ops(
 /// Reports to the store the data that a write puts into the first page and the last sector of the image.
 fn report_boundary_write(image: &CachedImage, op: &StoreOpRef<'_>) {
     let note = |first, bytes: Vec<u8>| {
-        let unrecorded = image.backing.note_guest_write(first, &bytes);
+        let unrecorded = image.backing.inspect_guest_write(first, &bytes);
         // Record it in the ledger immediately: whether the image can record it is known only after this write has
         // started.
         if unrecorded != 0 {

@@ -46,7 +46,7 @@ pub const LIVE_KEYS: &[&str] = &[
 impl RuntimeConfig {
     /// Records that a device is kept although the files no longer list it. No effect for a device that the operator has
     /// attached.
-    pub fn note_kept(&mut self, device: &DeviceConfig) {
+    pub fn record_kept(&mut self, device: &DeviceConfig) {
         if self.attached.iter().all(|other| other.name != device.name) {
             self.attached.push(device.clone());
             self.kept.push(device.name.clone());
@@ -76,7 +76,7 @@ impl RuntimeConfig {
     }
 
     /// Records that a device was attached.
-    pub fn note_attached(&mut self, device: &DeviceConfig) {
+    pub fn record_attached(&mut self, device: &DeviceConfig) {
         self.kept.retain(|other| *other != device.name);
         self.detached.retain(|other| *other != device.name);
         self.attached.retain(|other| other.name != device.name);
@@ -84,7 +84,7 @@ impl RuntimeConfig {
     }
 
     /// Records that keys of a device were set.
-    pub fn note_set(&mut self, device: &DeviceConfig, keys: &[&str]) {
+    pub fn record_set(&mut self, device: &DeviceConfig, keys: &[&str]) {
         for &name in keys {
             self.set.retain(|[other, key, _]| (other, key.as_str()) != (&device.name, name));
             let value = value_of(name, device).expect("a key that may change has a value");
@@ -98,7 +98,7 @@ impl RuntimeConfig {
     }
 
     /// Records that a device was detached.
-    pub fn note_detached(&mut self, name: &str) {
+    pub fn record_detached(&mut self, name: &str) {
         self.set.retain(|[other, ..]| other != name);
         self.kept.retain(|other| other != name);
         self.attached.retain(|other| other.name != name);
@@ -303,17 +303,17 @@ mod tests {
     fn runtime_changes_are_read_only_within_the_same_boot() {
         let mut runtime = RuntimeConfig::default();
         assert_eq!(RuntimeConfig::read(&runtime.write("b1"), "b1"), Ok(Some(runtime.clone())));
-        runtime.note_attached(&device("db"));
-        runtime.note_attached(&device("vm2"));
-        runtime.note_detached("vm1");
-        runtime.note_detached("vm2");
+        runtime.record_attached(&device("db"));
+        runtime.record_attached(&device("vm2"));
+        runtime.record_detached("vm1");
+        runtime.record_detached("vm2");
         assert_eq!((runtime.attached.len(), runtime.detached.len()), (1, 2));
-        runtime.note_attached(&device("vm1"));
+        runtime.record_attached(&device("vm1"));
         assert_eq!((runtime.attached.len(), &runtime.detached), (2, &vec!["vm2".to_owned()]), "it is there again");
-        runtime.note_detached("vm1");
+        runtime.record_detached("vm1");
         let mut set = device("db");
         (set.poll_us, set.cache.hold_max_ms) = (7, 100);
-        runtime.note_set(&set, &["poll_us", "cache.hold_max_ms"]);
+        runtime.record_set(&set, &["poll_us", "cache.hold_max_ms"]);
         let text = runtime.write("b1");
         assert_eq!(RuntimeConfig::read(&text, "b1"), Ok(Some(runtime)));
         assert_eq!(RuntimeConfig::read(&text, "b2"), Ok(None));
@@ -326,16 +326,16 @@ mod tests {
     fn runtime_changes_apply_on_top_of_the_configuration_files() {
         let (files, mut problems) = ([device("vm1"), device("vm2")], Vec::new());
         let mut runtime = RuntimeConfig::default();
-        runtime.note_attached(&device("db"));
-        runtime.note_detached("vm1");
+        runtime.record_attached(&device("db"));
+        runtime.record_detached("vm1");
         assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db")]);
         let mut set = device("vm2");
         set.poll_us = 7;
-        runtime.note_set(&set, &["poll_us"]);
+        runtime.record_set(&set, &["poll_us"]);
         assert_eq!(runtime.apply(&files, &mut problems), [set, device("db")]);
         runtime.set.clear();
-        runtime.note_kept(&device("db"));
-        runtime.note_kept(&device("old"));
+        runtime.record_kept(&device("db"));
+        runtime.record_kept(&device("old"));
         assert_eq!(runtime.kept, ["old"], "the operator has attached the other one");
         assert_eq!(RuntimeConfig::read(&runtime.write("b1"), "b1"), Ok(Some(runtime.clone())));
         assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db"), device("old")]);
@@ -344,7 +344,7 @@ mod tests {
         assert_eq!(runtime.apply(&again, &mut problems), [again.as_slice(), &[device("db")]].concat());
         assert!(runtime.forget_kept("old") && !runtime.forget_kept("db"));
         let clash = DeviceConfig { name: "other".to_owned(), ..device("vm2") };
-        runtime.note_attached(&clash);
+        runtime.record_attached(&clash);
         assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db")]);
         assert!(problems[0].starts_with("other: ") && problems[0].contains("vm2"), "{problems:?}");
     }

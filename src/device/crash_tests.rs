@@ -168,14 +168,14 @@ impl Driver {
 }
 
 /// How a planted bug changes the stores of a step.
-type Disorder = fn(&mut Vec<TraceEvent>);
+type Reordering = fn(&mut Vec<TraceEvent>);
 
 /// The state of the world, and the progress of its exploration.
 struct World {
     live: Memory,
     /// The memory of the next daemon.
     scratch: Memory,
-    disorder: Disorder,
+    reordering: Reordering,
     /// The daemon's last step, if the driver has done nothing since: the memory before it, and its events. The compiler
     /// may move relaxed stores of the next step before them.
     last: Option<(Vec<u8>, Vec<TraceEvent>)>,
@@ -188,11 +188,11 @@ struct World {
 }
 
 impl World {
-    fn new(disorder: Disorder) -> Self {
+    fn new(reordering: Reordering) -> Self {
         Self {
             live: Memory::new(),
             scratch: Memory::new(),
-            disorder,
+            reordering,
             last: None,
             checked: HashSet::new(),
             choices: Vec::new(),
@@ -225,7 +225,7 @@ impl World {
     fn step<R>(&mut self, driver: &Driver, step: impl FnOnce(&Memory) -> R) -> Result<R, String> {
         let before = self.live.bytes();
         let (result, mut events) = record(|| step(&self.live));
-        (self.disorder)(&mut events);
+        (self.reordering)(&mut events);
         let (earlier, last) = self.last.take().unwrap_or((before.clone(), Vec::new()));
         for state in crash_states(&[last, events.clone()].concat()) {
             let crashed = self.live.after(&earlier, state);
@@ -357,10 +357,10 @@ fn lengths(events: &[TraceEvent]) -> Vec<usize> {
     events.iter().map(|event| if let TraceEvent::Store(store) = event { store.bytes.len() } else { 0 }).collect()
 }
 
-/// Fails the test unless the exploration fails with this disorder.
+/// Fails the test unless the exploration fails with this reordering.
 #[track_caller]
-fn assert_found(disorder: Disorder) {
-    let found = World::new(disorder).explore();
+fn assert_found(reordering: Reordering) {
+    let found = World::new(reordering).explore();
     println!("{found:?}");
     assert!(found.is_err());
 }

@@ -76,7 +76,7 @@ pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut d
     let mut writer = image.writer().map_err(failed)?;
     for (done, &(frame, record)) in dirty.iter().enumerate() {
         arena.begin_change(SectorSpan::new(record.page.0 * SECTORS_PER_PAGE, SECTORS_PER_PAGE));
-        note_formats(arena, frame, record, image);
+        record_formats(arena, frame, record, image);
         write_page(arena, frame, record, &mut *writer).map_err(failed)?;
         progress(done as u64 + 1, dirty.len() as u64);
     }
@@ -107,12 +107,12 @@ pub(super) fn without_dirty(span: SectorSpan, dirty: &[(FrameId, FrameRecord)]) 
 }
 
 /// Records that the guest has written the header of another format, as a daemon does before such a write.
-fn note_formats(arena: &Arena, frame: FrameId, record: FrameRecord, image: &dyn NamedImage) {
+fn record_formats(arena: &Arena, frame: FrameId, record: FrameRecord, image: &dyn NamedImage) {
     let mut mask = record.dirty;
     while let Some((first, count)) = mask.first_run() {
         let sector = record.page.0 * SECTORS_PER_PAGE + u64::from(first);
         if image.shows_format(SectorSpan::new(sector, count.into())) {
-            arena.add_guest_formats(image.note_guest_write(sector, &arena.sectors(frame, first, count)));
+            arena.add_guest_formats(image.inspect_guest_write(sector, &arena.sectors(frame, first, count)));
         }
         mask = mask.without(SectorMask::run(first, count));
     }

@@ -34,7 +34,7 @@ pub(super) enum RequestClass {
 
 impl FailureOracle {
     /// Records that a store operation has failed.
-    pub fn note_failure(&mut self, kind: OpKind, fault: Fault, settings: &Settings, now: Tick) {
+    pub fn record_failure(&mut self, kind: OpKind, fault: Fault, settings: &Settings, now: Tick) {
         match kind {
             OpKind::Read => self.read_failed = Some(now),
             // The cache reads the pages that it cannot map: no request fails.
@@ -56,7 +56,7 @@ impl FailureOracle {
     }
 
     /// The daemon was stopped from `before` to `now`: half of the hold time remains of a hold that had not ended.
-    pub fn note_sigstop(&mut self, before: Tick, settings: &Settings, now: Tick) {
+    pub fn record_sigstop(&mut self, before: Tick, settings: &Settings, now: Tick) {
         if let Some(since) = &mut self.held_since
             && before.since_us(*since) < settings.hold_us
         {

@@ -503,7 +503,7 @@ impl World {
         if let Outcome::Failed(fault) = outcome
             && fault != Fault::Lost
         {
-            self.failures.note_failure(op.kind, fault, &self.settings, Tick::from_us(self.now_us));
+            self.failures.record_failure(op.kind, fault, &self.settings, Tick::from_us(self.now_us));
         }
         self.cache.complete(tag, &outcome, Tick::from_us(self.now_us));
         self.check_witness();

@@ -203,8 +203,8 @@ impl Backing for FaultyImage {
         self.inner.shows_format(span)
     }
 
-    fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
-        self.inner.note_guest_write(first, bytes)
+    fn inspect_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
+        self.inner.inspect_guest_write(first, bytes)
     }
 
     fn recorded_formats(&self) -> u64 {

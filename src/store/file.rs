@@ -389,8 +389,8 @@ impl Backing for FileImage {
         self.image.shows_format(span.start * SECTOR_BYTES, span.end() * SECTOR_BYTES)
     }
 
-    fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
-        self.image.format().note_guest_write(first, bytes, self.image.limits.size_bytes.get() / SECTOR_BYTES)
+    fn inspect_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
+        self.image.format().inspect_guest_write(first, bytes, self.image.limits.size_bytes.get() / SECTOR_BYTES)
     }
 
     fn recorded_formats(&self) -> u64 {

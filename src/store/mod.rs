@@ -337,7 +337,7 @@ pub trait Backing: Send + Sync + fmt::Debug {
     /// The guest is writing `bytes` to the sectors from `first`, which may make the image appear to have a format other
     /// than raw: the next start must not reject the image for that. Returns the formats that the image does not yet
     /// record ([`format::Format::bit`]); it will record them before the write is executed, if possible.
-    fn note_guest_write(&self, _first: u64, _bytes: &[u8]) -> u64 {
+    fn inspect_guest_write(&self, _first: u64, _bytes: &[u8]) -> u64 {
         0
     }
 

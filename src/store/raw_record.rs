@@ -152,7 +152,7 @@ impl FormatRecord {
     /// Examines whether a guest's write of `bytes`, starting at sector `first`, writes the magic number of a format.
     /// Returns the formats that the image does not yet record, a bit for each ([`Format::bit`]). Does not wait:
     /// [`FormatRecord::record_pending`] records them before the write is executed.
-    pub(super) fn note_guest_write(&self, first: u64, bytes: &[u8], image_sectors: u64) -> u64 {
+    pub(super) fn inspect_guest_write(&self, first: u64, bytes: &[u8], image_sectors: u64) -> u64 {
         let mut state = self.state();
         let mut unrecorded = 0;
         for format in state.known.apply(first, bytes, image_sectors) {

@@ -209,7 +209,7 @@ fn a_format_header_is_recorded_before_it_is_written() {
         let (mut written, mut read) = (Memory::filled(0), Memory::filled(0xee));
         written.0[..8].copy_from_slice(b"LUKS\xba\xbe\0\x02");
         let recording = image.hold_recording();
-        let formats = image.note_guest_write(0, &written.0[..4096]);
+        let formats = image.inspect_guest_write(0, &written.0[..4096]);
         assert_ne!(formats, 0);
         assert_eq!(image.recorded_formats(), 0);
         queue.submit(request(1, OpKind::Write, written.segments())).unwrap();
@@ -222,7 +222,7 @@ fn a_format_header_is_recorded_before_it_is_written() {
         }
         assert!(matches!(events[..], [Event::Done { tag: 2 }]), "{engine:?}: {events:?}");
         assert_eq!(read.0[..8], [0; 8], "{engine:?}: the header is not on the image before it is on record");
-        assert_eq!(image.note_guest_write(0, &written.0[..4096]), 0, "the same bytes show nothing new");
+        assert_eq!(image.inspect_guest_write(0, &written.0[..4096]), 0, "the same bytes show nothing new");
         drop(recording);
         events.clear();
         while events.is_empty() {

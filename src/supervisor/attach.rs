@@ -92,7 +92,7 @@ impl Fleet {
         let device = with_keys_of(&self.disks[&index].config(), device, keys);
         if let Some(runtime) = self.runtime.as_mut().filter(|_| record == Recorded::Runtime) {
             let before = runtime.changes.clone();
-            runtime.changes.note_set(&device, keys);
+            runtime.changes.record_set(&device, keys);
             if let Err(e) = runtime.save() {
                 runtime.changes = before;
                 let why = format!("it cannot be recorded for the next daemon: {e}");
@@ -114,7 +114,7 @@ impl Fleet {
         let index = self.find(name).ok_or_else(|| no_such_device(name))?;
         let config = self.disks[&index].config();
         let Some(runtime) = &mut self.runtime else { return Ok(()) };
-        runtime.changes.note_kept(&config);
+        runtime.changes.record_kept(&config);
         runtime.save().map_err(|e| Refusal::refused(name, format!("cannot be recorded for the next daemon: {e}")))
     }
 
@@ -160,7 +160,7 @@ impl Fleet {
             return drop(requester.send(Ok(true)));
         };
         let before = runtime.changes.clone();
-        runtime.changes.note_attached(&device);
+        runtime.changes.record_attached(&device);
         if let Err(e) = runtime.save() {
             runtime.changes = before;
             disk.begin_shutdown(Ending::WriteBack);
@@ -224,7 +224,7 @@ impl Fleet {
             let Some(Detaching { requester, discarders, record, .. }) = detaching else { continue };
             let recorded = self.runtime.as_mut().map_or(Ok(()), |runtime| match record {
                 Recorded::Runtime => {
-                    runtime.changes.note_detached(&name);
+                    runtime.changes.record_detached(&name);
                     runtime.save()
                 }
                 Recorded::Files if runtime.changes.forget_kept(&name) => runtime.save(),

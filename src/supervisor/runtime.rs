@@ -213,7 +213,7 @@ mod tests {
     }
 
     fn save_with_a_device(runtime: &mut RuntimeFile) {
-        runtime.changes.note_attached(&DeviceConfig::new("db", Socket::Path("/run/db.sock".into()), "/srv/db.img"));
+        runtime.changes.record_attached(&DeviceConfig::new("db", Socket::Path("/run/db.sock".into()), "/srv/db.img"));
         runtime.save().unwrap();
     }
 
@@ -269,7 +269,7 @@ mod tests {
         assert!(second.save().is_err());
         second.remove();
         assert!(path.exists());
-        first.changes.note_detached("vm1");
+        first.changes.record_detached("vm1");
         first.save().unwrap();
         assert!(second.take_over(), "there is something to do");
         assert_eq!(second.changes, first.changes);

@@ -36,7 +36,7 @@ struct WriteCache {
     changes: u64,
 }
 
-/// Serves an image until the process is killed, if the process was started for that by `NbdServer::of_the_tests`.
+/// Serves an image until the process is killed, if the process was started for that by `NbdServer::start_test_server`.
 pub fn serve_if_requested() {
     if let [Some(socket), Some(image)] = SERVER_VARIABLES.map(std::env::var_os) {
         serve(Path::new(&socket), Path::new(&image)).expect("the image can be served");

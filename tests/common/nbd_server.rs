@@ -47,7 +47,7 @@ impl NbdServer {
 
     /// A server that forgets what was not flushed when it is killed, discards included. `test` is the name of the test
     /// that calls `forgetful_nbd::serve_if_requested`, in the same test binary.
-    pub fn of_the_tests(socket: &Path, image: &Path, test: &str) -> Self {
+    pub fn start_test_server(socket: &Path, image: &Path, test: &str) -> Self {
         let program = std::env::current_exe().expect("the path of the test");
         let program = program.to_str().expect("test paths are UTF-8").to_owned();
         let arguments = vec![program, test.to_owned(), "--exact".to_owned(), "--nocapture".to_owned()];

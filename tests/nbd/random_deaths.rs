@@ -42,7 +42,7 @@ fn random_kills_of_server_disk_process_and_daemon_lose_no_data() {
     let mut prng = Prng::new(seed);
     let directory = directory_with_image("nbd-random");
     let image = image_of(&directory);
-    let mut server = NbdServer::of_the_tests(&socket_of(&directory), &image, SERVER);
+    let mut server = NbdServer::start_test_server(&socket_of(&directory), &image, SERVER);
     let mut daemon = Daemon::start_configured(directory, &[&device(&server, KEYS)]);
     let mut guest = Guest::attach(FrontEnd::Qemu, &daemon, SECTORS, seed);
     for event in 0..events {

@@ -47,14 +47,14 @@ const WAIT_LIMIT: Duration = Duration::from_secs(20);
 const READ: Payload<'static> = Payload::Receive(4096);
 
 /// The configuration of a daemon with the disks `sick`, `good1` and `good2`, and the image of the first.
-struct Ward {
+struct Fixture {
     directory: Option<TempDir>,
     paths: PathBuf,
     disk: Arc<Disk>,
     mount: Mount,
 }
 
-impl Ward {
+impl Fixture {
     /// `None` if this host cannot mount the disk; a line says why. `sick` is more of the sick disk's table.
     fn new(sick: &str) -> Option<Self> {
         let disk = Arc::new(Disk::new(pattern(1, 0, IMAGE_BYTES), 1));
@@ -155,11 +155,11 @@ impl DerefMut for Served {
 
 #[test]
 fn a_second_sigterm_ends_the_wait_for_a_hanging_disk() {
-    let Some(mut ward) = Ward::new("") else { return };
-    let mut daemon = ward.start(&["sick", "good1", "good2"]);
-    let session = ward.hang();
+    let Some(mut fixture) = Fixture::new("") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let session = fixture.hang();
     daemon.terminate();
-    ward.wait_until_the_others_end();
+    fixture.wait_until_the_others_end();
     daemon.assert_alive();
     poll_until("a line about the wait", WAIT_LIMIT, || {
         let log = daemon.log();
@@ -176,9 +176,9 @@ fn a_second_sigterm_ends_the_wait_for_a_hanging_disk() {
     assert!(log.contains("genblk: sick: could not write") && log.contains("the cache stays in"), "{log}");
     drop(session);
     // What the guest wrote is in the cache that stayed.
-    ward.disk.release(OpClass::Write);
+    fixture.disk.release(OpClass::Write);
     daemon.restart();
-    let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
+    let mut session = Session::open(&fixture.socket("sick"), &SessionOptions::default());
     assert_eq!(session.read(0, 8192), pattern(3, 0, 8192));
     drop(session);
     daemon.stop();
@@ -188,32 +188,32 @@ fn a_second_sigterm_ends_the_wait_for_a_hanging_disk() {
 #[test]
 fn an_upgrade_hands_a_disk_with_a_hanging_image_to_the_next_daemon() {
     for engine in ["io_uring", "threads"] {
-        let Some(mut ward) = Ward::new(&format!("engine = {engine:?}")) else { return };
-        let mut daemon = ward.start(&["sick", "good1", "good2"]);
-        let mut guest = Session::open(&ward.socket("good1"), &SessionOptions::default());
+        let Some(mut fixture) = Fixture::new(&format!("engine = {engine:?}")) else { return };
+        let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+        let mut guest = Session::open(&fixture.socket("good1"), &SessionOptions::default());
         guest.write(8, &pattern(4, 8, 4096));
-        let session = ward.hang();
+        let session = fixture.hang();
         daemon.signal(libc::SIGUSR1);
-        ward.wait_until_the_others_end();
+        fixture.wait_until_the_others_end();
         if engine == "io_uring" {
             let status = daemon.wait();
             assert!(status.success(), "{status}: {}", daemon.log());
-            daemon.restart_for(&[ward.socket("good1"), ward.socket("good2")]);
+            daemon.restart_for(&[fixture.socket("good1"), fixture.socket("good2")]);
             drop(guest);
-            let mut guest = Session::open(&ward.socket("good1"), &SessionOptions::default());
+            let mut guest = Session::open(&fixture.socket("good1"), &SessionOptions::default());
             assert_eq!(guest.read(8, 4096), pattern(4, 8, 4096), "the other disks' caches were handed over");
-            assert!(!is_listening(&ward.socket("sick")), "the kernel still uses the image");
+            assert!(!is_listening(&fixture.socket("sick")), "the kernel still uses the image");
             drop(session);
-            ward.disk.release(OpClass::Write);
+            fixture.disk.release(OpClass::Write);
         } else {
             // A thread of the process hangs in the kernel, and so the process cannot end.
-            ward.disk.release(OpClass::Write);
+            fixture.disk.release(OpClass::Write);
             assert!(daemon.wait().success(), "{}", daemon.log());
-            daemon.restart_for(&[ward.socket("good1"), ward.socket("good2")]);
+            daemon.restart_for(&[fixture.socket("good1"), fixture.socket("good2")]);
             drop((guest, session));
         }
-        poll_until("the sick disk to be served", WAIT_LIMIT, || is_listening(&ward.socket("sick")).then_some(()));
-        let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
+        poll_until("the sick disk to be served", WAIT_LIMIT, || is_listening(&fixture.socket("sick")).then_some(()));
+        let mut session = Session::open(&fixture.socket("sick"), &SessionOptions::default());
         assert_eq!(session.read(0, 8192), pattern(3, 0, 8192), "{engine}: no completed write is lost");
         drop(session);
         daemon.stop();
@@ -222,12 +222,12 @@ fn an_upgrade_hands_a_disk_with_a_hanging_image_to_the_next_daemon() {
 
 #[test]
 fn a_hanging_image_does_not_delay_the_start_of_other_disks() {
-    let Some(mut ward) = Ward::new("") else { return };
-    let notified = UnixDatagram::bind(ward.paths.join("notify")).expect("a socket can be bound");
+    let Some(mut fixture) = Fixture::new("") else { return };
+    let notified = UnixDatagram::bind(fixture.paths.join("notify")).expect("a socket can be bound");
     notified.set_read_timeout(Some(WAIT_LIMIT)).expect("a timeout can be set");
-    ward.disk.hold(OpClass::Read);
-    let mut daemon = ward.start(&["good1", "good2"]);
-    assert_serves(&ward.socket("good1"), 0);
+    fixture.disk.hold(OpClass::Read);
+    let mut daemon = fixture.start(&["good1", "good2"]);
+    assert_serves(&fixture.socket("good1"), 0);
     let mut message = [0; 1024];
     let length = notified.recv(&mut message).expect("the daemon notifies its service manager");
     let expected = "READY=1\nSTATUS=serving 2 of 3 disks; not served: sick (its image does not answer)";
@@ -236,36 +236,36 @@ fn a_hanging_image_does_not_delay_the_start_of_other_disks() {
         let log = daemon.log();
         (log.contains("sick: image ") && log.contains("opening the image has taken 5 s so far")).then_some(())
     });
-    ward.disk.release(OpClass::Read);
-    poll_until("the disk to be served", TIMEOUT, || is_listening(&ward.socket("sick")).then_some(()));
-    assert_serves(&ward.socket("sick"), 64);
+    fixture.disk.release(OpClass::Read);
+    poll_until("the disk to be served", TIMEOUT, || is_listening(&fixture.socket("sick")).then_some(()));
+    assert_serves(&fixture.socket("sick"), 64);
     daemon.stop();
 }
 
 #[test]
 fn a_daemon_can_stop_while_a_disk_is_still_opening() {
-    let Some(mut ward) = Ward::new("") else { return };
-    ward.disk.hold(OpClass::Read);
-    let mut daemon = ward.start(&["good1", "good2"]);
+    let Some(mut fixture) = Fixture::new("") else { return };
+    fixture.disk.hold(OpClass::Read);
+    let mut daemon = fixture.start(&["good1", "good2"]);
     daemon.terminate();
-    ward.wait_until_the_others_end();
+    fixture.wait_until_the_others_end();
     let started = Instant::now();
     poll_until("the daemon to give up the disk", WAIT_LIMIT, || {
         daemon.log().contains("sick: ended without waiting any longer for image").then_some(())
     });
     assert!(started.elapsed() < TIMEOUT, "{:?}", started.elapsed());
     // The thread that opens it hangs in the kernel.
-    ward.disk.release(OpClass::Read);
+    fixture.disk.release(OpClass::Read);
     assert!(daemon.wait().success(), "nothing of that disk was served: {}", daemon.log());
-    assert!(!ward.socket("sick").exists());
+    assert!(!fixture.socket("sick").exists());
 }
 
 #[test]
 fn a_hanging_image_and_its_recovery_are_logged() {
-    let Some(mut ward) = Ward::new("") else { return };
-    let mut daemon = ward.start(&["sick", "good1", "good2"]);
-    let mut session = ward.hang();
-    let mut other = Session::open(&ward.socket("good2"), &SessionOptions::default());
+    let Some(mut fixture) = Fixture::new("") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let mut session = fixture.hang();
+    let mut other = Session::open(&fixture.socket("good2"), &SessionOptions::default());
     other.write(0, &pattern(5, 0, 4096));
     other.flush();
     poll_until("a line about the image", WAIT_LIMIT, || {
@@ -274,7 +274,7 @@ fn a_hanging_image_and_its_recovery_are_logged() {
         assert!(line.contains("sick: image ") && line.contains("in flight for 5 s"), "{line}");
         Some(())
     });
-    ward.disk.release(OpClass::Write);
+    fixture.disk.release(OpClass::Write);
     session.wait_for(0, 1);
     poll_until("the image to answer", WAIT_LIMIT, || daemon.log().contains("answers again").then_some(()));
     drop((session, other));
@@ -285,9 +285,9 @@ fn a_hanging_image_and_its_recovery_are_logged() {
 /// know how long this one lived.
 #[test]
 fn heartbeats_continue_while_a_write_hangs() {
-    let Some(mut ward) = Ward::new("") else { return };
-    let mut daemon = ward.start(&["sick", "good1", "good2"]);
-    let session = ward.hang();
+    let Some(mut fixture) = Fixture::new("") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let session = fixture.hang();
     // The word HEARTBEAT of the header (src/arena/ledger.rs) of each cache.
     let heartbeat = |path: &PathBuf| {
         let header = fs::read(path).expect("a cache file can be read");
@@ -307,7 +307,7 @@ fn heartbeats_continue_while_a_write_hangs() {
         poll_until("a heartbeat", TIMEOUT, || (latest() >= expected).then_some(()));
     }
     drop(session);
-    ward.disk.release(OpClass::Write);
+    fixture.disk.release(OpClass::Write);
     daemon.stop();
 }
 
@@ -317,25 +317,25 @@ fn heartbeats_continue_while_a_write_hangs() {
 fn a_hanging_image_does_not_delay_cached_reads() {
     for engine in ["auto", "threads"] {
         for class in [OpClass::Read, OpClass::Write, OpClass::Sync] {
-            let Some(mut ward) = Ward::new(&format!("engine = {engine:?}")) else { return };
-            let mut daemon = ward.start(&["sick", "good1", "good2"]);
-            let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
+            let Some(mut fixture) = Fixture::new(&format!("engine = {engine:?}")) else { return };
+            let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+            let mut session = Session::open(&fixture.socket("sick"), &SessionOptions::default());
             session.write(0, &pattern(3, 0, 8192));
-            ward.disk.hold(class);
+            fixture.disk.hold(class);
             // More than any queue of operations holds beside a worker.
             match class {
                 OpClass::Read => (0..32).for_each(|n| _ = session.submit(0, VIRTIO_BLK_T_IN, 2048 + n * 64, READ)),
                 _ => _ = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty),
             }
             session.rings[0].notify();
-            poll_until("the image to hang", TIMEOUT, || (ward.disk.held(class) > 0).then_some(()));
+            poll_until("the image to hang", TIMEOUT, || (fixture.disk.held(class) > 0).then_some(()));
             for _ in 0..20 {
                 let begun = Instant::now();
                 assert_eq!(session.read(0, 8192), pattern(3, 0, 8192), "{engine}, {class:?}");
                 session.config_u32(0);
                 assert!(begun.elapsed() < WAIT_LIMIT / 10, "{engine}, {class:?}: {:?}", begun.elapsed());
             }
-            ward.disk.release(class);
+            fixture.disk.release(class);
             drop(session);
             daemon.stop();
         }
@@ -345,10 +345,10 @@ fn a_hanging_image_does_not_delay_cached_reads() {
 /// An access to memory whose pages another process delivers could hang a worker.
 #[test]
 fn guest_memory_on_a_fuse_or_network_file_system_is_refused() {
-    let Some(mut ward) = Ward::new("") else { return };
-    let mut daemon = ward.start(&["sick", "good1", "good2"]);
-    let file = fs::File::options().read(true).write(true).open(ward.mount.image()).expect("the image exists");
-    let session = Session::negotiate(&ward.socket("good1"), &SessionOptions::default());
+    let Some(mut fixture) = Fixture::new("") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let file = fs::File::options().read(true).write(true).open(fixture.mount.image()).expect("the image exists");
+    let session = Session::negotiate(&fixture.socket("good1"), &SessionOptions::default());
     let region = VhostUserMemoryRegionInfo {
         guest_phys_addr: 0,
         memory_size: 1 << 20,
@@ -359,23 +359,23 @@ fn guest_memory_on_a_fuse_or_network_file_system_is_refused() {
     session.frontend.set_mem_table(&[region]).expect_err("the memory may hang");
     daemon.await_log("good1: closed the connection of the front-end: memory on FUSE may hang");
     drop(session);
-    assert_serves(&ward.socket("good1"), 0);
+    assert_serves(&fixture.socket("good1"), 0);
     daemon.stop();
 }
 
 /// The hold ends only after a retry: the process, not the image, was away.
 #[test]
 fn requests_held_across_a_stop_of_the_process_are_retried_before_they_fail() {
-    let Some(mut ward) = Ward::new("cache.on_error = \"hold\"\ncache.hold_max_ms = 1500") else { return };
-    let mut daemon = ward.start(&["sick", "good1", "good2"]);
-    let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
-    ward.disk.fail(OpClass::Write, 100);
+    let Some(mut fixture) = Fixture::new("cache.on_error = \"hold\"\ncache.hold_max_ms = 1500") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let mut session = Session::open(&fixture.socket("sick"), &SessionOptions::default());
+    fixture.disk.fail(OpClass::Write, 100);
     session.write(0, &pattern(3, 0, 4096));
     let flush = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
     poll_until("the image to fail", TIMEOUT, || daemon.log().contains("write-back failing").then_some(()));
     daemon.signal(libc::SIGSTOP);
     thread::sleep(Duration::from_secs(4));
-    ward.disk.fail(OpClass::Write, 0);
+    fixture.disk.fail(OpClass::Write, 0);
     daemon.signal(libc::SIGCONT);
     let used = session.wait_for(0, 1);
     let used = used.into_values().next().expect("the FLUSH completes");
@@ -388,13 +388,13 @@ fn requests_held_across_a_stop_of_the_process_are_retried_before_they_fail() {
 
 #[test]
 fn a_front_end_that_blocks_another_is_named_in_the_log() {
-    let Some(mut ward) = Ward::new("") else { return };
-    let mut daemon = ward.start(&["sick", "good1", "good2"]);
-    let holder = std::os::unix::net::UnixStream::connect(ward.socket("good1")).expect("the disk is served");
+    let Some(mut fixture) = Fixture::new("") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let holder = std::os::unix::net::UnixStream::connect(fixture.socket("good1")).expect("the disk is served");
     poll_until("the first front-end to be served", TIMEOUT, || {
         daemon.log().contains("good1: front-end connected").then_some(())
     });
-    let waiting = std::os::unix::net::UnixStream::connect(ward.socket("good1")).expect("the socket listens");
+    let waiting = std::os::unix::net::UnixStream::connect(fixture.socket("good1")).expect("the socket listens");
     let expected = format!("the disk is busy with pid {}", std::process::id());
     poll_until("a line about the wait", WAIT_LIMIT, || daemon.log().contains(&expected).then_some(()));
     drop((holder, waiting));

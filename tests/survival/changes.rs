@@ -82,7 +82,7 @@ impl Operator {
     }
 
     /// Asks what changes nothing.
-    fn look(&self) {
+    fn inspect(&self) {
         let resident = self.call("Resident", &json!({"device": "disk0"}));
         let extents = resident["extents"].as_array().expect("an array");
         let number = |extent: &Value, name: &str| extent[name].as_u64().expect("a number");
@@ -250,7 +250,7 @@ fn event(guest: &mut Guest, operator: &mut Operator, daemon: &mut Daemon, prng: 
         9 => drop(under_load(guest, || operator.call("Reload", &json!({})))),
         10 | 11 => under_load(guest, || operator.resize(prng)),
         12 => under_load(guest, || operator.warm(prng)),
-        13 => under_load(guest, || operator.look()),
+        13 => under_load(guest, || operator.inspect()),
         14 => drop(under_load(guest, || operator.call("Resume", &of_disk))),
         15 | 16 => {
             guest.run(Instant::now() + pause);

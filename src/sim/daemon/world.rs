@@ -298,7 +298,7 @@ impl World {
             Ok(Some(life)) => {
                 self.is_restored = false;
                 self.server_deaths.iter_mut().for_each(|deaths| deaths.has_forgotten = false);
-                self.note_served();
+                self.record_served();
                 if self.restores.as_mut().is_some_and(|prng| prng.percent(50)) {
                     self.backup = Some(self.image.values());
                 }

@@ -74,7 +74,7 @@ impl World {
         let stopped_us = self.prng.pick(&[1000, STOP_US]);
         self.now_us += stopped_us;
         if stopped_us == STOP_US {
-            self.failures.note_sigstop(before, &self.settings, Tick::from_us(self.now_us));
+            self.failures.record_sigstop(before, &self.settings, Tick::from_us(self.now_us));
         }
     }
 

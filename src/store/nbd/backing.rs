@@ -76,7 +76,7 @@ impl Backing for NbdBacking {
         span.start == 0
     }
 
-    fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
+    fn inspect_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
         let Some(format) = bytes.get(..SECTOR_SIZE).filter(|_| first == 0).and_then(at_start) else { return 0 };
         warn!(
             "{}: its guest writes a {} header, which cannot be recorded on the server: set format = \"raw\" \

@@ -244,8 +244,8 @@ impl Backing for NbdImage {
         self.backing.shows_format(span)
     }
 
-    fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
-        self.backing.note_guest_write(first, bytes)
+    fn inspect_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
+        self.backing.inspect_guest_write(first, bytes)
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {

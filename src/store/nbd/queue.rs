@@ -222,7 +222,7 @@ impl NbdQueue {
         };
         warn!("{label}: connection lost ({why}); reconnecting");
         let timed_out = is_timeout(error);
-        let (cause, until) = self.remote.note_break(timed_out);
+        let (cause, until) = self.remote.record_break(timed_out);
         self.last_break = Some((Instant::now(), cause));
         // Closed before another one is requested: some servers accept one connection at a time.
         drop(connection);
@@ -331,7 +331,7 @@ impl StoreQueue for NbdQueue {
             return Err(Refused::Full(request));
         }
         if request.op.is_change() {
-            self.remote.note_change();
+            self.remote.mark_changed();
         }
         self.client.submit(request, self.remote.now());
         if self.client.has_events() {

@@ -72,7 +72,7 @@ impl Client {
         let is_structured = self.is_structured();
         let slot = self.slots[index].as_mut().expect("slot_of() has found it");
         if error != 0 {
-            note_error(slot, error)?;
+            record_error(slot, error)?;
         } else if matches!(slot.request.op, OpKind::Read | OpKind::Map) {
             if is_structured || slot.request.op == OpKind::Map {
                 return Err(Violation("it sends a simple reply where a structured reply is required"));
@@ -126,7 +126,7 @@ impl Client {
                 let at = arrives(slot, be64(data, 0), len)?;
                 memory::zero(&slot.request.segments, at, len);
             }
-            (kind, _) if kind & chunk::ERROR != 0 && len >= 6 => note_error(slot, be32(data, 0))?,
+            (kind, _) if kind & chunk::ERROR != 0 && len >= 6 => record_error(slot, be32(data, 0))?,
             _ => return Err(Violation("it sends a chunk type that does not match the request")),
         }
         if is_last {
@@ -165,7 +165,7 @@ impl Client {
 
 /// Records the error of a reply. A server that is shutting down executes nothing more: the operation is repeated on the
 /// next one.
-fn note_error(slot: &mut Slot, error: u32) -> Result<(), Violation> {
+fn record_error(slot: &mut Slot, error: u32) -> Result<(), Violation> {
     if error == ESHUTDOWN {
         return Err(Violation("it is shutting down"));
     }

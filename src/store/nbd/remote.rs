@@ -51,7 +51,7 @@ impl Remote {
     }
 
     /// Records that the image is being changed.
-    pub fn note_change(&self) {
+    pub fn mark_changed(&self) {
         if !self.has_changed.load(Ordering::Relaxed) {
             self.has_changed.store(true, Ordering::Release);
         }
@@ -63,7 +63,7 @@ impl Remote {
     }
 
     /// An ID for a connection that has broken, and until when the server may still execute its requests.
-    pub fn note_break(&self, timed_out: bool) -> (BreakId, Duration) {
+    pub fn record_break(&self, timed_out: bool) -> (BreakId, Duration) {
         let factor = if timed_out { TIMEOUT_FACTOR } else { 1 };
         (self.breaks.fetch_add(1, Ordering::AcqRel) + 1, self.now() + self.quarantine * factor)
     }

@@ -89,7 +89,7 @@ impl World {
             match life.grow(present * SECTOR_BYTES) {
                 Ok(()) => {
                     self.settings.image_sectors = present;
-                    self.note_served();
+                    self.record_served();
                 }
                 Err(_) => self.daemon_died(),
             }
@@ -106,7 +106,7 @@ impl World {
     }
 
     /// Records the size with which a daemon serves the image.
-    pub fn note_served(&mut self) {
+    pub fn record_served(&mut self) {
         let sectors = self.settings.image_sectors;
         self.directory.keep_growth();
         self.growth.iter_mut().for_each(|growth| growth.served = sectors);

@@ -74,7 +74,7 @@ impl World {
         let Completed { request, succeeded, values } = completed;
         let Submitted { id, action, span, write_through } = request;
         self.completed += 1;
-        self.note_completed(id, &action, span);
+        self.record_completed(id, &action, span);
         if !matches!(action, GuestAction::Flush(_)) {
             self.check_limits();
         }

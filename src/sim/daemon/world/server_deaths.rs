@@ -53,7 +53,7 @@ impl World {
     }
 
     /// A request of the guest has completed.
-    pub fn note_completed(&mut self, id: RequestId, action: &GuestAction, span: SectorSpan) {
+    pub fn record_completed(&mut self, id: RequestId, action: &GuestAction, span: SectorSpan) {
         let Some(deaths) = &mut self.server_deaths else { return };
         match action {
             GuestAction::Discard => deaths.discarded = Some(span),

@@ -38,7 +38,7 @@ const AHEAD_DIVISOR: u64 = 16;
 /// How far the cache looks back for that: the reservation ahead is thus at most a region.
 const BEHIND_PAGES_MAX: u64 = REGION_PAGES * AHEAD_DIVISOR;
 /// After a reservation has failed for lack of space, the cache reserves only the pages being written for this long.
-const SCARCE_US: u64 = 1_000_000;
+const LOW_SPACE_US: u64 = 1_000_000;
 
 /// Frames of the cache for each range that the guest has trimmed; these take less than 0.01 % of the cache.
 const FRAMES_PER_TRIMMED: u32 = 256;
@@ -109,7 +109,7 @@ impl SpaceAllocations {
     }
 
     /// Records that the pages are allocated.
-    fn remember(&mut self, pages: PageSpan) {
+    fn record_allocated(&mut self, pages: PageSpan) {
         self.trimmed.remove(pages);
         for no in pages.iter() {
             let (slot, quotient) = self.slot_of(no.0 / REGION_PAGES);
@@ -267,14 +267,14 @@ impl PageCache {
         match outcome.fault() {
             Some(Fault::Unsupported) => self.allocating.unsupported = true,
             Some(Fault::NoSpace) if pages != written => {
-                self.allocating.low_space_until = self.now.plus_us(SCARCE_US);
+                self.allocating.low_space_until = self.now.plus_us(LOW_SPACE_US);
                 self.submit_allocation(PendingAllocation { pages: written, written, stale });
             }
             Some(fault) => self.store_failed(fault, Cause::Allocate),
             None => {
                 self.health.clear_failure(Cause::Allocate);
                 if !stale {
-                    self.allocating.remember(pages);
+                    self.allocating.record_allocated(pages);
                 }
             }
         }

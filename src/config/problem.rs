@@ -48,7 +48,7 @@ pub(crate) fn report(source: &str, problems: &[Problem]) -> String {
 /// The candidate that `word` is most likely a misspelling of, if one is close.
 pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     candidates
-        .map(|candidate| (distance(word, candidate), candidate))
+        .map(|candidate| (edit_distance(word, candidate), candidate))
         // One typo in three letters still looks like the word; more would be a guess.
         .filter(|(distance, candidate)| *distance <= (candidate.len() / 3).max(1))
         .min_by_key(|(distance, _)| *distance)
@@ -57,7 +57,7 @@ pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>)
 
 /// Edit distance between two words: letters inserted, deleted, substituted, or swapped with their neighbour (optimal
 /// string alignment).
-fn distance(left: &str, right: &str) -> usize {
+fn edit_distance(left: &str, right: &str) -> usize {
     let left: Vec<char> = left.chars().collect();
     let right: Vec<char> = right.chars().collect();
     let mut rows: Vec<Vec<usize>> = vec![(0..=right.len()).collect()];
@@ -89,9 +89,9 @@ mod tests {
             ("", "ab", 2),
             ("read-only", "read_only", 1),
         ];
-        for (left, right, slips) in cases {
-            assert_eq!(distance(left, right), slips, "{left} {right}");
-            assert_eq!(distance(right, left), slips, "{right} {left}");
+        for (left, right, edits) in cases {
+            assert_eq!(edit_distance(left, right), edits, "{left} {right}");
+            assert_eq!(edit_distance(right, left), edits, "{right} {left}");
         }
     }
 

@@ -106,7 +106,7 @@ pub enum Change {
 }
 
 /// Methods that take long and change nothing: every client that can connect may call them.
-pub(super) const READING: [&str; 1] = ["Resident"];
+pub(super) const READ_ONLY_METHODS: [&str; 1] = ["Resident"];
 
 /// Why a call is not a valid change.
 #[derive(Debug)]

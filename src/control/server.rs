@@ -12,7 +12,7 @@ use log::debug;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::change::{BegunChange, Change, ChangeReply, InvalidCall, READING, Refusal};
+use super::change::{BegunChange, Change, ChangeReply, InvalidCall, READ_ONLY_METHODS, Refusal};
 use super::connection::VarlinkConnection;
 use super::events::EventLog;
 use super::permits::{Caller, Permits};
@@ -115,7 +115,7 @@ fn serve_connection(
         let oneway = call.oneway == Some(true);
         let more = call.more == Some(true);
         match (method(host, &call, may_change), more) {
-            (Ok(Method::Change(change)), _) => change_of(&mut connection, &host.begin(change, more), oneway)?,
+            (Ok(Method::Change(change)), _) => send_replies(&mut connection, &host.begin(change, more), oneway)?,
             _ if oneway => {}
             (Ok(Method::Once(results)), _) => {
                 connection.send(&MethodReply { parameters: results, ..MethodReply::default() })?;
@@ -161,7 +161,7 @@ fn caller(stream: &UnixStream) -> Caller {
 }
 
 /// Sends the replies to a change, until the last one or until the client disconnects.
-fn change_of(connection: &mut VarlinkConnection, begun: &BegunChange, is_oneway: bool) -> io::Result<()> {
+fn send_replies(connection: &mut VarlinkConnection, begun: &BegunChange, is_oneway: bool) -> io::Result<()> {
     loop {
         let reply = match begun.steps.recv_timeout(DISCONNECT_POLL) {
             Ok(ChangeReply::More(parameters)) => MethodReply { parameters, continues: Some(true), error: None },
@@ -229,7 +229,7 @@ fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method
         other => {
             let interface = other.rsplit_once('.').map_or("", |(interface, _)| interface);
             if interface == NAME {
-                return change_in(call, may_change).map(Method::Change);
+                return parse_change(call, may_change).map(Method::Change);
             }
             if interface == "org.varlink.service" {
                 Err(service_error("MethodNotFound", json!({ "method": other })))
@@ -241,10 +241,10 @@ fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method
 }
 
 /// The change that a call of the interface requests.
-fn change_in(call: &MethodCall, may_change: bool) -> Result<Change, MethodReply> {
+fn parse_change(call: &MethodCall, may_change: bool) -> Result<Change, MethodReply> {
     // For a client without the right to make changes, check only whether the method exists, not its parameters.
     let name = call.method.rsplit_once('.').map_or("", |(_, name)| name);
-    let may_change = may_change || READING.contains(&name);
+    let may_change = may_change || READ_ONLY_METHODS.contains(&name);
     let given = call.parameters.clone().filter(|given| may_change && !given.is_null()).unwrap_or_else(|| json!({}));
     match Change::of(name, &given) {
         Err(InvalidCall::Unknown) => Err(service_error("MethodNotFound", json!({ "method": call.method }))),

@@ -19,10 +19,10 @@ const WINDOW: Duration = Duration::from_secs(1);
 const WARNINGS_MAX: u32 = 1;
 const INFOS_MAX: u32 = 8;
 /// How many different lines of a kind are written in a burst, and how many more in each further window.
-const DIFFERENT_MAX: usize = 16;
-const DIFFERENT_MORE: usize = 1;
+const DIFFERENT_LINES_MAX: usize = 16;
+const DIFFERENT_LINES_PER_WINDOW: usize = 1;
 /// How many different counted lines of a kind are recorded per window.
-const COUNTED_MAX: usize = 64;
+const COUNTED_LINES_MAX: usize = 64;
 
 /// The properties that lines of one kind share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -98,7 +98,7 @@ impl Limiter {
             return true;
         }
         let repeats_max = kind.repeats_max();
-        let window = self.0.entry(kind).or_insert_with(|| Window::new(now, DIFFERENT_MAX, HashSet::new()));
+        let window = self.0.entry(kind).or_insert_with(|| Window::new(now, DIFFERENT_LINES_MAX, HashSet::new()));
         let mut hasher = DefaultHasher::new();
         message.hash(&mut hasher);
         let line = hasher.finish();
@@ -114,7 +114,7 @@ impl Limiter {
         }
         window.counted += 1;
         message.clone_into(&mut window.last);
-        if window.repeated.len() < COUNTED_MAX {
+        if window.repeated.len() < COUNTED_LINES_MAX {
             window.repeated.insert(line);
         }
         false
@@ -127,11 +127,11 @@ impl Limiter {
             if now.saturating_duration_since(window.since) < WINDOW {
                 return true;
             }
-            let credit = (window.credit + DIFFERENT_MORE).min(DIFFERENT_MAX);
+            let credit = (window.credit + DIFFERENT_LINES_PER_WINDOW).min(DIFFERENT_LINES_MAX);
             let over = mem::replace(window, Window::new(now, credit, HashSet::new()));
             summaries.extend(over.summary(kind));
             window.repeated_before = over.repeated;
-            over.counted > 0 || credit < DIFFERENT_MAX
+            over.counted > 0 || credit < DIFFERENT_LINES_MAX
         });
         summaries
     }
@@ -187,7 +187,7 @@ mod tests {
             let message = format!("d: the chain at descriptor {n} is broken");
             limiter.admit(kind(Level::Error, &message), &message, now)
         };
-        assert_eq!((0..1000).map(admit).filter(|&written| written).count(), DIFFERENT_MAX);
+        assert_eq!((0..1000).map(admit).filter(|&written| written).count(), DIFFERENT_LINES_MAX);
     }
 
     #[test]
@@ -203,7 +203,7 @@ mod tests {
             };
             written += (0..1000).map(admit).filter(|&written| written).count();
         }
-        assert_eq!(written, DIFFERENT_MAX + 19 * DIFFERENT_MORE);
+        assert_eq!(written, DIFFERENT_LINES_MAX + 19 * DIFFERENT_LINES_PER_WINDOW);
         // A pause earns back what was spent.
         for second in 20..60 {
             limiter.take_due(start + Duration::from_secs(second));

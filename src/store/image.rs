@@ -58,7 +58,7 @@ pub(super) struct OpenImage {
     /// See [`OpenImage::is_on_local_fs`].
     is_on_local_fs: bool,
     /// Whether this process opened the image by its path, and may read its attributes from the host.
-    is_own: bool,
+    is_opened_here: bool,
     reported: Reported,
     #[cfg(test)]
     test_limits: TestLimits,
@@ -148,7 +148,7 @@ impl OpenImage {
             device_number,
             found_token: found_token.unwrap_or_default(),
             is_on_local_fs,
-            is_own: true,
+            is_opened_here: true,
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
             test_limits: TestLimits::default(),
@@ -171,7 +171,7 @@ impl OpenImage {
             device_number: parts.device_number,
             found_token: ChangeToken::default(),
             is_on_local_fs: parts.is_on_local_fs,
-            is_own: false,
+            is_opened_here: false,
             reported: Reported { size_bytes: AtomicU64::new(size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
             test_limits: TestLimits::default(),
@@ -321,7 +321,7 @@ impl OpenImage {
 
     /// The change token of the image.
     pub(super) fn change_token(&self) -> std::io::Result<ChangeToken> {
-        if !self.is_own && self.is_device() {
+        if !self.is_opened_here && self.is_device() {
             // It is in sysfs, at paths that only the process that opened the image may use.
             return Err(std::io::ErrorKind::Unsupported.into());
         }

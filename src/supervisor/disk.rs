@@ -306,7 +306,7 @@ impl Disk {
             pid: self.handle.as_ref().and_then(DeviceHandle::pid),
             was_served: self.was_served,
             is_attaching: self.is_attaching(),
-            keeps_data: self.keeps_data(),
+            needs_final_flush: self.needs_final_flush(),
         }
     }
 

@@ -24,7 +24,7 @@ pub(super) struct DeviceProgress {
     /// An attach waits for it to be served.
     pub is_attaching: bool,
     /// It is being detached and would lose dirty pages if it ended now.
-    pub keeps_data: bool,
+    pub needs_final_flush: bool,
 }
 
 /// A device, as of the main thread's last check.

@@ -258,7 +258,7 @@ impl Fleet {
             let mut group = self.disks.values().filter(|other| other.image_key() == key);
             // A device that is being detached completes the operations that the others wait for (`WorkerPort::close`).
             let may_end = match self.end {
-                None if disk.is_ending() => !disk.keeps_data(),
+                None if disk.is_ending() => !disk.needs_final_flush(),
                 _ => group.all(Disk::has_quiesced),
             };
             if disk.phase() == DevicePhase::Quiesced && may_end {

@@ -209,7 +209,7 @@ impl Operator {
     /// During a detach, writes the dirty pages that would be lost with the process. The guest no longer writes.
     fn write_kept_data(&self, device: &str, client: &ChangeClient) {
         let Ok(entry) = self.overview.entry(device) else { return };
-        if entry.progress.keeps_data
+        if entry.progress.needs_final_flush
             && let Err(refusal) = ask(&entry, DeviceRequest::Flush, client)
             && refusal.error == "ImageFault"
         {

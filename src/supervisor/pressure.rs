@@ -293,7 +293,7 @@ mod tests {
                 pid: None,
                 was_served: true,
                 is_attaching: false,
-                keeps_data: false,
+                needs_final_flush: false,
             },
             link: None,
             operator: Arc::default(),

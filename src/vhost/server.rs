@@ -156,19 +156,19 @@ impl Server {
             Err(e) => return Err(e),
         };
         let peer = peer(&front_end).unwrap_or(Peer { pid: 0, uid: u32::MAX });
-        let mut greeting = Some(format!("front-end connected: {}", self.describe(peer)));
+        let mut connected_line = Some(format!("front-end connected: {}", self.describe(peer)));
         if self.failure_of(peer).is_none()
-            && let Some(greeting) = greeting.take()
+            && let Some(connected_line) = connected_line.take()
         {
-            info!("{}: {greeting}", self.device.name);
+            info!("{}: {connected_line}", self.device.name);
         }
         *self.connection() = Some(front_end.try_clone()?);
         self.config_change.begin_session();
         let mut owner = None;
         let (ended, failed_before) = loop {
-            let session = Session::new(&self.device, &self.workers, &self.broker, peer.pid, greeting.take());
+            let session = Session::new(&self.device, &self.workers, &self.broker, peer.pid, connected_line.take());
             let ended = self.session(&session, &front_end, owner.take());
-            let failed_before = session.has_greeting();
+            let failed_before = session.has_connected_line();
             self.workers.set_memory(&Arc::new(GuestRam::default()));
             match ended {
                 Ok(RelayEnd::NewOwner(next)) => {

@@ -47,7 +47,7 @@ pub(super) struct Session {
     /// The process ID of the front-end; 0 if unknown.
     pub peer_pid: u32,
     /// The log line about the front-end, written once a vring starts.
-    greeting: Mutex<Option<String>>,
+    connected_line: Mutex<Option<String>>,
     /// A vring has started, or the guest has set its cache mode: the mode no longer changes when the front-end reads
     /// it.
     pub guest_started: AtomicBool,
@@ -56,14 +56,14 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// The session of a front-end that has just connected or starts a new session. `greeting` is logged once a vring
-    /// starts.
+    /// The session of a front-end that has just connected or starts a new session. `connected_line` is logged once a
+    /// vring starts.
     pub fn new(
         device: &Arc<Device>,
         workers: &Arc<Workers>,
         broker: &Arc<Broker>,
         peer_pid: u32,
-        greeting: Option<String>,
+        connected_line: Option<String>,
     ) -> Arc<Self> {
         let (device, workers, broker) = (Arc::clone(device), Arc::clone(workers), Arc::clone(broker));
         Arc::new(Self {
@@ -72,15 +72,15 @@ impl Session {
             broker,
             inflight: Inflight::default(),
             peer_pid,
-            greeting: Mutex::new(greeting),
+            connected_line: Mutex::new(connected_line),
             guest_started: AtomicBool::new(false),
             resumed: Mutex::default(),
         })
     }
 
-    /// Whether `greeting` is still to be logged.
-    pub fn has_greeting(&self) -> bool {
-        self.greeting.lock().expect("no thread panics with the line locked").is_some()
+    /// Whether `connected_line` is still to be logged.
+    pub fn has_connected_line(&self) -> bool {
+        self.connected_line.lock().expect("no thread panics with the line locked").is_some()
     }
 
     /// Records the index at which vring `index` will start; 0 also when it is torn down.
@@ -101,8 +101,9 @@ impl Session {
     /// it.
     fn on_ring_start(&self, index: u16, setup: &RingSetup) {
         self.guest_started.store(true, Ordering::Release);
-        if let Some(greeting) = self.greeting.lock().expect("no thread panics with the line locked").take() {
-            info!("{}: {greeting}", self.device.name);
+        if let Some(connected_line) = self.connected_line.lock().expect("no thread panics with the line locked").take()
+        {
+            info!("{}: {connected_line}", self.device.name);
         }
         // Indices wrap, so the vring of a running guest may be at 0; the inflight region, if there is one, shows that.
         if setup.tracker.as_ref().is_some_and(InflightTracker::is_initialized) {

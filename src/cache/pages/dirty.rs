@@ -145,7 +145,7 @@ impl DirtySet {
                 self.dirty_pages += 1;
             }
             if before.dirty.is_some() != after.dirty.is_some() {
-                self.flip(no);
+                self.toggle(no);
             }
         }
         self.dirty_or_writeback_pages =
@@ -155,7 +155,7 @@ impl DirtySet {
     }
 
     /// The page becomes dirty, or clean.
-    fn flip(&mut self, no: PageNo) {
+    fn toggle(&mut self, no: PageNo) {
         let (number, at) = (no.0 / GROUP_PAGES, no.0 % GROUP_PAGES);
         let is_dirty =
             |no: u64| self.groups.get(&(no / GROUP_PAGES)).is_some_and(|group| group.contains(no % GROUP_PAGES));

@@ -166,7 +166,7 @@ impl Client {
             was_sent: false,
             cookie: 0,
             done: 0,
-            part: 0,
+            part_bytes: 0,
             error: None,
             arrived: Vec::new(),
             extents: Vec::new(),
@@ -215,9 +215,9 @@ impl Client {
         slot.phase = Phase::Sent;
         self.requests += 1;
         slot.cookie = self.requests << SLOT_BITS | index as u64;
-        slot.part = (slot.request.len - slot.done).min(PART_MAX);
+        slot.part_bytes = (slot.request.len - slot.done).min(PART_MAX);
         let offset = slot.request.offset + slot.done;
-        let len = u32::try_from(slot.part).expect("a part is short");
+        let len = u32::try_from(slot.part_bytes).expect("a part is short");
         let header = request(command, flags, slot.cookie, offset, len);
         let payload = if slot.request.op == OpKind::Write { slot.request.len } else { 0 };
         self.sending.push_back(Sending { header, slot: index, sent: 0, total: REQUEST_BYTES as u64 + payload });
@@ -339,7 +339,7 @@ impl Client {
                 }
                 slot.done = slot.known;
             }
-            _ => slot.done += slot.part,
+            _ => slot.done += slot.part_bytes,
         }
         if slot.done < slot.request.len {
             self.start(index, now);

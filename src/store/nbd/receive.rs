@@ -77,7 +77,7 @@ impl Client {
             if is_structured || slot.request.op == OpKind::Map {
                 return Err(Violation("it sends a simple reply where a structured reply is required"));
             }
-            let left = slot.part;
+            let left = slot.part_bytes;
             slot.arrived.push(0..left);
             self.receiving = Receiving::Data { slot: index, at: 0, left, is_last: true };
             return Ok(SIMPLE_BYTES);

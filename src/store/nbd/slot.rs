@@ -30,7 +30,7 @@ pub(super) struct Slot {
     /// Bytes of the range that earlier requests have completed.
     pub done: u64,
     /// Bytes of the request in flight.
-    pub part: u64,
+    pub part_bytes: u64,
     /// The error that the server reported.
     pub error: Option<u32>,
     /// For a read: the ranges that have arrived, in order, without adjacent ones.
@@ -56,7 +56,7 @@ impl Slot {
     }
 
     pub fn restart(&mut self) {
-        (self.phase, self.done, self.part, self.error, self.known) = (Phase::Waiting, 0, 0, None, 0);
+        (self.phase, self.done, self.part_bytes, self.error, self.known) = (Phase::Waiting, 0, 0, None, 0);
         self.arrived.clear();
         self.extents.clear();
     }

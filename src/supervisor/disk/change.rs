@@ -82,7 +82,7 @@ impl Disk {
 
     /// Whether it is being detached, its rings have stopped, and its end would lose dirty pages because its cache is
     /// volatile. The thread of the change then flushes it until a flush succeeds.
-    pub fn keeps_data(&self) -> bool {
+    pub fn needs_final_flush(&self) -> bool {
         let (Some(Detaching { discards: false, .. }), Some(quiesced), Some(handle)) =
             (&self.detaching, self.quiesced, &self.handle)
         else {

@@ -140,7 +140,11 @@ impl ArenaFile {
                 Err(e) => return Err(e),
             }
         }
-        let context = format!("cannot keep the cache in {}: it has too many caches of this image", directory.display());
+        let context = format!(
+            "cannot keep the cache in {}: it has too many caches of this image; remove unused ones with \
+             \"genblk recover --prune\"",
+            directory.display()
+        );
         Err(last.unwrap_or_else(|| Error::new(ErrorKind::Memory, context)))
     }
 

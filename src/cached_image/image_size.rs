@@ -18,8 +18,8 @@ impl CachedImage {
             return Ok(());
         }
         if !size_bytes.is_multiple_of(PAGE_BYTES) || !before.is_multiple_of(PAGE_BYTES) {
-            let why = "changes only when the disk is detached and attached again";
-            return Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"));
+            let hint = "for other sizes, detach the disk, and attach it again";
+            return Err(format!("the old or the new size is not a multiple of {PAGE_BYTES} bytes; {hint}"));
         }
         if !self.arena.has_room_for(size_bytes) {
             return Err("the cache of an image above 4 PiB cannot outlive the daemon".to_owned());

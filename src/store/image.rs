@@ -453,6 +453,6 @@ fn check_whole_pages(served: u64, wanted: u64) -> std::result::Result<(), String
     if wanted.is_multiple_of(PAGE_BYTES) && served.is_multiple_of(PAGE_BYTES) {
         return Ok(());
     }
-    let why = "changes only when the disk is detached and attached again";
-    Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"))
+    let hint = "for other sizes, detach the disk, and attach it again";
+    Err(format!("the old or the new size is not a multiple of {PAGE_BYTES} bytes; {hint}"))
 }

@@ -143,7 +143,8 @@ pub trait NamedImage: Backing {
     /// # Errors
     /// Why it cannot have that size; in that case nothing has changed.
     fn grow(&self, _size_bytes: Option<u64>) -> std::result::Result<u64, String> {
-        Err("an image of this kind changes its size only when the disk is detached and attached again".to_owned())
+        Err("the size of this kind of image cannot change while it is served; detach the disk, and attach it again"
+            .to_owned())
     }
 
     /// Checks whether the image can shrink to `size_bytes`. Returns the size with which it is served.
@@ -151,7 +152,8 @@ pub trait NamedImage: Backing {
     /// # Errors
     /// Why it cannot.
     fn check_shrink(&self, _size_bytes: u64) -> std::result::Result<u64, String> {
-        Err("an image of this kind changes its size only when the disk is detached and attached again".to_owned())
+        Err("the size of this kind of image cannot change while it is served; detach the disk, and attach it again"
+            .to_owned())
     }
 
     /// Cuts the image to `size_bytes`, and serves it with that size from now on. May wait.
@@ -161,7 +163,7 @@ pub trait NamedImage: Backing {
     /// # Errors
     /// Why it cannot be cut; in that case nothing has changed.
     fn truncate(&self, _size_bytes: u64) -> std::result::Result<(), String> {
-        Err("an image of this kind cannot shrink".to_owned())
+        Err("this kind of image cannot shrink while it is served".to_owned())
     }
 
     /// Reads a page; the part past the end of the image is zeros.

@@ -121,7 +121,7 @@ impl PageCache {
             self.freeze = FreezeState::Draining { ticket, until, holds_reads, flushing: true };
             self.flush(ticket);
             // No request or completion needs to follow.
-            self.writeback.take_turn();
+            self.writeback.request_turn();
         }
     }
 }

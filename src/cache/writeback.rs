@@ -41,8 +41,8 @@ pub(super) struct Writeback {
     running: bool,
     /// A reclaim found no clean page.
     pub pressure: bool,
-    /// A sweep ended at its bound.
-    more: bool,
+    /// Write-back has work for another turn: a sweep ended at its bound, or something changed that it waits for.
+    needs_turn: bool,
     /// Groups examined since a write was last started.
     groups_without_progress: usize,
     /// A page could not be completed for its write: no frame was free, or the store's map was unknown.
@@ -72,13 +72,13 @@ impl Writeback {
     pub fn made_room(&mut self) {
         if std::mem::take(&mut self.lacks_frame) {
             self.reset_progress();
-            self.take_turn();
+            self.request_turn();
         }
     }
 
     /// Write-back has work for another turn, immediately.
-    pub fn take_turn(&mut self) {
-        self.more = true;
+    pub fn request_turn(&mut self) {
+        self.needs_turn = true;
     }
 
     /// A guest sent a request: the image is not idle.
@@ -118,7 +118,7 @@ enum Scope {
 impl PageCache {
     /// Starts the write-back that is due.
     pub(super) fn write_back(&mut self) {
-        self.writeback.more = false;
+        self.writeback.needs_turn = false;
         if self.health.stopped().is_some() || self.freeze.is_on() {
             return;
         }
@@ -137,7 +137,7 @@ impl PageCache {
         }
         // A stream that competes with a FLUSH would otherwise take half of the disk's bandwidth and double the time of
         // the FLUSH.
-        let flush_needs_store = self.writeback.more || self.store_ops.writes() >= DEPTH_MAX;
+        let flush_needs_store = self.writeback.needs_turn || self.store_ops.writes() >= DEPTH_MAX;
         if self.flushing.unwritten_up_to().is_none() || !flush_needs_store {
             for last in std::mem::take(&mut self.writeback.filled_region_ends) {
                 self.write_behind(last);
@@ -258,7 +258,7 @@ impl PageCache {
         // skips recent groups, its second does not.
         let delays = cold && self.write_back_cost() > self.throttle.setpoint_pages();
         let rounds = if delays { 2 } else { usize::from(!cold) };
-        self.writeback.more |= self.writeback.groups_without_progress < rounds * self.pages.dirty().groups();
+        self.writeback.needs_turn |= self.writeback.groups_without_progress < rounds * self.pages.dirty().groups();
     }
 
     /// Whether a guest wrote a page of the group since the cursor last passed. Clears that mark, since the cursor
@@ -321,7 +321,7 @@ impl PageCache {
     }
 
     fn next_write_back(&self) -> Option<Tick> {
-        if self.writeback.more {
+        if self.writeback.needs_turn {
             return Some(self.now);
         }
         if self.health.stopped().is_some() {

@@ -107,7 +107,7 @@ impl<'a> Interval<'a> {
         counter(&self.now.cache).saturating_sub(counter(&self.before.cache))
     }
 
-    /// Pages found in memory, in percent of those that reads requested, without holes.
+    /// Requested pages found in memory, in percent; holes are not counted.
     pub fn hit_percent(&self) -> String {
         let hits = self.cache(|cache| cache.hit_pages);
         percent(hits, hits.saturating_add(self.cache(|cache| cache.miss_pages)))

@@ -32,7 +32,7 @@ const HELP: &[&str] = &[
     " h         this text; Esc goes back",
     " r/s w/s f/s  reads, writes and FLUSHes per second",
     " r99 w99 f99  99th percentile of their latencies",
-    " hit%         pages found in memory, of those that reads requested, without holes",
+    " hit%         requested pages found in memory, not counting holes",
     " dirty        data not yet written to the image",
     " busy         time that the workers spent in turns with work, of one processor",
 ];

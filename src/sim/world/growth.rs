@@ -12,7 +12,7 @@ const APPLY_PER_MILLE: u64 = 100;
 /// Of 100 daemons, the number that find a larger disk than their predecessors.
 const BETWEEN_LIVES_PERCENT: u64 = 10;
 /// Maximum number of times that an image grows.
-const TIMES_MAX: u32 = 20;
+const GROWTHS_MAX: u32 = 20;
 /// Of 100 sizes, the number that are a multiple of the page: a daemon can only grow from one such size to another.
 const WHOLE_PAGES_PERCENT: u64 = 95;
 /// Largest growth in sectors: up to a page, some pages, and more than a region of the hole map.
@@ -33,7 +33,7 @@ impl Growth {
     pub fn new(seed: u64) -> Self {
         let mut prng = Prng::new(seed ^ 0x6772_6f77);
         let hole_percent = prng.pick(&[0, 50, 100]);
-        Self { prng, hole_percent, times_left: TIMES_MAX, added_at: 0 }
+        Self { prng, hole_percent, times_left: GROWTHS_MAX, added_at: 0 }
     }
 }
 

@@ -12,7 +12,7 @@ const APPLY_PER_MILLE: u64 = 50;
 /// Of 100 daemons, the number that find a larger disk than their predecessors.
 const BETWEEN_LIVES_PERCENT: u64 = 10;
 /// How often an image grows at most, and by how many sectors.
-const TIMES_MAX: u32 = 10;
+const GROWTHS_MAX: u32 = 10;
 const ADDED_MAX: [u64; 3] = [8, 64, 600];
 /// Of 100 sizes, the number that are a multiple of the page: a daemon can only grow from one such size to another.
 const WHOLE_PAGES_PERCENT: u64 = 90;
@@ -35,7 +35,7 @@ impl Growth {
     pub fn new(seed: u64, served: u64) -> Self {
         let mut prng = Prng::new(seed ^ 0x6772_6f77);
         let hole_percent = prng.pick(&[0, 50, 100]);
-        Self { prng, hole_percent, times_left: TIMES_MAX, added_at: 0, served }
+        Self { prng, hole_percent, times_left: GROWTHS_MAX, added_at: 0, served }
     }
 }
 

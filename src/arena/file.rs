@@ -376,7 +376,7 @@ impl ArenaFile {
     pub fn is_reachable(&self) -> bool {
         match &self.location {
             // Check the path: its directory may have been removed or renamed.
-            Location::Path(path) => is_at(&self.file, path),
+            Location::Path(path) => path_leads_to(&self.file, path),
             // The process that has its name checks it.
             Location::FdStore { .. } | Location::Received(_) => true,
         }
@@ -542,7 +542,7 @@ impl Drop for ArenaFile {
 }
 
 /// Whether `path` still leads to the open file.
-fn is_at(file: &File, path: &Path) -> bool {
+fn path_leads_to(file: &File, path: &Path) -> bool {
     let (ours, found) = (file.metadata(), fs::symlink_metadata(path));
     matches!((ours, found), (Ok(ours), Ok(found)) if ours.ino() == found.ino() && ours.dev() == found.dev())
 }

@@ -48,19 +48,19 @@ pub fn reload(client: &mut ControlClient, dry_run: bool, as_json: bool) -> Resul
     let unknown = |e: serde_json::Error| Error::io(ErrorKind::Control, "an unsupported reply to Reload", e.into());
     let changes: Vec<DeviceChange> = serde_json::from_value(results["changes"].clone()).map_err(unknown)?;
     let overridden: Vec<DeviceKeys> = serde_json::from_value(results["overridden"].clone()).unwrap_or_default();
-    let overridden: String = overridden.iter().map(line_of_overridden).collect();
+    let overridden: String = overridden.iter().map(overridden_line).collect();
     if changes.is_empty() {
         return Ok(format!("nothing has changed\n{overridden}"));
     }
-    Ok(changes.iter().map(|change| line_of(change, dry_run)).collect::<String>() + &overridden)
+    Ok(changes.iter().map(|change| change_line(change, dry_run)).collect::<String>() + &overridden)
 }
 
-fn line_of_overridden(DeviceKeys { device, keys }: &DeviceKeys) -> String {
+fn overridden_line(DeviceKeys { device, keys }: &DeviceKeys) -> String {
     let keys = super::visible(&keys.join(", "));
     format!("{device}: set by a command, which overrides the file until a clean stop: {keys}\n")
 }
 
-fn line_of(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) -> String {
+fn change_line(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) -> String {
     let detail = super::visible(&detail.join(", "));
     let text = match what {
         ChangeKind::Attached => "attached".to_owned(),
@@ -98,10 +98,10 @@ mod tests {
         let change = |what, detail: &[&str]| {
             DeviceChange::of("db", what, detail.iter().map(|text| (*text).to_owned()).collect())
         };
-        assert_eq!(line_of(&change(ChangeKind::Changed, &["poll_us"]), false), "db: changed poll_us\n");
-        assert_eq!(line_of(&change(ChangeKind::Attached, &[]), true), "db: would be attached\n");
+        assert_eq!(change_line(&change(ChangeKind::Changed, &["poll_us"]), false), "db: changed poll_us\n");
+        assert_eq!(change_line(&change(ChangeKind::Attached, &[]), true), "db: would be attached\n");
         assert!(
-            line_of(&change(ChangeKind::Kept, &["in use by pid 7"]), false)
+            change_line(&change(ChangeKind::Kept, &["in use by pid 7"]), false)
                 .ends_with("no longer in the file: in use by pid 7\n")
         );
     }

@@ -100,7 +100,7 @@ fn image_state(header: &Header) -> ImageState {
         return ImageState::Unknown;
     }
     match identity_and_token(path) {
-        Ok((found, token)) if is_same(&found, identity) => match header.last_seen.judge(&token) {
+        Ok((found, token)) if is_same_image(&found, identity) => match header.last_seen.judge(&token) {
             ChangeVerdict::Changed(_) => ImageState::Changed,
             _ => ImageState::Present,
         },
@@ -115,7 +115,7 @@ fn image_state(header: &Header) -> ImageState {
 }
 
 /// Whether two identities are those of one image, whose file system may now have another device number.
-fn is_same(found: &ImageId, known: &ImageId) -> bool {
+fn is_same_image(found: &ImageId, known: &ImageId) -> bool {
     let is_remounted = known.born_ns != 0 && (found.inode, found.born_ns) == (known.inode, known.born_ns);
     found == known || is_remounted
 }

@@ -51,12 +51,11 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     let newest = found.iter().map(|candidate| generation_of(&candidate.header)).max().unwrap_or(0);
     let recorded = record.filter(|record| record.state == TenureState::Open);
     let is_recorded = |header: &Header| recorded.is_some_and(|r| header.tenure.is_some_and(|t| t.id == r.tenure));
-    let mut last_end = recorded.map(|record| match &record.cache {
-        CacheLocation::Path(path) => {
-            ArenaFile::recorded_tenure_end(path, allowed_owner(), record.tenure).unwrap_or(TenureState::Forfeited)
-        }
-        _ => TenureState::Forfeited,
-    });
+    let recorded_end = |record: &Record| match &record.cache {
+        CacheLocation::Path(path) => ArenaFile::recorded_tenure_end(path, allowed_owner(), record.tenure),
+        _ => None,
+    };
+    let mut last_end = recorded.map(|record| recorded_end(record).unwrap_or(TenureState::Forfeited));
     let mut lossy = Vec::new();
     for candidate in found {
         match candidate.unwritten() {
@@ -70,10 +69,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
             Err(e) => lossy.push((candidate.file, format!("cannot be read ({e})"))),
         }
     }
-    if let LastTenure::Unreadable(_) = last {
-        last_end = Some(TenureState::Forfeited);
-    }
-    if !lossy.is_empty() || moved.is_some() {
+    if matches!(last, LastTenure::Unreadable(_)) || !lossy.is_empty() || moved.is_some() {
         last_end = Some(TenureState::Forfeited);
     }
     let is_free = last_end.is_none_or(|state| state == TenureState::Clean) && problems.is_empty();

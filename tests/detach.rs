@@ -72,7 +72,7 @@ fn a_disk_whose_image_fails_stays_attached_and_served() {
     session.write(0, &[1; 4096]);
     File::create(&fails).expect("a file can be created");
     let text = stderr_of(&control, &["flush", "d0"]);
-    assert!(text.contains("d0: the image failed (I/O error); 1 page is dirty"), "{text}");
+    assert!(text.contains("d0: the image failed (I/O error); 1 dirty page"), "{text}");
     drop(session);
     let refused = poll_until("the front-end is gone", TIMEOUT, || {
         let refused = call(&control, "Detach", &json!({"device": "d0"}));

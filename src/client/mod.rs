@@ -134,7 +134,7 @@ impl ControlClient {
     /// As [`ControlClient::call`].
     pub fn call_long(&mut self, method: &str, parameters: &Value, report: impl Fn(&Value)) -> Result<Value> {
         let stream = self.connection.stream();
-        stream.set_read_timeout(None).map_err(|e| self.failed("cannot wait for it", e))?;
+        stream.set_read_timeout(None).map_err(|e| self.failed("cannot wait for replies", e))?;
         // With `more`, a freeze would send another reply at its end.
         let more = (method != "Freeze").then_some(true);
         let mut reply = self.send_call(method, parameters.clone(), more)?;
@@ -158,7 +158,7 @@ impl ControlClient {
         take: impl Fn(&Value) -> Result<bool>,
     ) -> Result<()> {
         let waits = self.connection.stream().set_read_timeout(if more { None } else { Some(REPLY_TIMEOUT) });
-        waits.map_err(|e| self.failed("cannot wait for it", e))?;
+        waits.map_err(|e| self.failed("cannot wait for replies", e))?;
         let mut reply = self.send_call(method, parameters.clone(), more.then_some(true))?;
         while take(&reply.parameters)? && reply.continues == Some(true) {
             reply = self.next_reply(Ok(()))?;
@@ -172,7 +172,7 @@ impl ControlClient {
     /// # Errors
     /// As [`ControlClient::call`].
     pub fn call_first(&mut self, method: &str, parameters: &Value) -> Result<Value> {
-        self.connection.stream().set_read_timeout(None).map_err(|e| self.failed("cannot wait for it", e))?;
+        self.connection.stream().set_read_timeout(None).map_err(|e| self.failed("cannot wait for replies", e))?;
         self.start_call(method, parameters.clone(), Some(true))
     }
 

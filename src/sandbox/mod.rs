@@ -184,9 +184,10 @@ fn forbid_paths() -> std::result::Result<Option<String>, RulesetError> {
     let status = ruleset.create()?.restrict_self()?;
     Ok(match (status.ruleset, status.landlock) {
         (RulesetStatus::FullyEnforced, _) => None,
-        (_, LandlockStatus::Available { effective_abi, .. }) => {
-            Some(format!("its version is {}, and {} restricts more", effective_abi as u8, LANDLOCK as u8))
-        }
+        (_, LandlockStatus::Available { effective_abi, .. }) => Some(format!(
+            "the kernel has version {}, and version {} restricts more",
+            effective_abi as u8, LANDLOCK as u8
+        )),
         _ => Some("it is not built in, or not in lsm= of the kernel's command line".to_owned()),
     })
 }

@@ -156,7 +156,10 @@ impl Drop for Pool {
             if left.is_zero() {
                 if !self.drain_max.is_zero() {
                     let (hanging, label) = (counted(state.running as u64, "operation"), self.shared.image.label());
-                    log::error!("{label}: {hanging} did not complete in {} s; abandoning", self.drain_max.as_secs());
+                    log::error!(
+                        "{label}: {hanging} did not complete in {} s; abandoning them",
+                        self.drain_max.as_secs()
+                    );
                 }
                 // No thread may start an operation after the caller has freed its memory.
                 state.queue.clear();

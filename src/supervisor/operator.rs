@@ -341,7 +341,7 @@ pub(super) fn ask(
     loop {
         match replies.recv_timeout(PROGRESS) {
             Ok(DeviceReply::Failed { fault }) => {
-                let detail = format!("{} is dirty", crate::units::counted(dirty() / PAGE_BYTES, "page"));
+                let detail = crate::units::counted(dirty() / PAGE_BYTES, "dirty page");
                 return Err(Refusal::new("ImageFault", json!({ "device": name, "fault": fault, "detail": detail })));
             }
             Ok(DeviceReply::Refused { why }) => return Err(Refusal::refused(name.clone(), why)),

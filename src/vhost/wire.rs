@@ -91,7 +91,7 @@ fn receive_rest(mut socket: &UnixStream, mut bytes: &mut [u8], deadline: Instant
     while !bytes.is_empty() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "the other end stalled within a message"));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the peer stalled within a message"));
         }
         socket.set_read_timeout(Some(left))?;
         match socket.read(bytes) {

@@ -329,7 +329,7 @@ fn requests_wait_for_an_export_missing_after_a_server_restart() {
     session.write(0, &bytes);
     server.kill();
     server.restart_with(&arguments("other"));
-    daemon.await_log("it has no export \"disk\"");
+    daemon.await_log("the server has no export \"disk\"");
     assert_eq!(daemon.image_bytes(0, 4096), vec![0; 4096], "nothing is written to another export");
     server.kill();
     server.restart_with(&arguments("disk"));

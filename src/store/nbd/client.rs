@@ -316,7 +316,7 @@ impl Client {
         let is_being_sent = || self.sending.iter().any(|sending| sending.slot == index);
         match slot {
             Some(slot) if slot.cookie == cookie && slot.phase == Phase::Sent && !is_being_sent() => Ok(index),
-            _ => Err(Violation("it sends a reply with an unknown cookie")),
+            _ => Err(Violation("the server sends a reply with an unknown cookie")),
         }
     }
 
@@ -331,11 +331,11 @@ impl Client {
         }
         match slot.request.op {
             OpKind::Read if !slot.has_arrived() => {
-                return Err(Violation("it ends a read reply early"));
+                return Err(Violation("the server ends a read reply early"));
             }
             OpKind::Map => {
                 if slot.known <= slot.done {
-                    return Err(Violation("it sends an empty block status"));
+                    return Err(Violation("the server sends an empty block status"));
                 }
                 slot.done = slot.known;
             }

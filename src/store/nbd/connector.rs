@@ -214,7 +214,7 @@ impl Reconnector {
                 Ok(Some(ServerAttempt::Connected { connection, is_server_new }))
             }
             (ConnectorReply::Gone { why }, _) => Ok(Some(ServerAttempt::Gone(why))),
-            (reply, _) => Err(io::Error::other(format!("the connector sent {reply:?}"))),
+            _ => Err(io::Error::other("the connector sent an unexpected reply")),
         }
     }
 }

@@ -128,12 +128,12 @@ impl Handshake {
             HandshakeState::Greeting => self.greeted(bytes),
             HandshakeState::Reply(option) => {
                 if be64(bytes, 0) != OPTION_REPLY_MAGIC || be32(bytes, 8) != option {
-                    return Err(protocol("it sends a bad magic number or another option in an option reply"));
+                    return Err(protocol("the server sends a bad magic number or another option in an option reply"));
                 }
                 let (kind, len) = (be32(bytes, 12), be32(bytes, 16));
                 self.replies += 1;
                 if len > REPLY_DATA_MAX || self.replies > REPLIES_MAX {
-                    return Err(protocol("it sends too many or too long option replies"));
+                    return Err(protocol("the server sends too many or too long option replies"));
                 }
                 if len > 0 {
                     self.state = HandshakeState::ReplyData { option, kind, len };
@@ -148,11 +148,13 @@ impl Handshake {
 
     fn greeted(&mut self, bytes: &[u8]) -> Result<(), HandshakeError> {
         if &bytes[..8] != b"NBDMAGIC" {
-            return Err(protocol("it is not an NBD server"));
+            return Err(protocol("the server is not an NBD server"));
         }
         let flags = be16(bytes, 16);
         if &bytes[8..16] != OPTION_MAGIC || flags & FIXED_NEWSTYLE == 0 {
-            return Err(protocol("it speaks only the old form of the protocol (no fixed newstyle negotiation)"));
+            return Err(protocol(
+                "the server speaks only the old form of the protocol (no fixed newstyle negotiation)",
+            ));
         }
         self.output.extend(u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES)).to_be_bytes());
         self.send_option(OPTION_STRUCTURED_REPLY, &[]);
@@ -205,9 +207,9 @@ impl Handshake {
             }
             (OPTION_GO, REPLY_INFO) => self.informed(data)?,
             (OPTION_GO, REPLY_ACK) if self.has_size => self.state = HandshakeState::Done,
-            (OPTION_GO, REPLY_ACK) => return Err(protocol("it sends no NBD_INFO_EXPORT")),
+            (OPTION_GO, REPLY_ACK) => return Err(protocol("the server sends no NBD_INFO_EXPORT")),
             (OPTION_GO, _) if is_error => return Err(self.refusal(kind, data)),
-            _ => return Err(protocol(&format!("it sends an unexpected reply {kind:#x} to option {option}"))),
+            _ => return Err(protocol(&format!("the server sends an unexpected reply {kind:#x} to option {option}"))),
         }
         Ok(())
     }
@@ -221,12 +223,14 @@ impl Handshake {
             (14, Some(INFO_BLOCK_SIZE)) => {
                 let (min, preferred, max) = (be32(data, 2), be32(data, 6), be32(data, 10));
                 if !min.is_power_of_two() || min > 64 << 10 || !preferred.is_power_of_two() || max < min {
-                    return Err(protocol(&format!("it announces invalid block sizes ({min}, {preferred}, {max})")));
+                    return Err(protocol(&format!(
+                        "the server announces invalid block sizes ({min}, {preferred}, {max})"
+                    )));
                 }
                 (self.found.block_min, self.found.block_preferred, self.found.block_max) = (min, preferred, max);
             }
             (_, None | Some(INFO_EXPORT | INFO_BLOCK_SIZE)) => {
-                return Err(protocol("it sends a malformed NBD_REP_INFO"));
+                return Err(protocol("the server sends a malformed NBD_REP_INFO"));
             }
             // Information that was not requested.
             _ => {}
@@ -238,12 +242,12 @@ impl Handshake {
         let said: String = String::from_utf8_lossy(data).chars().filter(|c| !c.is_control()).take(200).collect();
         let said = if said.is_empty() { said } else { format!(" ({said})") };
         HandshakeError::Refused(match kind {
-            ERROR_UNKNOWN => format!("it has no export {:?}{said}", self.name),
-            ERROR_TLS_REQUIRED => format!("it requires TLS{said}: use a TLS proxy"),
-            ERROR_POLICY => format!("its policy refuses the export{said}"),
-            ERROR_SHUTDOWN => format!("it is shutting down{said}"),
-            ERROR_UNSUPPORTED => format!("it does not support NBD_OPT_GO{said}"),
-            other => format!("it refuses the export with error {:#x}{said}", other & !REPLY_ERROR),
+            ERROR_UNKNOWN => format!("the server has no export {:?}{said}", self.name),
+            ERROR_TLS_REQUIRED => format!("the server requires TLS{said}: use a TLS proxy"),
+            ERROR_POLICY => format!("the server's policy refuses the export{said}"),
+            ERROR_SHUTDOWN => format!("the server is shutting down{said}"),
+            ERROR_UNSUPPORTED => format!("the server does not support NBD_OPT_GO{said}"),
+            other => format!("the server refuses the export with error {:#x}{said}", other & !REPLY_ERROR),
         })
     }
 }

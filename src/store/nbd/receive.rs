@@ -58,7 +58,7 @@ impl Client {
             Receiving::Header => match be32(bytes, 0) {
                 SIMPLE_REPLY_MAGIC => self.simple_reply(bytes, now),
                 STRUCTURED_REPLY_MAGIC => self.chunk(bytes, now),
-                _ => Err(Violation("it sends a bad reply magic")),
+                _ => Err(Violation("the server sends a bad reply magic")),
             },
         }
     }
@@ -75,7 +75,7 @@ impl Client {
             record_error(slot, error)?;
         } else if matches!(slot.request.op, OpKind::Read | OpKind::Map) {
             if is_structured || slot.request.op == OpKind::Map {
-                return Err(Violation("it sends a simple reply where a structured reply is required"));
+                return Err(Violation("the server sends a simple reply where a structured reply is required"));
             }
             let left = slot.part_bytes;
             slot.arrived.push(0..left);
@@ -93,7 +93,7 @@ impl Client {
         let (flags, kind, cookie) = (be16(bytes, 4), be16(bytes, 6), be64(bytes, 8));
         let (len, is_last) = (be32(bytes, 16) as usize, flags & chunk::DONE != 0);
         if !self.is_structured() {
-            return Err(Violation("it sends an unnegotiated structured reply"));
+            return Err(Violation("the server sends an unnegotiated structured reply"));
         }
         let index = self.slot_of(cookie)?;
         let slot = self.slots[index].as_mut().expect("slot_of() has found it");
@@ -103,7 +103,8 @@ impl Client {
                 if data.len() < 8 {
                     return Ok(0);
                 }
-                let len = (len as u64).checked_sub(8).ok_or(Violation("it sends a data chunk without an offset"))?;
+                let len =
+                    (len as u64).checked_sub(8).ok_or(Violation("the server sends a data chunk without an offset"))?;
                 let at = arrives(slot, be64(data, 0), len)?;
                 self.receiving = Receiving::Data { slot: index, at, left: len, is_last };
                 return Ok(CHUNK_BYTES + 8);
@@ -113,12 +114,12 @@ impl Client {
                     return Ok(0);
                 }
                 if len < 12 || !(len - 4).is_multiple_of(8) || Some(be32(data, 0)) != self.allocation() {
-                    return Err(Violation("it sends a block status of another context or of a wrong length"));
+                    return Err(Violation("the server sends a block status of another context or of a wrong length"));
                 }
                 self.receiving = Receiving::Extents { slot: index, left: len as u64 - 4, is_last };
                 return Ok(CHUNK_BYTES + 4);
             }
-            _ if len > WHOLE_CHUNK_MAX => return Err(Violation("it sends a chunk that is too long")),
+            _ if len > WHOLE_CHUNK_MAX => return Err(Violation("the server sends a chunk that is too long")),
             _ if data.len() < len => return Ok(0),
             (chunk::NONE, _) if len == 0 && is_last => {}
             (chunk::OFFSET_HOLE, OpKind::Read) if len == 12 => {
@@ -127,7 +128,7 @@ impl Client {
                 memory::zero(&slot.request.segments, at, len);
             }
             (kind, _) if kind & chunk::ERROR != 0 && len >= 6 => record_error(slot, be32(data, 0))?,
-            _ => return Err(Violation("it sends a chunk type that does not match the request")),
+            _ => return Err(Violation("the server sends a chunk type that does not match the request")),
         }
         if is_last {
             self.finish(index, now)?;
@@ -167,10 +168,10 @@ impl Client {
 /// next one.
 fn record_error(slot: &mut Slot, error: u32) -> Result<(), Violation> {
     if error == ESHUTDOWN {
-        return Err(Violation("it is shutting down"));
+        return Err(Violation("the server is shutting down"));
     }
     if error == 0 {
-        return Err(Violation("it sends an error chunk with error 0"));
+        return Err(Violation("the server sends an error chunk with error 0"));
     }
     slot.error.get_or_insert(error);
     Ok(())
@@ -182,13 +183,13 @@ fn arrives(slot: &mut Slot, offset: u64, len: u64) -> Result<u64, Violation> {
     let start = offset.checked_sub(slot.request.offset);
     let end = start.and_then(|start| start.checked_add(len)).filter(|end| len > 0 && *end <= slot.request.len);
     let (Some(start), Some(end)) = (start, end) else {
-        return Err(Violation("it sends data outside the requested range"));
+        return Err(Violation("the server sends data outside the requested range"));
     };
     let at = slot.arrived.partition_point(|range| range.end < start);
     if slot.arrived.get(at).is_some_and(|next| next.start < end && start < next.end)
         || slot.arrived.get(at + 1).is_some_and(|next| next.start < end)
     {
-        return Err(Violation("it sends overlapping data chunks"));
+        return Err(Violation("the server sends overlapping data chunks"));
     }
     // Adjacent ranges become one.
     let (mut from, mut to, mut until) = (start, end, at);
@@ -197,7 +198,7 @@ fn arrives(slot: &mut Slot, offset: u64, len: u64) -> Result<u64, Violation> {
     }
     slot.arrived.splice(at..until, std::iter::once(from..to));
     if slot.arrived.len() > RANGES_MAX {
-        return Err(Violation("it sends a read in too many chunks"));
+        return Err(Violation("the server sends a read in too many chunks"));
     }
     Ok(start)
 }
@@ -208,7 +209,7 @@ fn arrives(slot: &mut Slot, offset: u64, len: u64) -> Result<u64, Violation> {
 fn add_extent(slot: &mut Slot, len: u64, kind: ExtentKind) -> Result<(), Violation> {
     let left = slot.request.len - slot.known;
     if len == 0 {
-        return Err(Violation("it sends an extent of length 0"));
+        return Err(Violation("the server sends an extent of length 0"));
     }
     let is_full = slot.extents.len() >= EXTENTS_MAX;
     let (len, kind) = if is_full { (left, ExtentKind::Data) } else { (len.min(left), kind) };

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use crate::cache::{Access, Admitted, Attempt, Notice, PageCache};
-use crate::units::{PageId, SECTORS_PER_PAGE, low_u32};
+use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, low_u32};
 use crate::virtio::chain::DescriptorTable;
 use crate::virtio::request::{Malformed, RequestKind, parse};
 use crate::virtio::{GuestRam, Status};
@@ -163,7 +163,9 @@ impl Requests {
         let Self { incoming, pending, found, .. } = self;
         found.clear();
         if incoming.len() > 1 {
-            cache.find_all(incoming.iter().map(|&slot| pending[slot].request.span().pages().first), found);
+            // A request without data has any sector that its guest sent; its lookup is wasted.
+            let first_page = |&slot: &PendingSlot| PageNo(pending[slot].request.sector / SECTORS_PER_PAGE);
+            cache.find_all(incoming.iter().map(first_page), found);
         }
         for at in 0.. {
             let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.incoming) else { break };

@@ -631,3 +631,45 @@ fn a_flush_that_waited_for_a_frame_continues_in_the_next_turn() {
     assert!(written.iter().any(|(kind, _)| *kind == OpKind::Sync), "{written:?}");
     cache.check(&[]);
 }
+
+#[test]
+fn a_zero_whose_repetition_fails_is_repeated_after_the_pause() {
+    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 60 * SECOND_US, ..Settings::of(64, 1 << 12) };
+    let mut cache = cache_with(settings);
+    let zero = OpKind::Zero { unmap: Unmap::Forbidden };
+    assert!(cache.zero(Ticket(2), SectorSpan::new(0, 64), Unmap::Forbidden));
+    pump_once(&mut cache, Tick::from_us(1), None);
+    assert!(cache.discard(Ticket(3), SectorSpan::new(128, 64)));
+    pump_once(&mut cache, Tick::from_us(2), Some(OpKind::Discard));
+    cache.flush(FLUSH);
+    assert_eq!(pump_once(&mut cache, Tick::from_us(3), Some(zero)), [(zero, SectorSpan::new(0, 64))]);
+    let due = cache.next_deadline().expect("the flush waits");
+    assert_eq!(due.since_us(Tick::from_us(3)), 100_000);
+    assert_eq!(pump_once(&mut cache, due, None), [(zero, SectorSpan::new(0, 64))]);
+}
+
+#[test]
+fn zeros_that_find_no_free_slot_need_no_flush() {
+    let mut cache = cache_of(64, 1 << 12);
+    for nth in 0..9 {
+        assert!(cache.zero(Ticket(nth), SectorSpan::new(nth * 64, 8), Unmap::Forbidden));
+    }
+    assert_eq!(zeroed(&complete_all(&mut cache, Tick::from_us(1))).len(), 9);
+}
+
+#[test]
+fn a_freeze_waits_for_a_zero_that_waits_for_a_read() {
+    let mut cache = cache_of(64, 1 << 12);
+    let now = Tick::from_us(1);
+    assert_eq!(cache.read(access(0, 8), &mut Vec::new()), Admitted::All);
+    let reads = started(&mut cache, now);
+    assert!(cache.zero(Ticket(2), SectorSpan::new(0, 8), Unmap::Forbidden));
+    cache.freeze(Ticket(3), Tick::from_us(SECOND_US), false);
+    assert_eq!(zeroed(&complete_all(&mut cache, now)), []);
+    assert!(!cache.is_frozen());
+    reads.iter().for_each(|(tag, ..)| cache.complete(*tag, &Outcome::Done, now));
+    assert_eq!(zeroed(&complete_all(&mut cache, now)), [SectorSpan::new(0, 8)]);
+    // The flush of the zero starts in the next turn.
+    complete_all(&mut cache, now);
+    assert!(cache.is_frozen());
+}

@@ -426,6 +426,20 @@ fn a_request_returned_to_the_driver_is_not_marked_in_flight() {
 }
 
 #[test]
+fn a_suspended_request_is_taken_again_after_a_change_of_memory() {
+    let memory = Memory::new();
+    let mut ring = memory.ring(START);
+    Driver::default().submit(&memory, 1);
+    ring.take(1, &mut Vec::new());
+    ring.suspend(1);
+    assert!(ring.is_drained() && !ring.has_more());
+    ring.set_memory(&memory.ram);
+    let (has_more, mut heads) = (ring.has_more(), Vec::new());
+    ring.take(1, &mut heads);
+    assert_eq!((has_more, heads), (true, vec![1]));
+}
+
+#[test]
 fn a_call_descriptor_set_late_gets_the_pending_interrupt() {
     let memory = Memory::new();
     // The previous daemon may have died between a completion and its interrupt.

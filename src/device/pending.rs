@@ -267,6 +267,26 @@ mod tests {
     use super::*;
     use crate::units::Unmap;
 
+    /// A request with `buffers` buffers.
+    fn take_large(table: &mut PendingTable, buffers: usize) -> PendingSlot {
+        let slot = table.take(0, Tick::ZERO);
+        let before = table[slot].request.data.capacity();
+        table[slot].request.data.reserve_exact(buffers);
+        table.count_buffers(slot, before);
+        slot
+    }
+
+    #[test]
+    fn requests_that_have_completed_leave_room_for_others() {
+        let mut table = PendingTable::new(Ticket(0));
+        for _ in 0..3 {
+            let slots: Vec<PendingSlot> = (0..128).map(|_| take_large(&mut table, 1024)).collect();
+            assert!(!table.has_room(), "their buffers take all of the memory that there is for buffers");
+            slots.into_iter().for_each(|slot| table.release(slot));
+            assert!(table.has_room());
+        }
+    }
+
     #[test]
     fn the_parts_of_a_range_request_cover_its_segments_in_order() {
         let mut table = PendingTable::new(Ticket(0));

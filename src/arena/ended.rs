@@ -64,3 +64,28 @@ fn read(file: &File) -> io::Result<Vec<u8>> {
     file.read_exact_at(&mut bytes, 0)?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::crash_tests::Directory;
+    use super::*;
+    use crate::tenure::record::CacheLocation;
+
+    #[test]
+    fn a_recorded_loss_takes_precedence_over_a_clean_end() {
+        let dir = Directory::new(&[]);
+        let file = dir.file();
+        let CacheLocation::Path(cache) = file.cache_location() else { unreachable!("it has a path") };
+        let tenure = TenureId { generation: 3, id: 7 };
+        let found = |tenure| state_of(&cache, AllowedOwner::Own, tenure);
+        for (recorded, expected) in [
+            (TenureState::Clean, TenureState::Clean),
+            (TenureState::Forfeited, TenureState::Forfeited),
+            (TenureState::Clean, TenureState::Forfeited),
+        ] {
+            file.record_tenure_end(tenure, recorded).unwrap();
+            assert_eq!(found(tenure), Some(expected));
+        }
+        assert_eq!(found(TenureId { id: 8, ..tenure }), None);
+    }
+}

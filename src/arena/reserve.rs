@@ -237,6 +237,20 @@ mod tests {
     }
 
     #[test]
+    fn a_restart_finds_the_pages_in_frames_that_were_added() {
+        let dir = Directory::new(&[]);
+        let arena = Arena::persistent(dir.file(), &spec_with_room(1024, 4096, GuestState::FRESH)).unwrap();
+        arena.reserve(2048).unwrap();
+        arena.publish(FrameId(2000), RECORD);
+        arena.keep_on_drop(true);
+        drop(arena);
+        let file = dir.file();
+        let header = file.header().unwrap().unwrap();
+        let arena = Arena::attach(file, &header).unwrap();
+        assert_eq!((arena.reserved_frames(), arena.records().count()), (2048, 1));
+    }
+
+    #[test]
     fn an_anonymous_arena_grows_and_shrinks() {
         let arena = Arena::anonymous_with_room(1024, 8192).unwrap();
         let file = arena.backing_file().try_clone().unwrap();

@@ -1,5 +1,8 @@
 //! The size of an arena, and operations on parts of its frames.
 
+use std::time::Duration;
+
+use super::crash_tests::Directory;
 use super::*;
 use crate::image_id::ImageId;
 use crate::tenure::TenureId;
@@ -46,6 +49,25 @@ fn a_partial_last_page_has_only_its_first_sectors_within_the_image() {
     assert_eq!(within(13), [0xff, 0b0001_1111, 0]);
     assert_eq!(within(16), [0xff, 0xff, 0]);
     assert_eq!(within(23), [0xff, 0xff, 0b0111_1111]);
+}
+
+#[test]
+fn a_file_that_was_removed_before_it_was_locked_is_not_used() {
+    let dir = Directory::new(&[]);
+    let CacheLocation::Path(path) = dir.file().cache_location() else { unreachable!("it has a path") };
+    let open_and_remove = || {
+        for _ in 0..2000 {
+            let _ = File::options().create(true).append(true).open(&path);
+            // It is empty, so the drop removes it.
+            if let Ok(file) = ArenaFile::open_within(&path, AllowedOwner::Own, Duration::ZERO) {
+                assert!(file.is_reachable());
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(open_and_remove);
+        open_and_remove();
+    });
 }
 
 #[test]

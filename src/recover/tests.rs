@@ -489,6 +489,36 @@ fn pages_of_a_discarded_range_are_not_compared() {
     }
 }
 
+#[test]
+fn a_second_cache_with_unwritten_data_is_refused_and_kept() {
+    let world = World::new();
+    world.live_and_die(SectorMask::ALL, false);
+    let name = |serial| world.open().identity().file_name(IMAGE_PAGES * PAGE_BYTES, serial);
+    let [first, second] = [0, 1].map(|serial| ArenaFile::dir(&world.directory).join(name(serial)));
+    fs::copy(&first, &second).unwrap();
+    let refusal = world.start().unwrap_err().to_string();
+    assert!(refusal.contains("found two caches") && refusal.contains("the second holds 1 dirty page"), "{refusal}");
+    assert!(first.exists() && second.exists());
+}
+
+#[test]
+fn a_new_cache_is_of_a_later_generation_than_those_that_were_found() {
+    let world = World::new();
+    let image = world.open();
+    let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
+    let found = arena.tenure().unwrap().generation;
+    arena.publish(FrameId(0), FrameRecord { page: PageNo(0), valid: SectorMask::ALL, dirty: SectorMask::ALL });
+    // The record of its tenure could not be written.
+    arena.set_recorded(false, false);
+    arena.keep_on_drop(true);
+    drop(arena);
+    let LastTenure::Recorded(record) = image.last_tenure().unwrap() else { panic!("the image has a record") };
+    let earlier = TenureId::new(found - 1).unwrap();
+    image.write_record(&Record { tenure: earlier, state: TenureState::Clean, ..record }).unwrap();
+    let arena = arena_for(&world.config, &*image, [2 * FRAMES; 2], &Arc::default()).unwrap();
+    assert_eq!(arena.tenure().unwrap().generation, found + 1);
+}
+
 /// The image carries a record of a tenure before the cache's own. If that once was recorded, an older copy of the image
 /// was restored; if it never was, the record could not be written.
 #[test]

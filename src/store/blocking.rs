@@ -376,6 +376,20 @@ mod tests {
         assert_eq!(shrunk.unwrap_err(), Some(libc::EIO));
     }
 
+    /// What the image holds in the first block must not get into the whole blocks after it.
+    #[test]
+    fn zeros_that_begin_within_a_block_are_zeros_to_their_end() {
+        let (path, mut image) = fragmented("partial", 16);
+        image.limits.block_bytes = 4096;
+        let mut expected = vec![1; 16 * 4096];
+        image.file.write_all_at(&expected, 0).unwrap();
+        write_zeros(&image, 512, 10 * 4096).unwrap();
+        let written = std::fs::read(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        expected[512..512 + 10 * 4096].fill(0);
+        assert!(written == expected);
+    }
+
     #[test]
     fn zeros_keep_their_space_unless_it_may_be_freed() {
         let (path, image) = fragmented("modes", 2);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use genblk::store::file::{NbdOptions, OpenOptions};
 use genblk::store::nbd::NbdImage;
-use genblk::store::{Backing, Event, IoRequest};
+use genblk::store::{Backing, Event, Extent, IoRequest};
 use genblk::units::{ExtentKind, Fault, OpKind, Urgency};
 
 use fake::{Act, BLOCK_STATUS, FakeServer, chunk, is_read, is_write};
@@ -211,6 +211,27 @@ fn a_map_that_reports_unflushed_writes_as_a_hole_is_overruled() {
     assert!(holes(&mut driver) < 1 << 20, "a read of what was written must not be answered with zeros");
     driver.try_run(OpKind::Sync, 0, 0, Vec::new());
     assert_eq!(holes(&mut driver), 1 << 20, "after a FLUSH the server knows");
+}
+
+#[test]
+fn what_a_broken_connection_told_of_a_map_is_forgotten() {
+    let socket = socket_named("nbd-half-map");
+    let half = AtomicUsize::new(0);
+    let is_hole = move |request: Request| match request.command {
+        BLOCK_STATUS if half.fetch_add(1, Ordering::Relaxed) == 0 => {
+            let data = [1u32, request.len / 2, 0].map(u32::to_be_bytes).concat();
+            Act::SendAndClose(chunk(0, 5, request.cookie, &data))
+        }
+        BLOCK_STATUS => Act::Send(chunk(1, 5, request.cookie, &[1u32, request.len, 3].map(u32::to_be_bytes).concat())),
+        _ => Act::Serve,
+    };
+    let server = FakeServer::start(&socket, SIZE, is_hole);
+    let image = open(&server, NbdOptions::default());
+    let mut driver = Driver::new(&image);
+    match driver.try_run(OpKind::Map, 0, SIZE, Vec::new()) {
+        Event::Mapped { extents, .. } => assert_eq!(extents, [Extent { len: SIZE, kind: ExtentKind::Hole }]),
+        event => panic!("{event:?}"),
+    }
 }
 
 #[test]

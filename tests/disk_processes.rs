@@ -7,10 +7,10 @@
 mod common;
 
 use std::fs;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -199,6 +199,42 @@ fn a_disk_whose_process_dies_too_often_is_not_restarted_until_sighup() {
     assert_eq!(daemon.disk_processes().len(), 1);
     daemon.signal(libc::SIGHUP);
     session = reconnect(session, &daemon, 0);
+    // The deaths before that do not count any more.
+    kill_disk(&daemon, "d0");
+    poll_until("a restart", TIMEOUT, || (daemon.disk_processes().len() == 2).then_some(()));
+    session = reconnect(session, &daemon, 0);
+    assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));
+    drop(session);
+    daemon.stop();
+}
+
+/// The descriptor of a disk process for its image, as the kernel holds it while an operation is in flight.
+fn hold_image(daemon: &Daemon, disk: usize) -> OwnedFd {
+    let process = daemon.disk_process(&format!("d{disk}"));
+    let image = image_of(daemon.directory().path(), disk);
+    let entries = fs::read_dir(format!("/proc/{process}/fd")).expect("its descriptors can be listed");
+    let is_image = |entry: &fs::DirEntry| fs::read_link(entry.path()).is_ok_and(|path| path == image);
+    let found = entries.flatten().find(is_image).expect("it has the image open");
+    let number: i32 = found.file_name().to_string_lossy().parse().expect("a number");
+    // SAFETY: plain system calls, which return new descriptors.
+    unsafe {
+        let process = OwnedFd::from_raw_fd(libc::syscall(libc::SYS_pidfd_open, process, 0) as i32);
+        OwnedFd::from_raw_fd(libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) as i32)
+    }
+}
+
+#[test]
+fn a_disk_process_is_restarted_after_the_last_operation_of_the_killed_one() {
+    let mut daemon = start("fence", 2, SMALL);
+    let mut session = open(&daemon, 0);
+    session.write(8, &pattern(1, 8, 4096));
+    let operation = hold_image(&daemon, 0);
+    kill_disk(&daemon, "d0");
+    daemon.await_log("d0: its process has died");
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(daemon.disk_processes().len(), 1, "it would change the image at the same time");
+    drop(operation);
+    session = reconnect(session, &daemon, 0);
     assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));
     drop(session);
     daemon.stop();
@@ -223,10 +259,10 @@ fn stopping_an_unserved_disk_with_completed_writes_is_an_error_and_keeps_its_cac
     daemon.stop();
 }
 
-/// The same for a disk whose image can no longer be opened.
-#[test]
-fn an_orderly_stop_names_an_unopened_disk_with_completed_writes() {
-    let mut daemon = start("unopened", 2, SMALL);
+/// Ends a daemon that cannot open the image of a disk whose cache has a completed write, and checks that the write is
+/// there when the image is.
+fn end_with_an_unopened_disk(name: &str, signal: i32, check: impl FnOnce(ExitStatus, String)) {
+    let mut daemon = start(name, 2, SMALL);
     let mut session = open(&daemon, 0);
     session.write(8, &pattern(1, 8, 4096));
     daemon.kill();
@@ -235,15 +271,29 @@ fn an_orderly_stop_names_an_unopened_disk_with_completed_writes() {
     fs::rename(&image, &away).expect("the image can be moved");
     daemon.restart_for(&[daemon.socket_of(1)]);
     daemon.await_log("d0: not served: ");
-    daemon.terminate();
-    assert_eq!(daemon.wait().code(), Some(1), "{}", daemon.log());
-    assert!(daemon.log().contains("genblk: d0: ended without being served"), "{}", daemon.log());
+    daemon.signal(signal);
+    let status = daemon.wait();
+    check(status, daemon.log());
     fs::rename(&away, &image).expect("the image can be moved back");
     daemon.restart();
     session = reconnect(session, &daemon, 0);
     assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));
     drop(session);
     daemon.stop();
+}
+
+/// The same for a disk whose image can no longer be opened.
+#[test]
+fn an_orderly_stop_names_an_unopened_disk_with_completed_writes() {
+    end_with_an_unopened_disk("unopened", libc::SIGTERM, |status, log| {
+        assert_eq!(status.code(), Some(1), "{log}");
+        assert!(log.contains("genblk: d0: ended without being served"), "{log}");
+    });
+}
+
+#[test]
+fn an_upgrade_leaves_the_cache_of_an_unopened_disk_to_the_next_daemon() {
+    end_with_an_unopened_disk("upgrade", libc::SIGUSR1, |status, log| assert!(status.success(), "{log}"));
 }
 
 #[test]

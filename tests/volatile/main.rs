@@ -119,6 +119,22 @@ fn a_flush_covers_completed_requests_with_threads() {
     a_flush_covers_completed_requests(Engine::Threads);
 }
 
+/// The guest may have ended, and then sends no FLUSH any more.
+#[test]
+fn a_disconnection_makes_completed_requests_stable() {
+    let Some(mut machine) = Machine::start(Engine::IoUring, 8) else { return };
+    machine.daemon.stop();
+    machine.daemon.reconfigure("num_queues = 1\ncache.size = \"4M\"\ncache.dirty_age_max_ms = 600000");
+    let mut session = machine.session();
+    let changed = change_disk(&mut session, 2);
+    drop(session);
+    poll_until("a flush", TIMEOUT, || {
+        let platter = machine.platter();
+        let is_stable = |(first, bytes): &(u64, Vec<u8>)| platter[*first as usize * SECTOR_BYTES..].starts_with(bytes);
+        changed.iter().all(is_stable).then_some(())
+    });
+}
+
 /// The daemon dies during a Sync that fails and resets the disk. The next daemon does not see the failure.
 fn a_flush_after_a_kill_covers_what_the_killed_daemon_wrote(engine: Engine) {
     let Some(mut machine) = Machine::start(engine, 2) else { return };

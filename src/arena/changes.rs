@@ -5,7 +5,7 @@ use super::ledger::{self, field, token_field};
 use super::{Arena, Persistence};
 use crate::tenure::TenureId;
 use crate::tenure::token::{ChangeToken, wall_clock_ns};
-use crate::units::{SECTOR_BYTES, SectorSpan};
+use crate::units::{PAGE_BYTES, SectorSpan};
 
 /// A moment at which no change of the image was in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,8 @@ impl Arena {
     /// => The caller serializes changes and [`Arena::idle_point`].
     pub fn begin_change(&self, span: SectorSpan) {
         if let Persistence::Full { .. } = &self.persistence {
-            let bytes = span.count * SECTOR_BYTES;
+            // The store may write whole blocks of the device, up to a page.
+            let bytes = span.pages().count * PAGE_BYTES;
             self.forget_samples(span);
             self.memory.store(field::CHANGES, self.memory.load(field::CHANGES).wrapping_add(1));
             self.memory.store(field::CHANGED_BYTES, self.memory.load(field::CHANGED_BYTES).wrapping_add(bytes));

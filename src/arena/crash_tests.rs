@@ -338,7 +338,7 @@ fn a_change_token_is_updated_atomically() {
     for state in states {
         let file = Directory::new(&step.in_state(state)).file();
         let seen = file.header().unwrap().unwrap().last_seen;
-        let expected = if seen.is_at_rest { (token(2), 0) } else { (token(1), 512) };
+        let expected = if seen.is_at_rest { (token(2), 0) } else { (token(1), 4096) };
         assert_eq!((seen.token, seen.changed_bytes), expected);
     }
 }

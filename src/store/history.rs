@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::sys::{self, xattr};
 use crate::tenure::record::{ATTRIBUTE, BYTES_MAX, Record};
-use crate::tenure::token::ChangeToken;
+use crate::tenure::token::{ChangeToken, MAY_MISS_WRITES};
 use crate::units::SECTOR_BYTES;
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
@@ -69,7 +69,7 @@ pub(super) fn change_token(
 ) -> io::Result<ChangeToken> {
     let Some(device) = device else { return Ok(token_of_file(&file.metadata()?)) };
     let backing_file = loop_file(device).and_then(|path| fs::metadata(path).ok()).map(|found| token_of_file(&found));
-    let sectors_written = if counts_sectors { sectors_written(device).map_or(0, |sectors| sectors + 1) } else { 0 };
+    let sectors_written = if counts_sectors { sectors_written(device).unwrap_or(0) } else { 0 };
     let disk_sequence = sys::block::disk_sequence(file);
     Ok(ChangeToken { size_bytes, disk_sequence, sectors_written, ..backing_file.unwrap_or_default() })
 }
@@ -121,15 +121,12 @@ fn loop_file(device: u64) -> Option<PathBuf> {
     if path.ends_with(DELETED) { None } else { Some(PathBuf::from(path)) }
 }
 
-/// Sectors of 512 bytes that were written to a block device or discarded, since it was attached; `None` if the kernel
-/// does not count them.
+/// [`ChangeToken::sectors_written`] of a block device, of written and of discarded sectors; `None` if it is not known.
 fn sectors_written(device: u64) -> Option<u64> {
-    let counts = ["queue/iostats", "../queue/iostats"].iter().find_map(|name| attribute(device, name))?;
-    if counts == "0" {
-        return None;
-    }
+    let accounting = ["queue/iostats", "../queue/iostats"].iter().find_map(|name| attribute(device, name))?;
+    let may_miss = if accounting == "0" { MAY_MISS_WRITES } else { 0 };
     // Documentation/block/stat.rst: the seventh number counts sectors written, the fourteenth sectors discarded.
-    written_or_discarded(&attribute(device, "stat")?)
+    Some((written_or_discarded(&attribute(device, "stat")?)? + 1) | may_miss)
 }
 
 /// See [`sectors_written`]; `stat` is the device's file of that name. Kernels before Linux 4.18 count no discards.

@@ -11,6 +11,8 @@ use super::common::daemon::{Daemon, TempDir, run_to_end, server_binary};
 use super::common::request::pattern;
 use super::common::session::{Session, SessionOptions};
 use super::common::wait::{TIMEOUT, try_poll};
+use super::guest::FrontEnd;
+use super::{Ends, assert_survives};
 
 const DEVICE: &str = "cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000";
 const FILE_SYSTEM_BYTES: u64 = 160 << 20;
@@ -233,6 +235,54 @@ fn a_block_device_that_is_attached_again_keeps_its_cache_unless_it_was_changed()
         drop(daemon);
         std::mem::forget(device);
     }
+}
+
+/// A directory whose `image` leads to a loop device on its file `disk`. `None` where there are none.
+fn loop_image(name: &str) -> Option<(TempDir, Loop)> {
+    let directory = TempDir::new(name);
+    let disk = directory.path().join("disk");
+    sparse_file(&disk, IMAGE_BYTES);
+    let device = Loop::attach(&disk);
+    if device.is_none() {
+        eprintln!("skipped: no loop devices here");
+    }
+    let device = device?;
+    std::os::unix::fs::symlink(&device.device, directory.path().join("image")).expect("a link can be created");
+    Some((directory, device))
+}
+
+#[test]
+fn completed_writes_on_a_block_device_survive_kills() {
+    let Some((directory, device)) = loop_image("kill-device") else { return };
+    let daemon = Daemon::start_configured(directory, &["num_queues = 4\ncache.size = \"6M\""]);
+    drop(assert_survives(daemon, FrontEnd::Qemu, Ends::kills(), 215, |_| {}));
+    drop(device);
+}
+
+/// The times of the file behind the device do not distinguish it from the daemon's own last writes, and no clean page
+/// of the cache differs from the backup.
+#[test]
+fn a_backup_restored_on_a_block_device_right_after_a_kill_is_not_overwritten() {
+    let Some((directory, device)) = loop_image("restore-device") else { return };
+    let disk = directory.path().join("disk");
+    let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(AT, &pattern(1, AT, BYTES));
+    session.flush();
+    let backup = fs::read(disk).expect("the device's file can be read");
+    session.write(AT, &pattern(2, AT, BYTES));
+    session.flush();
+    session.write(AT, &pattern(3, AT, BYTES));
+    daemon.kill();
+    let file = File::options().write(true).open(&device.device).expect("the device can be opened");
+    file.write_all_at(&backup, 0).and_then(|()| file.sync_all()).expect("the device can be written");
+    drop(file);
+    let refused = daemon.try_restart().expect_err("the image was restored");
+    let is_explained = refused.contains("the device counts more writes") && refused.contains("holds 4 dirty pages");
+    assert!(is_explained, "{refused}");
+    assert!(daemon.image_bytes(0, IMAGE_BYTES as usize) == backup);
+    drop(daemon);
+    drop(device);
 }
 
 /// A file and a loop device on it are the same data for a guest, and two images for the daemon.

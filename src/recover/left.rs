@@ -78,7 +78,7 @@ impl Leftovers {
     /// Examines another cache.
     fn add(&mut self, name: &str, read_only: bool, image: &dyn NamedImage, candidate: Candidate) -> Result<()> {
         if candidate.match_strength == MatchStrength::OtherAccess {
-            return refuse_other_access(image, &candidate);
+            return take_other_access(name, read_only, image, &candidate);
         }
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
         self.generation = self.generation.max(generation);
@@ -357,14 +357,24 @@ fn warn_unused(name: &str, image: &dyn NamedImage, candidate: &Candidate, why: &
     warn!("{name}: {file} {holds}; {}", file.removal_hint());
 }
 
-/// Refuses an image whose bytes have completed writes in a cache of another image: a loop device and its file.
-fn refuse_other_access(image: &dyn NamedImage, candidate: &Candidate) -> Result<()> {
+/// Refuses an image whose bytes have completed writes in a cache of another image: a loop device and its file, or a
+/// disk and its partition. Drops the pages of such a cache without unwritten data: this daemon will write to the same
+/// bytes.
+fn take_other_access(name: &str, read_only: bool, image: &dyn NamedImage, candidate: &Candidate) -> Result<()> {
     let (file, unwritten) = (&candidate.file, candidate.unwritten()?);
-    if candidate.header.is_set_aside || unwritten == Unwritten::NOTHING {
+    if candidate.header.is_set_aside {
         return Ok(());
     }
+    if unwritten == Unwritten::NOTHING {
+        if read_only || candidate.foreign.is_some() || candidate.header.frames == 0 {
+            return Ok(());
+        }
+        let other = candidate.header.image.path.display();
+        info!("{name}: dropped the cache in {file} of {other}, which shares data with the image");
+        return file.shrink_to_header();
+    }
     let (image, other) = (image.path().display(), candidate.header.image.path.display());
-    let context = format!("{file}, the cache of {other}, which has the same data as image {image}, holds {unwritten}");
+    let context = format!("{file}, the cache of {other}, which shares data with image {image}, holds {unwritten}");
     let hint = format!(
         "to write them, run \"genblk recover {file}\"; to serve the image without them, run \"genblk take-over \
          {image}\""

@@ -30,7 +30,11 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
     };
     let (memory_dir, manager) = (&MemoryDir::Systemd, &Arc::new(ServiceManager::default()));
     let search = Search { image, facts: &facts, record: record.as_ref(), memory_dir, manager };
-    let Some(match_strength) = search.match_strength(header) else {
+    // A partition has the bytes of its disk at other offsets.
+    let is_same_size = header.image.size_bytes == image.limits().size_bytes.get();
+    let match_strength = search.match_strength(header);
+    let Some(match_strength) = match_strength.filter(|found| is_same_size || *found != MatchStrength::OtherAccess)
+    else {
         let (file, shown) = (arena.file().expect(super::HAS_FILE), image.path().display());
         let context = format!("{file} belongs to an image that {shown} has replaced");
         let hint = format!(

@@ -48,8 +48,9 @@ pub(super) enum Proof {
 /// How strongly a cache's header indicates that it belongs to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum MatchStrength {
-    /// It is of a loop device on the image, or of the file behind the loop device that is the image: it holds data of
-    /// the same bytes, but no daemon uses it for this image.
+    /// It is of a loop device on the image, of the file behind the loop device that is the image, of a partition of the
+    /// image, or of the disk of the partition that is the image: it holds data of the same bytes, but no daemon uses it
+    /// for this image.
     OtherAccess,
     /// It may belong: the path is the same, and nothing indicates another image.
     Similar,

@@ -14,7 +14,7 @@ use crate::arena::{AllowedOwner, ArenaFile, Header, ImageFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::file::identity_and_token;
+use crate::store::file::{identity_and_token, is_partition};
 use crate::store::named::{ImageKind, NamedImage};
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
@@ -266,6 +266,9 @@ impl Search<'_> {
         {
             return Some(MatchStrength::OtherAccess);
         }
+        if is_device && overlap(left, image) {
+            return Some(MatchStrength::OtherAccess);
+        }
         if !is_device && old.inode == new.inode && old.born_ns == new.born_ns && old.born_ns != 0 {
             // The file system was remounted, unless the original still exists.
             return if is_copy(left, new) { None } else { Some(MatchStrength::Same) };
@@ -283,6 +286,17 @@ impl Search<'_> {
 fn is_loop_on(device: &ImageFacts, path: &Path) -> bool {
     let file = device.alias.strip_prefix("loop:").and_then(|rest| rest.strip_prefix(path.to_str()?));
     file.is_some_and(|offset| offset.starts_with(':'))
+}
+
+/// Whether two block devices have bytes in common, because one is a partition of the other. So may a partition that no
+/// longer exists.
+fn overlap(one: &ImageFacts, other: &ImageFacts) -> bool {
+    let (first, second) = (&one.identity, &other.identity);
+    // The kernel's sequence number of a partition is that of its disk.
+    let is_same_disk = first.inode == second.inode && first.inode != 0 && (first.born_ns, second.born_ns) == (0, 0);
+    let are_devices = !one.path.is_file() && !other.path.is_file();
+    let are_partitions = is_partition(first.device) && is_partition(second.device);
+    is_same_disk && are_devices && first.device != second.device && !are_partitions
 }
 
 /// Whether the path leads to this file, perhaps under another device number.

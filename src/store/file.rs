@@ -38,6 +38,11 @@ pub fn identity_and_token(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
     open_checks::identity_and_token(path)
 }
 
+/// Whether a block device is a partition.
+pub fn is_partition(device: u64) -> bool {
+    history::is_partition(device)
+}
+
 /// Examines the image at `path` like a daemon that opens it, without locking it. Blocks.
 ///
 /// # Errors

@@ -114,6 +114,11 @@ pub(super) fn alias(device: u64) -> String {
     wwid.map_or_else(String::new, |wwid| format!("wwid:{wwid}{partition}"))
 }
 
+/// Whether a block device is a partition.
+pub(super) fn is_partition(device: u64) -> bool {
+    attribute(device, "partition").is_some()
+}
+
 /// The file behind a loop device or a partition of one.
 fn loop_file(device: u64) -> Option<PathBuf> {
     let names = ["loop/backing_file", "../loop/backing_file"];

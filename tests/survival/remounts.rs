@@ -39,6 +39,7 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
+        run("delpart", &[&self.device, "1"]);
         run("losetup", &["-d", &self.device]);
     }
 }
@@ -285,6 +286,68 @@ fn a_backup_restored_on_a_block_device_right_after_a_kill_is_not_overwritten() {
     drop(device);
 }
 
+/// A disk and a partition of it are two images for the daemon.
+#[test]
+fn caches_of_a_disk_and_of_its_partition_are_never_mixed_up() {
+    const START: u64 = 2048;
+    for (is_disk_first, is_dirty) in [(true, true), (false, true), (true, false), (false, false)] {
+        let Some((directory, device)) = loop_image("partition") else { return };
+        let image = directory.path().join("image");
+        let partition = format!("{}p1", device.device);
+        run("addpart", &[&device.device, "1", &START.to_string(), "16384"]);
+        if try_poll(Duration::from_secs(2), || Path::new(&partition).exists().then_some(())).is_none() {
+            eprintln!("skipped: no partitions of loop devices here");
+            return;
+        }
+        let link_to = |target: &str| {
+            let _ = fs::remove_file(&image);
+            std::os::unix::fs::symlink(target, &image).expect("a link can be created");
+        };
+        // The same sector of the disk.
+        let [first, second] = match is_disk_first {
+            true => [(&device.device, START + AT), (&partition, AT)],
+            false => [(&partition, AT), (&device.device, START + AT)],
+        };
+        link_to(first.0);
+        let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        let [old, new] = [pattern(1, 0, BYTES), pattern(2, 0, BYTES)];
+        session.write(first.1, &old);
+        if !is_dirty {
+            session.flush();
+        }
+        daemon.signal(libc::SIGUSR1);
+        assert!(daemon.wait().success(), "{}", daemon.log());
+        drop(session);
+        link_to(second.0);
+        if is_dirty {
+            let refused = daemon.try_restart().expect_err("a cache holds completed writes");
+            assert!(refused.contains("which shares data with image"), "{refused}");
+            assert!(refused.contains("\"genblk recover ") && refused.contains("\"genblk take-over "), "{refused}");
+            link_to(first.0);
+            daemon.restart();
+            daemon.stop();
+            link_to(second.0);
+        }
+        daemon.restart();
+        assert_eq!(daemon.log().contains("dropped the cache in "), !is_dirty, "{}", daemon.log());
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        assert!(session.read(second.1, BYTES) == old, "{}", daemon.log());
+        session.write(second.1, &new);
+        session.flush();
+        daemon.stop();
+        drop(session);
+        link_to(first.0);
+        daemon.restart();
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        assert!(session.read(first.1, BYTES) == new, "{}", daemon.log());
+        drop(session);
+        daemon.stop();
+        drop(daemon);
+        drop(device);
+    }
+}
+
 /// A file and a loop device on it are the same data for a guest, and two images for the daemon.
 #[test]
 fn dirty_caches_are_found_across_a_file_and_its_loop_device() {
@@ -311,7 +374,7 @@ fn dirty_caches_are_found_across_a_file_and_its_loop_device() {
         let cache = cache.expect("a cache").to_str().expect("UTF-8").to_owned();
         link_to(second);
         let refused = daemon.try_restart().expect_err("a cache holds completed writes");
-        assert!(refused.contains("which has the same data as image"), "{refused}");
+        assert!(refused.contains("which shares data with image"), "{refused}");
         let argument = if way_out == "recover" { cache } else { image.to_str().expect("UTF-8").to_owned() };
         assert!(refused.contains(&format!("\"genblk {way_out} {argument}\"")), "{refused}");
         let memory = daemon.directory().memory();

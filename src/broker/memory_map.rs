@@ -1,22 +1,37 @@
 //! Determines how a process has mapped a file, from its memory map (proc_pid_maps(5)).
 
-use std::fs::{self, File};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::MetadataExt;
+
+/// Most bytes of a memory map that are read. QEMU's takes some 100 KiB; a process that wants to occupy the supervisor
+/// can have 65 530 mappings with paths of 4 KiB each.
+const MAP_BYTES_MAX: u64 = 4 << 20;
 
 /// Whether process `pid` has mapped `file` privately at `address`: its writes then do not reach the file, and the
 /// contents of the file are not the guest's memory.
 ///
-/// => False if that cannot be determined: the process is in another PID namespace or belongs to another user, or the
-///    front-end has no mapping at the address that it sent.
+/// => False if that cannot be determined: the process is in another PID namespace or belongs to another user, the
+///    front-end has no mapping at the address that it sent, or too many before it.
 pub(super) fn is_private(pid: u32, address: u64, file: &File) -> bool {
-    let (Ok(maps), Ok(metadata)) = (fs::read_to_string(format!("/proc/{pid}/maps")), file.metadata()) else {
-        return false;
-    };
-    let identity = (metadata.dev(), metadata.ino());
-    maps.lines()
-        .filter_map(MappedRange::parse)
-        .find(|mapping| mapping.range.contains(&address))
-        .is_some_and(|mapping| mapping.identity == identity && mapping.private)
+    let mapping = File::open(format!("/proc/{pid}/maps")).and_then(|maps| find(maps, address));
+    let (Ok(Some(mapping)), Ok(metadata)) = (mapping, file.metadata()) else { return false };
+    mapping.identity == (metadata.dev(), metadata.ino()) && mapping.private
+}
+
+/// The mapping at an address, if it is in the first [`MAP_BYTES_MAX`] bytes of a memory map.
+fn find(maps: impl Read, address: u64) -> io::Result<Option<MappedRange>> {
+    let mut lines = BufReader::new(maps.take(MAP_BYTES_MAX));
+    let mut line = Vec::new();
+    while lines.read_until(b'\n', &mut line)? > 0 {
+        let mapping = str::from_utf8(&line).ok().and_then(MappedRange::parse);
+        if let Some(mapping) = mapping.filter(|mapping| mapping.range.end > address) {
+            // The lines are in the order of the addresses.
+            return Ok(mapping.range.contains(&address).then_some(mapping));
+        }
+        line.clear();
+    }
+    Ok(None)
 }
 
 /// A line of /proc/PID/maps.
@@ -69,6 +84,15 @@ mod tests {
             assert!(!is_private(pid, address, &other), "another file: the address is not that of its mapping");
         }
         assert!(!is_private(pid, 16, &memory) && !is_private(0, 16, &memory));
+    }
+
+    #[test]
+    fn a_long_memory_map_is_read_only_in_part() {
+        let line = |n: u64| format!("{:x}-{:x} rw-p 0 00:01 {n} /{}\n", n << 12, (n + 1) << 12, "x".repeat(4000));
+        let map: String = (1..3000).map(line).collect();
+        let inode = |page: u64| find(map.as_bytes(), page << 12).unwrap().map(|mapping| mapping.identity.1);
+        assert_eq!([1, 1000].map(inode), [Some(1), Some(1000)]);
+        assert_eq!([0, 2000].map(inode), [None, None]);
     }
 
     #[test]

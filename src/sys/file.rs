@@ -40,6 +40,23 @@ pub fn is_open_for_writing(file: &File) -> bool {
     refused == Some(libc::EAGAIN)
 }
 
+/// Whether the file has no file type, as eventfds and other anonymous inodes of the kernel have none. Never waits for
+/// the server of a file system (FUSE, NFS).
+///
+/// # Errors
+/// The error of statx(2).
+pub fn is_anonymous_inode(file: &File) -> io::Result<bool> {
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: the path is a C string, and the call fills at most the structure at the address given.
+    retry_eintr(|| unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_TYPE, found.as_mut_ptr())
+    })?;
+    // SAFETY: all-zero bytes are a valid statx, and the kernel wrote over them at most.
+    let mode = u32::from(unsafe { found.assume_init() }.stx_mode);
+    Ok(mode & libc::S_IFMT == 0)
+}
+
 /// Whether a transfer reads from the file or writes to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -203,4 +220,29 @@ fn ofd_lock(file: &File, command: libc::c_int, kind: libc::c_int, byte: u64) -> 
     // SAFETY: the command reads and writes one flock at the address given, and `lock` is one.
     retry_eintr(|| unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) })?;
     Ok(libc::c_int::from(lock.l_type))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    use vmm_sys_util::epoll::Epoll;
+
+    use super::*;
+    use crate::sys::memfd;
+
+    #[test]
+    fn only_anonymous_inodes_have_no_file_type() {
+        let epoll = Epoll::new().unwrap();
+        // SAFETY: the descriptor stays open.
+        let anonymous = unsafe { std::os::fd::BorrowedFd::borrow_raw(epoll.as_raw_fd()) };
+        assert!(is_anonymous_inode(&File::from(anonymous.try_clone_to_owned().unwrap())).unwrap());
+        let socket = File::from(OwnedFd::from(UnixStream::pair().unwrap().0));
+        for file in
+            [socket, memfd::create(c"test").unwrap(), File::open("/").unwrap(), File::open("/dev/null").unwrap()]
+        {
+            assert!(!is_anonymous_inode(&file).unwrap(), "{file:?}");
+        }
+    }
 }

@@ -23,6 +23,7 @@ use crate::broker::Broker;
 use crate::device::control::Workers;
 use crate::device::inflight::InflightTracker;
 use crate::device::{Device, RingSetup, WorkerCommand};
+use crate::sys::file::is_anonymous_inode;
 use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 
@@ -253,9 +254,14 @@ impl VringControl {
 }
 
 /// Kick, call and error descriptors must be eventfds: a write to a full pipe would block a worker.
+///
+/// => The broker gets only anonymous inodes. To close a file of a FUSE server that does not answer takes forever, and
+///    the broker is part of the supervisor.
 fn eventfd_or_none(shared: &VringShared, file: Option<File>) -> Option<File> {
     let file = file?;
-    match shared.session.broker.is_eventfd(&file) {
+    let is_eventfd =
+        is_anonymous_inode(&file).and_then(|may_be| Ok(may_be && shared.session.broker.is_eventfd(&file)?));
+    match is_eventfd {
         Ok(true) => return Some(file),
         Ok(false) => error!(
             "{shared}: ignored a kick, call or error descriptor that is not an eventfd: the front-end is \

@@ -21,7 +21,7 @@ mod mount;
 
 use std::fs;
 use std::ops::{Deref, DerefMut};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::Command;
@@ -39,6 +39,7 @@ use common::wait::{TIMEOUT, is_listening, poll_until};
 use disk::{Disk, OpClass};
 use genblk::store::file::{FileImage, OpenOptions};
 use mount::Mount;
+use vmm_sys_util::eventfd::EventFd;
 
 const IMAGE_BYTES: usize = 4 << 20;
 /// How long a wait may take that the daemon bounds at some seconds.
@@ -136,6 +137,7 @@ impl Drop for Release {
         self.0.release(OpClass::Read);
         self.0.release(OpClass::Write);
         self.0.release(OpClass::Sync);
+        self.0.release(OpClass::Close);
     }
 }
 
@@ -360,6 +362,31 @@ fn guest_memory_on_a_fuse_or_network_file_system_is_refused() {
     daemon.await_log("good1: closed the connection of the front-end: memory on FUSE may hang");
     drop(session);
     assert_serves(&fixture.socket("good1"), 0);
+    daemon.stop();
+}
+
+/// The end of a process waits for the FUSE server too, even after SIGKILL. In the supervisor, that would be the end of
+/// every disk.
+#[test]
+fn the_supervisor_gets_no_descriptor_whose_close_may_hang() {
+    let Some(mut fixture) = Fixture::new("") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let file = fs::File::options().read(true).write(true).open(fixture.mount.image()).expect("the image exists");
+    let session = Session::negotiate(&fixture.socket("good1"), &SessionOptions::default());
+    fixture.disk.hold(OpClass::Close);
+    // SAFETY: the descriptor is open, and only `call` owns it.
+    let call = unsafe { EventFd::from_raw_fd(file.into_raw_fd()) };
+    // The reply comes when the disk process has closed its descriptor.
+    let sent = thread::spawn(move || session.frontend.set_vring_call(0, &call));
+    daemon.await_log("good1: vring 0: ignored a kick, call or error descriptor that is not an eventfd");
+    thread::sleep(Duration::from_millis(500));
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).expect("the supervisor runs").flatten();
+    let calls = tasks.filter_map(|task| fs::read_to_string(task.path().join("syscall")).ok());
+    let closing = calls.filter(|call| call.split(' ').next() == Some(&libc::SYS_close.to_string())).count();
+    assert_serves(&fixture.socket("good2"), 0);
+    fixture.disk.release(OpClass::Close);
+    assert_eq!(closing, 0, "threads of the supervisor wait in close()");
+    sent.join().expect("the thread ends").expect("SET_VRING_CALL");
     daemon.stop();
 }
 

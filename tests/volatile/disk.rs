@@ -24,6 +24,8 @@ pub enum OpClass {
     /// Writes and zeroings.
     Write,
     Sync,
+    /// The end of the use of a descriptor (close(2)).
+    Close,
 }
 
 /// How much a power cut loses of the unsynced writes.
@@ -237,6 +239,15 @@ impl Disk {
     /// Makes the completed writes stable.
     pub fn sync(&self, completion: Completion) {
         self.change(|state| state.arrive(OpClass::Sync, completion));
+    }
+
+    /// Closes a descriptor: at once, unless a test holds that.
+    pub fn close(&self, completion: Completion) {
+        if self.lock().held.contains(&OpClass::Close) {
+            self.change(|state| state.arrive(OpClass::Close, completion));
+        } else {
+            completion(Ok(()));
+        }
     }
 
     /// The first byte from `start` that is in an aligned block of zeros (`zero`) or in one of data.

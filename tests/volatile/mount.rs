@@ -198,6 +198,10 @@ impl Filesystem for ImageFile {
         self.0.write(offset as usize, data.to_vec(), Box::new(completion));
     }
 
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        self.0.close(Box::new(send(reply)));
+    }
+
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         self.0.sync(Box::new(send(reply)));
     }

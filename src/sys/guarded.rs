@@ -9,11 +9,13 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
+use super::poll::is_writable;
 use super::signal::with_all_blocked;
 
 /// The interval of the watchdog's checks. A blocking write takes one to two intervals.
@@ -27,6 +29,9 @@ struct WritingThread {
     thread: libc::pid_t,
     /// Number of starts and ends of writes: odd during a write.
     steps: AtomicU64,
+    /// A write of this thread has blocked. From then on it asks before each write whether it would block: another
+    /// process can pass hundreds of descriptors that do.
+    has_blocked: AtomicBool,
 }
 
 /// The threads that write, and the watchdog.
@@ -52,7 +57,7 @@ impl Registered {
     fn new() -> Self {
         // SAFETY: a plain system call.
         let thread = unsafe { libc::gettid() };
-        let writer = Arc::new(WritingThread { thread, steps: AtomicU64::new(0) });
+        let writer = Arc::new(WritingThread { thread, steps: AtomicU64::new(0), has_blocked: AtomicBool::new(false) });
         REGISTRY.writers().push(Arc::clone(&writer));
         Self(writer)
     }
@@ -81,9 +86,12 @@ pub fn start_watchdog(confine: impl FnOnce() + Send + 'static) {
 ///
 /// # Errors
 /// The error of write(2); [`io::ErrorKind::WouldBlock`] and [`io::ErrorKind::Interrupted`] if the counter is full: the
-/// latter after some milliseconds, because O_NONBLOCK is not set.
+/// latter after some milliseconds, because O_NONBLOCK is not set, and usually only once for a thread.
 pub fn add_one(mut eventfd: &File) -> io::Result<()> {
     WRITER.with(|Registered(writer)| {
+        if writer.has_blocked.load(Ordering::Relaxed) && !is_writable(eventfd.as_raw_fd()) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         // The order is the same for all threads: either the watchdog sees this step before it sleeps, or this thread
         // sees that the watchdog sleeps.
         writer.steps.fetch_add(1, Ordering::SeqCst);
@@ -92,6 +100,9 @@ pub fn add_one(mut eventfd: &File) -> io::Result<()> {
         }
         let result = eventfd.write(&1u64.to_ne_bytes()).map(|_| ());
         writer.steps.fetch_add(1, Ordering::Relaxed);
+        if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::Interrupted) {
+            writer.has_blocked.store(true, Ordering::Relaxed);
+        }
         result
     })
 }
@@ -176,19 +187,33 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_blocking_write_to_a_full_eventfd_is_interrupted() {
-        start_watchdog(|| {});
+    fn full_blocking_eventfd() -> File {
         let eventfd = EventFd::new(0).unwrap();
         eventfd.write(u64::MAX - 1).unwrap();
         // SAFETY: the descriptor is open, and nothing else owns it.
-        let file = unsafe { File::from_raw_fd(eventfd.into_raw_fd()) };
+        unsafe { File::from_raw_fd(eventfd.into_raw_fd()) }
+    }
+
+    #[test]
+    fn a_blocking_write_to_a_full_eventfd_is_interrupted() {
+        start_watchdog(|| {});
         for pause in [Duration::ZERO, PERIOD * (IDLE_PERIODS_MAX + 50)] {
             thread::sleep(pause);
-            let begun = Instant::now();
-            let error = add_one(&file).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::Interrupted);
-            assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+            let write = || {
+                let begun = Instant::now();
+                (add_one(&full_blocking_eventfd()).unwrap_err().kind(), begun.elapsed())
+            };
+            let (error, elapsed) = thread::spawn(write).join().unwrap();
+            assert_eq!(error, io::ErrorKind::Interrupted);
+            assert!(elapsed < Duration::from_secs(1), "{elapsed:?}");
         }
+    }
+
+    #[test]
+    fn a_thread_whose_write_has_blocked_does_not_block_on_the_next_full_eventfd() {
+        start_watchdog(|| {});
+        let kinds = || [0; 3].map(|_| add_one(&full_blocking_eventfd()).unwrap_err().kind());
+        let blocked = thread::spawn(kinds).join().unwrap();
+        assert_eq!(blocked, [io::ErrorKind::Interrupted, io::ErrorKind::WouldBlock, io::ErrorKind::WouldBlock]);
     }
 }

@@ -16,6 +16,13 @@ pub fn wait_readable(fd: RawFd, timeout: Duration) -> bool {
     unsafe { libc::poll(&raw mut poll, 1, timeout_ms) > 0 }
 }
 
+/// Whether a write to `fd` would not block now.
+pub fn is_writable(fd: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: poll reads and writes one pollfd at the address given, and this one is a local.
+    unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
+}
+
 /// Waits until at least one descriptor is readable or hung up; returns which ones are.
 pub fn wait_any_readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
     wait_any_readable_within(descriptors, -1)

@@ -159,6 +159,7 @@ fn a_hijacked_thread_cannot_create_files_sockets_processes_or_code() {
         ("fork", "clone"),
         ("ptrace", "ptrace"),
         ("kill", "kill"),
+        ("tgkill", "tgkill"),
         ("setuid", "setresuid"),
         ("unshare", "unshare"),
         ("ring", "io_uring_setup"),

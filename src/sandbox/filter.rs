@@ -22,24 +22,30 @@ enum Call {
     Any(libc::c_long),
     /// If argument `argument`, masked with `mask`, is one of `values`.
     If { number: libc::c_long, argument: u8, mask: u64, values: &'static [u64] },
-    /// If argument 1 is a path, and not an empty one for an open file by argument `flags`.
+    /// If argument 1 is a path, and argument `flags` does not allow an empty one.
     OfPath { number: libc::c_long, flags: u8 },
+    /// tgkill(2), if it sends one of these signals to a thread of this process.
+    OwnThread { signals: &'static [u64] },
 }
 
-use Call::{Any, If, OfPath};
+use Call::{Any, If, OfPath, OwnThread};
 
 impl Call {
     fn number(&self) -> libc::c_long {
         match *self {
             Any(number) | If { number, .. } | OfPath { number, .. } => number,
+            OwnThread { .. } => libc::SYS_tgkill,
         }
     }
 }
 
 /// A call that is allowed if argument `argument`, an int, is one of `values`.
 const fn one_of(number: libc::c_long, argument: u8, values: &'static [u64]) -> Call {
-    If { number, argument, mask: 0xffff_ffff, values }
+    If { number, argument, mask: INT_MASK, values }
 }
+
+/// The bits of an argument that is an int.
+const INT_MASK: u64 = 0xffff_ffff;
 
 /// A constant of the C library as an argument's value.
 const fn value(constant: libc::c_int) -> u64 {
@@ -131,14 +137,13 @@ const END: &[Call] = &[
     Any(libc::SYS_rt_sigtimedwait),
     Any(libc::SYS_sigaltstack),
     one_of(libc::SYS_rt_sigaction, 0, &[value(libc::SIGABRT), value(libc::SIGBUS), value(libc::SIGSEGV)]),
-    one_of(libc::SYS_tgkill, 2, &[value(libc::SIGABRT), value(libc::SIGSYS)]),
-    one_of(libc::SYS_tkill, 1, &[value(libc::SIGABRT), value(libc::SIGSYS)]),
+    OwnThread { signals: &[value(libc::SIGABRT), value(libc::SIGSYS)] },
 ];
 
 /// The watchdog's signal to a thread whose write blocks (`sys/guarded.rs`): SIGRTMIN + 3, where the C library keeps the
 /// first two or three real-time signals to itself.
 const INTERRUPT: &[Call] =
-    &[one_of(libc::SYS_tgkill, 2, &INTERRUPT_SIGNALS), one_of(libc::SYS_rt_sigaction, 0, &INTERRUPT_SIGNALS)];
+    &[OwnThread { signals: &INTERRUPT_SIGNALS }, one_of(libc::SYS_rt_sigaction, 0, &INTERRUPT_SIGNALS)];
 const INTERRUPT_SIGNALS: [u64; 2] = [37, 38];
 
 /// Operations on open descriptors: transfers, waits, duplicates, flags, locks.
@@ -168,7 +173,8 @@ const DESCRIPTORS: &[Call] = &[
     ),
     Any(libc::SYS_fstat),
     Any(libc::SYS_fstatfs),
-    // Only for an open file, with an empty path.
+    // For an open file, with an empty path. The flag allows one and does not require it, and no filter can read a path:
+    // a thread can also find out whether a file exists, its size, owner and times.
     If { number: libc::SYS_newfstatat, argument: 3, mask: EMPTY_PATH, values: &[EMPTY_PATH] },
     If { number: libc::SYS_statx, argument: 2, mask: EMPTY_PATH, values: &[EMPTY_PATH] },
     // Without a path, by which the standard library finds out whether the kernel has the call, after it has failed for
@@ -330,8 +336,9 @@ pub(super) fn program(kind: ThreadKind) -> Result<BpfProgram, String> {
         match *call {
             // Any arguments are allowed, even if another group has a condition.
             Any(number) => drop(rules.insert(number, None)),
-            If { number, .. } | OfPath { number, .. } => {
-                let Some(alternatives) = rules.entry(number).or_insert_with(|| Some(Vec::new())) else { continue };
+            If { .. } | OfPath { .. } | OwnThread { .. } => {
+                let alternatives = rules.entry(call.number()).or_insert_with(|| Some(Vec::new()));
+                let Some(alternatives) = alternatives else { continue };
                 alternatives.extend(conditions(call)?);
             }
         }
@@ -377,6 +384,11 @@ fn conditions(call: &Call) -> Result<Vec<SeccompRule>, String> {
         OfPath { flags, .. } => is(1, SeccompCmpOp::Ne, 0)
             .and_then(|path| SeccompRule::new(vec![path, is(flags, SeccompCmpOp::MaskedEq(EMPTY_PATH), 0)?]))
             .map(|rule| vec![rule]),
+        OwnThread { signals } => {
+            let (process, equals) = (u64::from(std::process::id()), || SeccompCmpOp::MaskedEq(INT_MASK));
+            let rule = |&signal: &u64| SeccompRule::new(vec![is(0, equals(), process)?, is(2, equals(), signal)?]);
+            signals.iter().map(rule).collect()
+        }
     };
     rules.map_err(|e: seccompiler::BackendError| e.to_string())
 }

@@ -52,6 +52,12 @@ pub fn attempt(action: &str) -> io::Result<()> {
         "ptrace" => check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, victim(), 0, 0) }),
         // SAFETY: as above.
         "kill" => check(unsafe { libc::kill(victim(), 0) }.into()),
+        "tgkill" => {
+            // SAFETY: as above. No process has a thread with this number.
+            let result = check(unsafe { libc::syscall(libc::SYS_tgkill, victim(), libc::c_int::MAX, libc::SIGABRT) });
+            // The kernel has looked for the thread in the other process.
+            result.or_else(|error| if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) })
+        }
         // SAFETY: as above.
         "setuid" => check(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }),
         // SAFETY: as above.

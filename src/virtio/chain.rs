@@ -13,6 +13,7 @@ use vm_memory::{Address, GuestAddress, VolatileMemory, VolatileSlice};
 use crate::sys::racing::prefetch;
 use crate::virtio::GuestRam;
 use crate::virtio::guest_copy::{GuestRange, read_once};
+use crate::virtio::ram::in_bounds_mask;
 
 #[cfg(test)]
 mod tests;
@@ -169,13 +170,15 @@ impl<'a> DescriptorTable<'a> {
         if u32::from(index) >= self.entries {
             return None;
         }
-        let offset = u32::from(index) * DESCRIPTOR_BYTES;
+        let offset = usize::from(index) * DESCRIPTOR_BYTES as usize;
         if let Some(slice) = &self.slice {
-            return Some(slice.get_ref::<Descriptor>(offset as usize).ok()?.load());
+            // The guest chooses the index: see `GuestRam::slice`.
+            let offset = offset & in_bounds_mask(offset, slice.len());
+            return Some(slice.get_ref::<Descriptor>(offset).ok()?.load());
         }
         // The table crosses regions, or is partly outside guest memory.
         let mut raw = [0; DESCRIPTOR_BYTES as usize];
-        read_once(mem, self.base.checked_add(u64::from(offset))?, &mut raw).ok()?;
+        read_once(mem, self.base.checked_add(offset as u64)?, &mut raw).ok()?;
         let [a, b, c, d, e, f, g, h, len @ .., f0, f1, n0, n1] = raw;
         Some(Descriptor::new(
             u64::from_le_bytes([a, b, c, d, e, f, g, h]),

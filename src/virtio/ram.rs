@@ -50,7 +50,7 @@ impl GuestRegion {
 
 /// All ones if `offset < bytes`, otherwise 0, computed without a branch (Linux: array_index_mask_nospec).
 #[inline]
-fn in_bounds_mask(offset: usize, bytes: usize) -> usize {
+pub(super) fn in_bounds_mask(offset: usize, bytes: usize) -> usize {
     #[cfg_attr(miri, allow(unused_mut, reason = "Miri does not support assembler"))]
     let mut offset = offset;
     // SAFETY: no instructions. The block only hides from the compiler that the caller has checked the offset: otherwise

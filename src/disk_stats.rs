@@ -17,6 +17,7 @@ use crate::cache::Stats;
 use crate::counters::BLOCK_WORDS;
 use crate::counters::worker::Counters;
 use crate::sys::clock::monotonic_ns;
+use crate::sys::regions::{BusErrorRecord, FrontEndRecords};
 use crate::sys::shared_words::SharedWords;
 use crate::units::{OpKind, SectorSpan, Unmap};
 
@@ -167,6 +168,7 @@ impl StatsPage {
         self.words.store(word::WRITTEN_AT, 0);
         self.words.store(word::OLDEST_KIND, 0);
         self.words.store(word::HAS_FRONT_END, 0);
+        self.words.store(word::TRUNCATED_MEMORY, 0);
     }
 
     /// Writes the device's state.
@@ -249,8 +251,20 @@ impl StatsPage {
         }
     }
 
-    /// Records the memory whose access raised SIGBUS. May be called in a signal handler.
-    pub fn record_truncated_memory(&self, memory: TruncatedMemory) {
+    /// What the SIGBUS handler records on this page about an access to memory of the device.
+    pub fn bus_error_record(&'static self, memory: TruncatedMemory) -> BusErrorRecord {
+        BusErrorRecord { word: &self.words.words()[word::TRUNCATED_MEMORY], code: memory.code() }
+    }
+
+    /// What it records about an access to memory that the front-end shares.
+    pub fn front_end_records(&'static self) -> FrontEndRecords {
+        let record = |memory| self.bus_error_record(memory);
+        FrontEndRecords { guest: record(TruncatedMemory::Guest), inflight: record(TruncatedMemory::Inflight) }
+    }
+
+    /// Records memory as the SIGBUS handler does.
+    #[cfg(test)]
+    pub(crate) fn record_truncated_memory(&self, memory: TruncatedMemory) {
         self.words.store(word::TRUNCATED_MEMORY, memory.code());
     }
 
@@ -294,6 +308,8 @@ fn kind_of(code: u64) -> Option<OpKind> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     #[test]
@@ -326,9 +342,10 @@ mod tests {
 
     #[test]
     fn a_report_of_truncated_memory_is_read_once() {
-        let (page, _file) = StatsPage::create(1).unwrap();
+        let page: &'static StatsPage = Box::leak(Box::new(StatsPage::create(1).unwrap().0));
         for memory in TruncatedMemory::ALL {
-            page.record_truncated_memory(memory);
+            let BusErrorRecord { word, code } = page.bus_error_record(memory);
+            word.store(code, Ordering::Release);
             assert_eq!(page.take_truncated_memory(), Some(memory));
             assert_eq!(page.take_truncated_memory(), None);
         }

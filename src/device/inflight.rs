@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use vm_memory::{AtomicInteger, MmapRegion, VolatileMemory};
 
 use crate::shared_memory::store;
+use crate::sys::regions::Registration;
 
 /// Offsets in a ring's part of the region (QueueRegionSplit).
 const VERSION: usize = 8;
@@ -40,6 +41,8 @@ pub fn ring_bytes(size: u16) -> usize {
 /// One ring's part of the inflight region.
 #[derive(Clone, Debug)]
 pub struct InflightTracker {
+    /// Dropped first: while the region is registered, it is mapped.
+    _registration: Option<Arc<Registration>>,
     memory: Arc<MmapRegion>,
     offset: usize,
     size: u16,
@@ -52,7 +55,12 @@ pub struct InflightTracker {
 impl InflightTracker {
     /// The part at `offset` of the region, for a ring with `size` descriptors. The region must be large enough.
     pub fn new(memory: Arc<MmapRegion>, offset: usize, size: u16) -> Self {
-        Self { memory, offset, size, counter: 0, batch: 0 }
+        Self { _registration: None, memory, offset, size, counter: 0, batch: 0 }
+    }
+
+    /// The same part of a region that stays registered for the handler of SIGBUS as long as a ring uses it.
+    pub fn registered(self, registration: Option<Arc<Registration>>) -> Self {
+        Self { _registration: registration, ..self }
     }
 
     /// Whether a ring has used this part before.

@@ -1,9 +1,9 @@
 //! One device of a disk process, and its thread `disk NAME`. The thread starts and ends the device, and may block on
 //! the image while doing so; therefore no thread waits for this one without a deadline.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{DiskChannel, send_event, spawn};
 use crate::device::Untracked;
@@ -187,35 +187,5 @@ impl DeviceThread {
                 Ok(DeviceCommand::Finish(Ending::WriteBack)) | Err(_) => return quiesced.and(running.shutdown()),
             }
         }
-    }
-}
-
-/// Most pages that are recorded. A group of readers may have more devices, but each would record the same cause.
-const PAGES_MAX: usize = 16;
-
-/// Statistics pages that a signal handler may write to.
-#[derive(Debug)]
-pub(super) struct StatsPages {
-    count: AtomicUsize,
-    pages: [OnceLock<&'static StatsPage>; PAGES_MAX],
-}
-
-impl StatsPages {
-    pub const fn new() -> Self {
-        Self { count: AtomicUsize::new(0), pages: [const { OnceLock::new() }; PAGES_MAX] }
-    }
-
-    /// Records a page, if there is room.
-    pub fn register(&self, page: &'static StatsPage) {
-        let slot = self.count.fetch_add(1, Ordering::Relaxed);
-        if let Some(free) = self.pages.get(slot) {
-            // It cannot be set already: each call has its own slot.
-            let _ = free.set(page);
-        }
-    }
-
-    /// Calls `act` with each page. Takes no lock.
-    pub fn for_each(&self, act: impl Fn(&StatsPage)) {
-        self.pages.iter().filter_map(OnceLock::get).for_each(|page| act(page));
     }
 }

@@ -33,7 +33,7 @@ use crate::sys::fd::close_inherited;
 use crate::sys::poll::wait_any_readable_for;
 use crate::sys::privileges::User;
 use crate::sys::process::{raise_descriptor_limit, set_thread_name};
-use crate::sys::regions::{self, TruncatableMemory};
+use crate::sys::regions::{Registration, record_bus_error, register};
 use crate::sys::signal;
 use crate::waker::Waker;
 
@@ -135,6 +135,8 @@ struct ServedImage {
 struct ServedDevice {
     image_of: u32,
     device: DeviceControl,
+    /// The cache, for the handler of SIGBUS.
+    _cache: Registration,
 }
 
 /// See the module.
@@ -227,7 +229,6 @@ impl Control {
         let (image, io_mode) = store::received(file, image)?;
         let received = crate::arena::ReceivedArena::new(cache, cache_files)?;
         let (is_cache_removed, arena) = (received.is_removed, received.arena);
-        regions::register(TruncatableMemory::Cache, &arena.mapped());
         // The image may have grown since the cache was opened.
         arena.set_image_size(image.limits().size_bytes.get());
         let (name, image) = (settings.name.clone(), cached_image(settings, image, arena)?);
@@ -249,11 +250,12 @@ impl Control {
         let broker = Broker::new(&settings.name, OwnedFd::from(broker));
         let page = StatsPage::open(&page, settings.workers.into());
         let page = page.map_err(|e| Error::io(ErrorKind::System, "cannot map a statistics page", e))?;
-        let service = Service::new(settings, &open.image, open.io_mode, listener, broker, page.counters());
+        // The handler of SIGBUS may write to it at any time.
         let page: &'static StatsPage = Box::leak(Box::new(page));
-        BUS_ERROR_PAGES.register(page);
+        let service = Service::new(settings, &open.image, open.io_mode, listener, broker, page.counters(), Some(page));
+        let cache = register(&open.image.arena().mapped(), page.bus_error_record(TruncatedMemory::Cache));
         let device = DeviceControl::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
-        self.devices.insert(number, ServedDevice { image_of, device });
+        self.devices.insert(number, ServedDevice { image_of, device, _cache: cache });
         if !self.is_shared {
             // No other device follows, so this thread creates no further rings.
             sandbox::confine(ThreadKind::Main);
@@ -345,20 +347,6 @@ fn send_event(channel: &DiskChannel, message: &FromDisk) {
 
 fn unexpected(what: &str) -> Error {
     Error::new(ErrorKind::System, format!("the supervisor sent {what}"))
-}
-
-/// The statistics pages of the devices, for the SIGBUS handler.
-static BUS_ERROR_PAGES: device::StatsPages = device::StatsPages::new();
-
-/// Records which memory was accessed, so that the supervisor can log it. Runs in a signal handler.
-fn record_bus_error(address: usize) {
-    let memory = match regions::kind_of(address) {
-        Some(TruncatableMemory::Cache) => TruncatedMemory::Cache,
-        Some(TruncatableMemory::Inflight) => TruncatedMemory::Inflight,
-        // No other mapping is shared with another process.
-        None => TruncatedMemory::Guest,
-    };
-    BUS_ERROR_PAGES.for_each(|page| page.record_truncated_memory(memory));
 }
 
 /// Runs `body` on a thread with this name.

@@ -25,6 +25,7 @@ use crate::counters::worker::Counters;
 use crate::device::control::Workers;
 use crate::device::{self, Device, WorkerCommand, WorkerControl};
 use crate::disk_protocol::DeviceSettings;
+use crate::disk_stats::StatsPage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::listener::{BoundSocket, SocketAccess, bind};
 use crate::sandbox::{self, ThreadKind};
@@ -46,6 +47,8 @@ pub struct Service {
     bound: Option<BoundSocket>,
     /// Looks up the processes of front-ends.
     broker: Broker,
+    /// Where the handler of SIGBUS records that the front-end has truncated memory.
+    page: Option<&'static StatsPage>,
     workers: u16,
     queue_size: u16,
     /// The line to log when it starts.
@@ -66,7 +69,8 @@ pub fn cached_image(of_device: &DeviceSettings, image: Arc<dyn Backing>, arena: 
 }
 
 impl Service {
-    /// A device on an open image, with a listening socket; `counters` count its activity.
+    /// A device on an open image, with a listening socket; `counters` count its activity. The handler of SIGBUS records
+    /// on `page` which memory its front-end has truncated.
     pub fn new(
         settings: &DeviceSettings,
         image: &Arc<CachedImage>,
@@ -74,6 +78,7 @@ impl Service {
         listener: UnixListener,
         broker: Broker,
         counters: Counters,
+        page: Option<&'static StatsPage>,
     ) -> Self {
         let device = device_of(settings, image, counters);
         let description = format!(
@@ -87,7 +92,7 @@ impl Service {
             settings.cache.mode,
         );
         let (workers, queue_size, image) = (settings.workers, settings.queue_size, Arc::clone(image));
-        Self { device, image, listener, bound: None, broker, workers, queue_size, description }
+        Self { device, image, listener, bound: None, broker, page, workers, queue_size, description }
     }
 
     /// A device on an image that the caller has opened, with a socket that this process binds. Its cache is volatile.
@@ -120,7 +125,7 @@ impl Service {
         let broker = Broker::start(&config.name).map_err(failed)?;
         let counters = Counters::new(config.workers.into());
         let counters = counters.map_err(|e| Error::io(ErrorKind::System, "cannot get memory for counters", e))?;
-        let service = Self::new(&config.into(), image, "given image", listener, broker, counters);
+        let service = Self::new(&config.into(), image, "given image", listener, broker, counters, None);
         Ok(Self { bound: Some(bound), ..service })
     }
 
@@ -129,14 +134,16 @@ impl Service {
     /// # Errors
     /// [`ErrorKind::System`] when the host cannot provide a thread or a descriptor.
     pub fn start(self) -> Result<Running> {
-        let Self { device, image, listener, bound, broker, workers, queue_size, description } = self;
+        let Self { device, image, listener, bound, broker, page, workers, queue_size, description } = self;
         let mut starting = StartingWorkers::default();
         for index in 0..workers {
             starting.add(device::spawn(&device, &image, index)?);
         }
         let workers = Arc::new(Workers::new(starting.controls.clone()));
         let system = |what: &str, e: io::Error| Error::io(ErrorKind::System, format!("{}: {what}", device.name), e);
-        let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener, broker)?);
+        let (of_device, of_workers) = (Arc::clone(&device), Arc::clone(&workers));
+        let bus_errors = page.map(StatsPage::front_end_records);
+        let server = Arc::new(Server::new(of_device, of_workers, queue_size, listener, broker, bus_errors)?);
         // Before a front-end can connect, so that the log lines are in order.
         info!("{description}");
         let serving = Arc::clone(&server);

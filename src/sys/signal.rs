@@ -90,6 +90,9 @@ static BUS_ERROR_HOOK: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
 
 /// Calls `hook` when an access to memory raises SIGBUS, and lets the signal end the process after that.
 ///
+/// => The signal gets its default effect only after the hook has returned: if two threads access such memory at the
+///    same time, the signal of one must not end the process before the hook has run for the other.
+///
 /// # Errors
 /// Errors of sigaction(2).
 pub fn on_bus_error(hook: BusErrorHook) -> io::Result<()> {
@@ -99,13 +102,17 @@ pub fn on_bus_error(hook: BusErrorHook) -> io::Result<()> {
         let address = unsafe { (*info).si_addr() }.addr();
         // SAFETY: the only value stored, besides null, is a BusErrorHook.
         unsafe { std::mem::transmute::<*mut (), BusErrorHook>(hook)(address) };
-        // When this returns, the access is repeated, and the signal then has its default effect (SA_RESETHAND).
+        // SAFETY: all-zero bytes are a valid sigaction: SIG_DFL.
+        let default: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: may be called in a signal handler; with a null pointer nothing is written.
+        unsafe { libc::sigaction(libc::SIGBUS, &raw const default, std::ptr::null_mut()) };
+        // When this returns, the access is repeated, and the signal ends the process.
     }
     BUS_ERROR_HOOK.store(hook as *mut (), Ordering::Release);
     // SAFETY: all-zero bytes are a valid sigaction: no flags and an empty mask.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handle as *const () as usize;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND;
+    action.sa_flags = libc::SA_SIGINFO;
     // SAFETY: the handler has the signature that SA_SIGINFO requires; with a null pointer nothing is written.
     match unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),

@@ -144,7 +144,7 @@ impl VhostUserBackend for Backend {
                 warn!("{}: guest memory will be part of core dumps: {e}", self.0.session.device.name);
             }
         }
-        self.0.session.workers.set_memory(&Arc::new(GuestRam::new(memory)));
+        self.0.session.set_memory(GuestRam::new(memory));
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use super::wire::Message;
 use crate::device::inflight::{InflightTracker, ring_bytes};
 use crate::sys::memfd;
-use crate::sys::regions::{TruncatableMemory, register};
+use crate::sys::regions::{BusErrorRecord, Registration, register};
 
 /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: size and offset of the region, number of queues, queue size. Some
 /// front-ends append the four bytes of padding of the C structure.
@@ -31,6 +31,8 @@ pub(super) struct Inflight(Mutex<Option<InflightRegion>>);
 
 #[derive(Debug)]
 struct InflightRegion {
+    /// Dropped first: while the region is registered, it is mapped.
+    registration: Option<Arc<Registration>>,
     memory: Arc<MmapRegion>,
     shape: InflightShape,
 }
@@ -79,8 +81,9 @@ impl Inflight {
         Ok(Message::reply(message.request, payload, vec![file]))
     }
 
-    /// SET_INFLIGHT_FD: rings that start from now on record their requests in this region.
-    pub fn set_region(&self, mut message: Message) -> io::Result<()> {
+    /// SET_INFLIGHT_FD: rings that start from now on record their requests in this region. The handler of SIGBUS writes
+    /// `record` if the access was to it.
+    pub fn set_region(&self, mut message: Message, record: Option<BusErrorRecord>) -> io::Result<()> {
         let shape = InflightShape::of(&message)?;
         let (Some(size), Some(offset), Some(file)) = (message.u64_at(0), message.u64_at(8), message.files.pop()) else {
             return Err(invalid("inflight region: no file descriptor".to_owned()));
@@ -92,9 +95,9 @@ impl Inflight {
         let memory = MmapRegion::from_file(FileOffset::new(file, offset), shape.bytes())
             .map_err(|e| invalid(format!("inflight region: cannot map it: {e}")))?;
         let first = memory.as_ptr().addr();
-        register(TruncatableMemory::Inflight, &(first..first + memory.size()));
+        let registration = record.map(|record| Arc::new(register(&(first..first + memory.size()), record)));
         *self.0.lock().expect("no thread panics with the region locked") =
-            Some(InflightRegion { memory: Arc::new(memory), shape });
+            Some(InflightRegion { registration, memory: Arc::new(memory), shape });
         Ok(())
     }
 
@@ -102,7 +105,7 @@ impl Inflight {
     /// warns that requests in flight at a crash of the daemon are lost.
     pub fn tracker_for(&self, device: &str, index: u16, size: u16) -> Option<InflightTracker> {
         let slot = self.0.lock().expect("no thread panics with the region locked");
-        let InflightRegion { memory, shape } = slot.as_ref()?;
+        let InflightRegion { registration, memory, shape } = slot.as_ref()?;
         if index >= shape.queues || size > shape.queue_size {
             warn!(
                 "{device}: vring {index} of size {size}: its requests in flight are not recorded, because the \
@@ -111,7 +114,7 @@ impl Inflight {
             return None;
         }
         let offset = usize::from(index) * ring_bytes(shape.queue_size);
-        Some(InflightTracker::new(Arc::clone(memory), offset, size))
+        Some(InflightTracker::new(Arc::clone(memory), offset, size).registered(registration.clone()))
     }
 }
 
@@ -144,7 +147,7 @@ mod tests {
         assert_eq!(reply.u64_at(0), Some(2 * ring_bytes(256) as u64));
         assert_eq!(reply.u64_at(8), Some(0), "the region begins at the start of its file");
         let file = reply.files[0].try_clone().unwrap();
-        inflight.set_region(reply).unwrap();
+        inflight.set_region(reply, None).unwrap();
         for (index, size) in [(0, 256), (1, 128)] {
             let mut tracker = inflight.tracker_for("disk", index, size).unwrap();
             assert_eq!(tracker.recover(0), None);

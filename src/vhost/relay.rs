@@ -226,7 +226,8 @@ impl<'a> Relay<'a> {
             SET_INFLIGHT_FD => {
                 let done = message.needs_reply().then(|| Message::reply(SET_INFLIGHT_FD, vec![0; 8], Vec::new()));
                 message.files.iter().try_for_each(refuse_hanging_memory)?;
-                self.session.inflight.set_region(message)?;
+                let record = self.session.bus_errors.map(|records| records.inflight);
+                self.session.inflight.set_region(message, record)?;
                 return self.reply_in_order(done.map_or(Reply::Swallow, Reply::Replace));
             }
             SET_BACKEND_REQ_FD => {

@@ -26,6 +26,7 @@ use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::poll::{wait_any_readable, wait_readable};
 use crate::sys::process::{Limit, describe_limit};
+use crate::sys::regions::FrontEndRecords;
 use crate::sys::socket::{Peer, peer};
 use crate::virtio::GuestRam;
 
@@ -37,6 +38,8 @@ pub struct Server {
     queue_size: u16,
     listener: UnixListener,
     broker: Arc<Broker>,
+    /// What the handler of SIGBUS records about memory that the front-end has truncated.
+    bus_errors: Option<FrontEndRecords>,
     stopped: AtomicBool,
     /// The last front-end's failure, if it failed.
     last_failure: Mutex<Option<FrontEndFailure>>,
@@ -59,6 +62,7 @@ impl Server {
         queue_size: u16,
         listener: UnixListener,
         broker: Broker,
+        bus_errors: Option<FrontEndRecords>,
     ) -> Result<Self> {
         let system = |e| Error::io(ErrorKind::System, "cannot prepare the socket", e);
         let stop = EventFd::new(EFD_CLOEXEC).map_err(system)?;
@@ -70,6 +74,7 @@ impl Server {
             queue_size,
             listener,
             broker: Arc::new(broker),
+            bus_errors,
             stopped: AtomicBool::new(false),
             last_failure: Mutex::default(),
             connection: Mutex::default(),
@@ -166,7 +171,9 @@ impl Server {
         self.config_change.begin_session();
         let mut owner = None;
         let (ended, failed_before) = loop {
-            let session = Session::new(&self.device, &self.workers, &self.broker, peer.pid, connected_line.take());
+            let connected_line = connected_line.take();
+            let session =
+                Session::new(&self.device, &self.workers, &self.broker, self.bus_errors, peer.pid, connected_line);
             let ended = self.session(&session, &front_end, owner.take());
             let failed_before = session.has_connected_line();
             self.workers.set_memory(&Arc::new(GuestRam::default()));

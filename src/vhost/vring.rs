@@ -15,7 +15,6 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 use log::{error, info};
 use vhost_user_backend::{VringRwLock, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
-use vm_memory::GuestAddressSpace;
 
 use super::BackendMemory;
 use super::inflight::Inflight;
@@ -24,6 +23,7 @@ use crate::device::control::Workers;
 use crate::device::inflight::InflightTracker;
 use crate::device::{Device, RingSetup, WorkerCommand};
 use crate::sys::file::is_anonymous_inode;
+use crate::sys::regions::FrontEndRecords;
 use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 
@@ -45,6 +45,10 @@ pub(super) struct Session {
     /// Provides information about the front-end's process.
     pub broker: Arc<Broker>,
     pub inflight: Inflight,
+    /// The guest's memory, as last set.
+    ram: Mutex<Arc<GuestRam>>,
+    /// What the handler of SIGBUS records about memory that the front-end has truncated.
+    pub bus_errors: Option<FrontEndRecords>,
     /// The process ID of the front-end; 0 if unknown.
     pub peer_pid: u32,
     /// The log line about the front-end, written once a vring starts.
@@ -63,6 +67,7 @@ impl Session {
         device: &Arc<Device>,
         workers: &Arc<Workers>,
         broker: &Arc<Broker>,
+        bus_errors: Option<FrontEndRecords>,
         peer_pid: u32,
         connected_line: Option<String>,
     ) -> Arc<Self> {
@@ -72,11 +77,27 @@ impl Session {
             workers,
             broker,
             inflight: Inflight::default(),
+            ram: Mutex::default(),
+            bus_errors,
             peer_pid,
             connected_line: Mutex::new(connected_line),
             guest_started: AtomicBool::new(false),
             resumed: Mutex::default(),
         })
+    }
+
+    /// Uses new guest memory, for all rings.
+    pub fn set_memory(&self, ram: GuestRam) {
+        let ram = Arc::new(match self.bus_errors {
+            Some(records) => ram.registered(records.guest),
+            None => ram,
+        });
+        self.workers.set_memory(&ram);
+        *self.ram() = ram;
+    }
+
+    fn ram(&self) -> MutexGuard<'_, Arc<GuestRam>> {
+        self.ram.lock().expect("no thread panics with the memory locked")
     }
 
     /// Whether `connected_line` is still to be logged.
@@ -136,7 +157,6 @@ pub(super) struct VringControl {
 struct VringShared {
     index: u16,
     session: Arc<Session>,
-    memory: BackendMemory,
     config: Mutex<VringConfig>,
 }
 
@@ -217,7 +237,7 @@ impl VringControl {
             kick,
             call_fd,
             err_fd,
-            memory: Arc::new(GuestRam::new(self.shared.memory.memory().into_inner())),
+            memory: Arc::clone(&self.shared.session.ram()),
             tracker: self.shared.session.inflight.tracker_for(&self.shared.session.device.name, index, queue.size()),
         };
         self.shared.session.on_ring_start(index, &setup);
@@ -282,11 +302,11 @@ impl<'a> VringStateMutGuard<'a, BackendMemory> for VringControl {
 
 impl VringT<BackendMemory> for VringControl {
     fn new(memory: BackendMemory, max_queue_size: u16) -> Result<Self, QueueError> {
-        let state = VringRwLock::new(memory.clone(), max_queue_size)?;
+        let state = VringRwLock::new(memory, max_queue_size)?;
         VRING_FACTORY.with_borrow_mut(|slot| {
             let VringFactory { session, rings } = slot.as_mut().expect("inside with_vring_factory()");
             let index = u16::try_from(rings.len()).expect("256 rings at most");
-            let shared = VringShared { index, session: Arc::clone(session), memory, config: Mutex::default() };
+            let shared = VringShared { index, session: Arc::clone(session), config: Mutex::default() };
             let ring = Self { state, shared: Arc::new(shared) };
             rings.push(ring.clone());
             Ok(ring)

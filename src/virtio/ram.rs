@@ -10,9 +10,13 @@ use vm_memory::{
     VolatileSlice,
 };
 
+use crate::sys::regions::{BusErrorRecord, Registration, register};
+
 /// Guest memory, mapped as long as this lives.
 #[derive(Debug, Default)]
 pub struct GuestRam {
+    /// Dropped first: while a range is registered, it is mapped.
+    _registrations: Box<[Registration]>,
     memory: Arc<GuestMemoryMmap<()>>,
     /// The largest region. Nearly all addresses are in it.
     largest: GuestRegion,
@@ -73,7 +77,14 @@ impl GuestRam {
         };
         let regions: Box<[GuestRegion]> = memory.iter().map(whole).collect();
         let largest = regions.iter().max_by_key(|region| region.bytes).copied().unwrap_or_default();
-        Self { memory, largest, regions }
+        Self { _registrations: Box::default(), memory, largest, regions }
+    }
+
+    /// The same memory; the handler of SIGBUS writes `record` if the access was to it.
+    pub fn registered(self, record: BusErrorRecord) -> Self {
+        let range = |region: &GuestRegion| region.host.addr()..region.host.addr() + region.bytes;
+        let registrations = self.regions.iter().map(|region| register(&range(region), record)).collect();
+        Self { _registrations: registrations, ..self }
     }
 
     /// The `len` bytes at `addr`, if they are in one region, as is nearly always the case.

@@ -136,7 +136,7 @@ fn truncating_an_inflight_region_ends_only_its_own_disk() {
     hostile.share_memory();
     hostile.add_ring(QUEUE_SIZE);
     let wanted = VhostUserInflight { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: QUEUE_SIZE };
-    let (region, _sealed) = hostile.frontend.get_inflight_fd(&wanted).expect("GET_INFLIGHT_FD");
+    let (region, sealed) = hostile.frontend.get_inflight_fd(&wanted).expect("GET_INFLIGHT_FD");
     // A region of its own in place of the daemon's, which cannot be cut short.
     let path = daemon.directory().memory().join("inflight");
     let file = fs::File::options().read(true).write(true).create_new(true).open(path).expect("shared memory");
@@ -144,6 +144,10 @@ fn truncating_an_inflight_region_ends_only_its_own_disk() {
     hostile.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
     hostile.start_ring(0);
     hostile.write(8, &pattern(1, 8, 4096));
+    // The ring still uses the first one.
+    for _ in 0..300 {
+        hostile.frontend.set_inflight_fd(&region, sealed.as_raw_fd()).expect("SET_INFLIGHT_FD");
+    }
     file.set_len(0).expect("it has no seals");
     hostile.submit(0, VIRTIO_BLK_T_IN, 8, Payload::Receive(512));
     hostile.rings[0].notify();
@@ -152,6 +156,40 @@ fn truncating_an_inflight_region_ends_only_its_own_disk() {
     drop(hostile);
     assert_eq!(open(&daemon, 0).read(8, 4096), pattern(1, 8, 4096), "the next front-end is served, from the cache");
     drop(other);
+    daemon.stop();
+}
+
+/// All readers share a process, but only the hostile one is refused in the end.
+#[test]
+fn a_reader_that_truncates_memory_repeatedly_takes_the_image_from_no_other() {
+    const BURST: usize = 3;
+    let directory = TempDir::new("golden");
+    fs::write(directory.path().join("image"), pattern(7, 0, IMAGE_BYTES as usize)).expect("an image can be written");
+    let device = format!("cache.size = \"4M\"\nread_only = true\nrestart_burst = {BURST}");
+    let mut daemon = Daemon::start_configured(directory, &[device.as_str(), device.as_str()]);
+    let mut bystander = open(&daemon, 1);
+    for death in 1..=BURST + 1 {
+        let hostile = open(&daemon, 0);
+        let process = daemon.disk_processes();
+        hostile.memory.cut_short();
+        hostile.rings[0].kick.write(1).expect("an eventfd can be written");
+        poll_until("the process to end", TIMEOUT, || (daemon.disk_processes() != process).then_some(()));
+        bystander = reconnect(bystander, &daemon, 1);
+        assert_eq!(bystander.read(death as u64 * 8, 4096), pattern(7, death as u64 * 8, 4096));
+    }
+    let own = "its process has died: killed by SIGBUS: the file of the guest's memory was truncated by the front-end";
+    daemon.await_log(&format!("disk0: {own}; restarting it in 200 ms"));
+    daemon.await_log(&format!("disk0: not served: {own}; restart_burst exceeded"));
+    let others = "killed by SIGBUS: the front-end of disk0, which shares the process, truncated memory; restarting it";
+    daemon.await_log(&format!("disk1: its process has died: {others}\n"));
+    assert!(!daemon.log().contains("disk1: not served"), "{}", daemon.log());
+    // The deaths do not count for the bystander: it is restarted at once also when its own front-end is the cause.
+    bystander.memory.cut_short();
+    bystander.rings[0].kick.write(1).expect("an eventfd can be written");
+    daemon.await_log(&format!("disk1: {own}; restarting it\n"));
+    assert_eq!(open(&daemon, 1).read(8, 4096), pattern(7, 8, 4096));
+    daemon.signal(libc::SIGHUP);
+    assert_eq!(open(&daemon, 0).read(8, 4096), pattern(7, 8, 4096), "the operator has resumed it");
     daemon.stop();
 }
 

@@ -16,7 +16,7 @@ use super::SupervisorEvent;
 use super::context::Context;
 use super::current_config::CurrentConfig;
 use super::handle::DeviceHandle;
-use super::process::{EventSink, Exit, Process, ProcessEvent};
+use super::process::{DeathCause, EventSink, Exit, Process, ProcessEvent};
 use super::restarts::Restarts;
 use super::slot::{ImageSlot, SizeStep, open_image};
 use super::socket::ListenSocket;
@@ -190,8 +190,8 @@ enum ServiceEnd {
     Ended(Result<()>),
     /// It could not be served.
     Failed(Error),
-    /// Its process has died.
-    Died(String),
+    /// Its process has died; in words, and why.
+    Died(String, DeathCause),
 }
 
 impl KeeperThread {
@@ -317,9 +317,17 @@ impl KeeperThread {
                         None => return self.not_served(opened, "no process could be started for it"),
                     }
                 }
-                ServiceEnd::Died(why) => {
+                ServiceEnd::Died(why, cause) => {
                     pause = RETRY_MIN;
-                    let is_over = match self.restarts.after_death(Instant::now()) {
+                    let next = match cause {
+                        // That device alone is restarted with pauses, and at last refused: a front-end must not be able
+                        // to take an image from its other readers.
+                        DeathCause::OtherFrontEnd(_) => Some(Duration::ZERO),
+                        DeathCause::OwnFrontEnd(_) | DeathCause::Cache | DeathCause::Unknown => {
+                            self.restarts.after_death(Instant::now())
+                        }
+                    };
+                    let is_over = match next {
                         Some(wait) => {
                             self.report(KeeperEvent::Died(why, wait));
                             self.begin("waiting to start a process again");
@@ -386,14 +394,13 @@ impl KeeperThread {
         let sink = EventSink(Box::new(move |io_lock, event| drop(own.send(KeeperCommand::Process(io_lock, event)))));
         let served = self.current.get();
         let settings = self.current.settings();
-        process.serve(device, opened.slot.image_of(), settings.clone(), files, sink).map_err(system)?;
+        process.serve(device, opened.slot.image_of(), settings.clone(), files, page, sink).map_err(system)?;
         let handle =
             DeviceHandle::new(device, opened.slot.image_of(), &process, page, &opened.socket).map_err(system)?;
         let mut session = ProcessSession {
             worker: self,
             device,
             process,
-            page: Arc::clone(page),
             slot: &opened.slot,
             handle: Some(handle),
             ending: None,
@@ -415,7 +422,6 @@ struct ProcessSession<'a> {
     worker: &'a KeeperThread,
     device: u32,
     process: Arc<Process>,
-    page: Arc<StatsPage>,
     slot: &'a ImageSlot,
     /// The configuration that was sent to the process.
     served: Arc<DeviceConfig>,
@@ -567,13 +573,13 @@ impl ProcessSession<'_> {
                 }
                 self.ended = Some(result);
             }
-            ProcessEvent::Exited(exit) => return Some(self.service_end(exit)),
+            ProcessEvent::Exited(exit, cause) => return Some(self.service_end(exit, cause)),
         }
         None
     }
 
     /// Why the device is no longer served, now that its process has ended.
-    fn service_end(&mut self, exit: Exit) -> ServiceEnd {
+    fn service_end(&mut self, exit: Exit, cause: DeathCause) -> ServiceEnd {
         let name = &self.worker.config.name;
         if let Some(error) = self.failure.take() {
             return if self.ending.is_some() { ServiceEnd::Ended(Err(error)) } else { ServiceEnd::Failed(error) };
@@ -584,11 +590,9 @@ impl ProcessSession<'_> {
             }
             return ServiceEnd::Ended(result);
         }
-        let cut = self.page.take_truncated_memory().filter(|_| exit.is_bus_error());
-        let because = cut.map_or_else(String::new, |memory| format!(": {}", memory.name()));
-        let why = format!("its process has died: {exit}{because}");
+        let why = format!("its process has died: {exit}{cause}");
         if self.ending.is_none() {
-            return ServiceEnd::Died(why);
+            return ServiceEnd::Died(why, cause);
         }
         if !self.quiesced {
             self.worker.report(KeeperEvent::Quiesced);

@@ -20,6 +20,7 @@ use crate::disk_process;
 use crate::disk_protocol::{
     Channel, DeviceReply, DeviceRequest, DeviceSettings, ErrorText, FromDisk, Received, ToDisk,
 };
+use crate::disk_stats::{StatsPage, TruncatedMemory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::IoLock;
 use crate::sys::poll::wait_any_readable;
@@ -79,6 +80,33 @@ impl fmt::Display for Exit {
     }
 }
 
+/// Why a process has died, as one of its devices sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum DeathCause {
+    /// The front-end of this device has truncated this memory.
+    OwnFrontEnd(TruncatedMemory),
+    /// The front-end of another device of the process, with this name, has truncated its memory.
+    OtherFrontEnd(String),
+    /// The cache's file was truncated, or its memory could not be read.
+    Cache,
+    /// That is not known.
+    #[default]
+    Unknown,
+}
+
+impl fmt::Display for DeathCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OwnFrontEnd(memory) => write!(f, ": {}", memory.name()),
+            Self::OtherFrontEnd(name) => {
+                write!(f, ": the front-end of {name}, which shares the process, truncated memory")
+            }
+            Self::Cache => write!(f, ": {}", TruncatedMemory::Cache.name()),
+            Self::Unknown => Ok(()),
+        }
+    }
+}
+
 /// Events of a device in its process, for the device's keeper.
 #[derive(Debug)]
 pub(super) enum ProcessEvent {
@@ -87,7 +115,7 @@ pub(super) enum ProcessEvent {
     Quiesced,
     Ended(Result<()>),
     /// The process has ended.
-    Exited(Exit),
+    Exited(Exit, DeathCause),
 }
 
 /// Receives the events of a device.
@@ -128,6 +156,8 @@ struct Subscribers {
     /// Its images, by the number of the device for which each was opened.
     images: BTreeMap<u32, ImageOutcome>,
     exit: Option<Exit>,
+    /// Why it has ended, for a device that it did not serve yet.
+    cause: DeathCause,
     /// Receivers of the replies to requests, by number of the request.
     requesters: BTreeMap<u64, Sender<DeviceReply>>,
     last_request: u64,
@@ -136,8 +166,13 @@ struct Subscribers {
 /// The receiver of a device's events.
 #[derive(Debug)]
 struct Subscriber {
+    /// The device's name.
+    name: String,
     /// Number of the device for which its image was opened.
     image_of: u32,
+    /// Its statistics page.
+    page: Arc<StatsPage>,
+    stage: ReportedStage,
     sink: EventSink,
 }
 
@@ -148,6 +183,118 @@ struct ImageOutcome {
     failure: Option<ErrorText>,
     /// Once it was released.
     exit: Option<Exit>,
+}
+
+impl Subscriber {
+    fn new(name: String, image_of: u32, page: Arc<StatsPage>, sink: EventSink) -> Self {
+        Self { name, image_of, page, stage: ReportedStage::Starting, sink }
+    }
+}
+
+/// The stages of a device that its process reports, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum ReportedStage {
+    Starting,
+    Served,
+    Quiesced,
+    Ended,
+}
+
+/// A message that the protocol does not allow at this time: its process is taken over, or faulty.
+#[derive(Debug)]
+struct Unexpected {
+    what: &'static str,
+    /// Number of the device, of the image or of the request.
+    number: u64,
+}
+
+impl fmt::Display for Unexpected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}, which is not expected", self.what, self.number)
+    }
+}
+
+impl Subscribers {
+    /// Passes a message of the process to its receivers.
+    ///
+    /// => A process can send anything. Each message is accepted at most once for a device, an image or a request that
+    ///    the supervisor has sent, so the process cannot fill the supervisor's memory, or make it work without end.
+    fn accept(&mut self, io_lock: IoLock, message: FromDisk) -> std::result::Result<(), Unexpected> {
+        use ReportedStage::{Ended, Quiesced, Served};
+        // The device, the stage that it must not have reached, and the one that it reaches.
+        let (device, before, reached, what, event) = match message {
+            FromDisk::Served { device } => (device, Served, Served, "\"served\" for device", ProcessEvent::Served),
+            FromDisk::Quiesced { device } => {
+                (device, Quiesced, Quiesced, "\"quiesced\" for device", ProcessEvent::Quiesced)
+            }
+            FromDisk::Ended { device, error } => {
+                let event = ProcessEvent::Ended(error.map_or(Ok(()), |error| Err(error.into())));
+                (device, Ended, Ended, "\"ended\" for device", event)
+            }
+            FromDisk::Failed { device, error } => {
+                (device, Served, Ended, "\"failed\" for device", ProcessEvent::Failed(error.into()))
+            }
+            FromDisk::ImageFailed { image_of, error } => {
+                let image = self.images.get_mut(&image_of).filter(|image| image.failure.is_none());
+                let image = image.ok_or(Unexpected { what: "\"failed\" for image", number: image_of.into() })?;
+                image.failure = Some(error.clone());
+                for subscriber in self.by_device.values().filter(|subscriber| subscriber.image_of == image_of) {
+                    subscriber.sink.send(io_lock, ProcessEvent::Failed(error.clone().into()));
+                }
+                return Ok(());
+            }
+            FromDisk::Reply { id, reply } => {
+                match self.requesters.remove(&id) {
+                    // It fails if the requester does not wait for the reply.
+                    Some(requester) => drop(requester.send(reply)),
+                    // No thread waits for the reply to request 0.
+                    None if id == 0 => {}
+                    None => return Err(Unexpected { what: "a reply to request", number: id }),
+                }
+                return Ok(());
+            }
+            FromDisk::Released { image_of, is_cache_removed } => {
+                let image = self.images.get_mut(&image_of).filter(|image| image.exit.is_none());
+                let image = image.ok_or(Unexpected { what: "\"released\" for image", number: image_of.into() })?;
+                // The image and the cache are released already, so do not wait until the process has freed its memory.
+                let exit = Exit { status: None, is_released: true, is_cache_removed };
+                image.exit = Some(exit);
+                let devices = self.by_device.extract_if(.., |_, subscriber| subscriber.image_of == image_of);
+                for (_, subscriber) in devices {
+                    subscriber.sink.send(io_lock, ProcessEvent::Exited(exit, DeathCause::Unknown));
+                }
+                return Ok(());
+            }
+        };
+        let subscriber = self.by_device.get_mut(&device).filter(|subscriber| subscriber.stage < before);
+        let subscriber = subscriber.ok_or(Unexpected { what, number: device.into() })?;
+        subscriber.stage = reached;
+        subscriber.sink.send(io_lock, event);
+        Ok(())
+    }
+
+    /// Reports to all devices that the process has ended. If it died of SIGBUS, the statistics pages show whose
+    /// front-end had truncated memory.
+    fn report_exit(&mut self, io_lock: IoLock, exit: Exit) {
+        self.exit = Some(exit);
+        self.requesters.clear();
+        let devices = std::mem::take(&mut self.by_device);
+        let taken = devices.into_values().map(|device| (device.page.take_truncated_memory(), device));
+        let found: Vec<_> = taken.map(|(memory, device)| (memory.filter(|_| exit.is_bus_error()), device)).collect();
+        let is_culprit =
+            |memory: &Option<TruncatedMemory>| memory.is_some_and(|memory| memory != TruncatedMemory::Cache);
+        if let Some((_, culprit)) = found.iter().find(|(memory, _)| is_culprit(memory)) {
+            self.cause = DeathCause::OtherFrontEnd(culprit.name.clone());
+        }
+        for (memory, device) in found {
+            let cause = match memory {
+                Some(TruncatedMemory::Cache) => DeathCause::Cache,
+                Some(memory) => DeathCause::OwnFrontEnd(memory),
+                None => self.cause.clone(),
+            };
+            device.sink.send(io_lock, ProcessEvent::Exited(exit, cause));
+        }
+    }
 }
 
 impl Process {
@@ -235,6 +382,7 @@ impl Process {
         image_of: u32,
         settings: DeviceSettings,
         files: [BorrowedFd<'_>; 3],
+        page: &Arc<StatsPage>,
         keeper: EventSink,
     ) -> io::Result<()> {
         {
@@ -248,10 +396,11 @@ impl Process {
             }
             if let Some(exit) = exit {
                 // The other devices have already had this event.
-                keeper.send(self.io_lock, ProcessEvent::Exited(exit));
+                keeper.send(self.io_lock, ProcessEvent::Exited(exit, subscribers.cause.clone()));
                 return Ok(());
             }
-            subscribers.by_device.insert(device, Subscriber { image_of, sink: keeper });
+            let (name, page) = (settings.name.clone(), Arc::clone(page));
+            subscribers.by_device.insert(device, Subscriber::new(name, image_of, page, keeper));
         }
         let serve = ToDisk::Serve { device, image_of, settings: Box::new(settings) };
         match self.send(&serve, &files) {
@@ -339,69 +488,30 @@ impl Process {
         }
         let status = self.reap();
         let exit = Exit { status, is_released: false, is_cache_removed: false };
-        let mut subscribers = self.subscribers();
-        subscribers.exit = Some(exit);
-        subscribers.requesters.clear();
-        for subscriber in std::mem::take(&mut subscribers.by_device).into_values() {
-            subscriber.sink.send(self.io_lock, ProcessEvent::Exited(exit));
-        }
-    }
-
-    /// Reports to the devices of an image that the process no longer uses it.
-    fn report_release(&self, image_of: u32, exit: Exit) {
-        let mut subscribers = self.subscribers();
-        let devices = subscribers.by_device.extract_if(.., |_, subscriber| subscriber.image_of == image_of);
-        for (_, subscriber) in devices.collect::<Vec<_>>() {
-            subscriber.sink.send(self.io_lock, ProcessEvent::Exited(exit));
-        }
-        subscribers.images.entry(image_of).or_default().exit = Some(exit);
+        self.subscribers().report_exit(self.io_lock, exit);
     }
 
     /// Reads a message; returns whether there may be another one.
     fn read_message(&self) -> bool {
-        let message = match self.channel.receive() {
-            Ok(Received::Message(message, _)) => message,
+        let refused = match self.channel.receive() {
+            Ok(Received::Message(message, _)) => match self.subscribers().accept(self.io_lock, message) {
+                Ok(()) => return true,
+                Err(unexpected) => format!("its process has sent {unexpected}"),
+            },
             Ok(Received::Closed) => return false,
-            Err(e) => {
-                error!("{}: cannot read what its process sends: {e}; killing the process", self.name);
-                self.kill();
-                self.channel.close();
-                return false;
-            }
+            Err(e) => format!("cannot read what its process sends: {e}"),
         };
-        let (device, event) = match message {
-            FromDisk::Served { device } => (device, ProcessEvent::Served),
-            FromDisk::Quiesced { device } => (device, ProcessEvent::Quiesced),
-            FromDisk::Ended { device, error } => {
-                (device, ProcessEvent::Ended(error.map_or(Ok(()), |error| Err(error.into()))))
-            }
-            FromDisk::Failed { device, error } => (device, ProcessEvent::Failed(error.into())),
-            FromDisk::ImageFailed { image_of, error } => {
-                let mut subscribers = self.subscribers();
-                for subscriber in subscribers.by_device.values().filter(|subscriber| subscriber.image_of == image_of) {
-                    let event = ProcessEvent::Failed(error.clone().into());
-                    subscriber.sink.send(self.io_lock, event);
-                }
-                subscribers.images.entry(image_of).or_default().failure = Some(error);
-                return true;
-            }
-            FromDisk::Reply { id, reply } => {
-                if let Some(requester) = self.subscribers().requesters.remove(&id) {
-                    // It fails if the requester does not wait for the reply.
-                    let _ = requester.send(reply);
-                }
-                return true;
-            }
-            FromDisk::Released { image_of, is_cache_removed } => {
-                // The image and the cache are released already, so do not wait until the process has freed its memory.
-                self.report_release(image_of, Exit { status: None, is_released: true, is_cache_removed });
-                return true;
-            }
-        };
-        if let Some(subscriber) = self.subscribers().by_device.get(&device) {
-            subscriber.sink.send(self.io_lock, event);
-        }
-        true
+        error!("{}: {refused}; killing the process", self.disks());
+        self.kill();
+        self.channel.close();
+        false
+    }
+
+    /// The names of its devices, for messages.
+    fn disks(&self) -> String {
+        let subscribers = self.subscribers();
+        let names: Vec<&str> = subscribers.by_device.values().map(|subscriber| subscriber.name.as_str()).collect();
+        if names.is_empty() { self.name.clone() } else { names.join(", ") }
     }
 
     /// Reaps the process.
@@ -428,4 +538,107 @@ fn spawn_child(name: &str, channel: OwnedFd) -> io::Result<(Option<Child>, Optio
     let mut child = command.spawn()?;
     let log = child.stderr.take();
     Ok((Some(child), log))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Number of the device that each process serves, and of its image.
+    const DEVICE: u32 = 7;
+
+    fn subscriber(name: &str, page: &Arc<StatsPage>, events: &Sender<ProcessEvent>) -> Subscriber {
+        let events = events.clone();
+        let sink = EventSink(Box::new(move |_, event| events.send(event).unwrap()));
+        Subscriber::new(name.to_owned(), DEVICE, Arc::clone(page), sink)
+    }
+
+    /// A process that serves [`DEVICE`] sends messages. Returns the index of the one for which it is killed, if any,
+    /// and the events that the device's keeper gets.
+    fn send_all(messages: &[FromDisk]) -> (Option<usize>, Vec<String>) {
+        let (channel, theirs) = Channel::pair().unwrap();
+        let child = Mutex::new(Some(Command::new("sleep").arg("60").spawn().unwrap()));
+        let (name, io_lock, hosting) = ("first".to_owned(), IoLock::unique(), Hosting::Processes);
+        let process = Process { name, io_lock, channel, child, hosting, subscribers: Mutex::default() };
+        let (events, received) = self::channel();
+        let page = Arc::new(StatsPage::create(1).unwrap().0);
+        process.subscribers().by_device.insert(DEVICE, subscriber("disk7", &page, &events));
+        process.subscribers().images.insert(DEVICE, ImageOutcome::default());
+        assert_eq!(process.disks(), "disk7");
+        let killed_at = messages.iter().position(|message| {
+            theirs.send(message, &[]).unwrap();
+            !process.read_message()
+        });
+        if killed_at.is_none() {
+            process.child().as_mut().unwrap().kill().unwrap();
+        }
+        assert_eq!(process.reap().unwrap().signal(), Some(libc::SIGKILL));
+        assert_eq!(process.subscribers().images.len(), 1, "no other image was added");
+        (killed_at, received.try_iter().map(|event| format!("{event:?}")).collect())
+    }
+
+    #[test]
+    fn a_process_is_killed_for_a_message_that_is_not_due() {
+        let (device, image_of) = (DEVICE, DEVICE);
+        let (served, quiesced) = (FromDisk::Served { device }, FromDisk::Quiesced { device });
+        let error = ErrorText::from(&Error::new(ErrorKind::Image, "text"));
+        let ended = FromDisk::Ended { device, error: None };
+        let failed = FromDisk::Failed { device, error: error.clone() };
+        let image_failed = |image_of| FromDisk::ImageFailed { image_of, error: error.clone() };
+        let released = |image_of| FromDisk::Released { image_of, is_cache_removed: true };
+        let reply = |id| FromDisk::Reply { id, reply: DeviceReply::Done };
+        let all = [served.clone(), reply(0), quiesced.clone(), ended.clone(), released(image_of)];
+        let (killed_at, events) = send_all(&all);
+        assert_eq!((killed_at, &events[..3]), (None, &["Served", "Quiesced", "Ended(Ok(()))"].map(str::to_owned)[..]));
+        assert!(events[3].starts_with("Exited(") && events.len() == 4, "{events:?}");
+        assert_eq!(send_all(&[image_failed(image_of), released(image_of)]).0, None);
+        for not_due in [
+            vec![served.clone(), served.clone()],
+            vec![served.clone(), failed.clone()],
+            vec![failed.clone(), failed],
+            vec![quiesced.clone(), quiesced],
+            vec![ended.clone(), ended],
+            vec![released(image_of), released(image_of)],
+            vec![released(image_of), served],
+            vec![image_failed(image_of), image_failed(image_of)],
+            vec![FromDisk::Served { device: 8 }],
+            vec![image_failed(8)],
+            vec![released(8)],
+            vec![reply(1)],
+        ] {
+            let (killed_at, events) = send_all(&not_due);
+            let last = not_due.len() - 1;
+            assert_eq!((killed_at, events.len()), (Some(last), last), "{not_due:?}");
+        }
+    }
+
+    #[test]
+    fn truncated_memory_is_the_cause_of_its_own_device_only() {
+        use TruncatedMemory::{Cache, Guest, Inflight};
+        let causes = |signal, recorded: [Option<TruncatedMemory>; 2]| {
+            let (events, received) = channel();
+            let mut subscribers = Subscribers::default();
+            for (device, memory) in (DEVICE..).zip(recorded) {
+                let page = Arc::new(StatsPage::create(1).unwrap().0);
+                memory.inspect(|memory| page.record_truncated_memory(*memory));
+                subscribers.by_device.insert(device, subscriber(&format!("disk{device}"), &page, &events));
+            }
+            let exit = Exit { status: Some(ExitStatus::from_raw(signal)), is_released: false, is_cache_removed: false };
+            subscribers.report_exit(IoLock::unique(), exit);
+            let cause = |event| if let ProcessEvent::Exited(_, cause) = event { cause } else { panic!("{event:?}") };
+            (received.try_iter().map(cause).collect::<Vec<_>>(), subscribers.cause)
+        };
+        let (own, other) = (DeathCause::OwnFrontEnd, |name: &str| DeathCause::OtherFrontEnd(name.to_owned()));
+        let (unknown, bus) = (DeathCause::Unknown, libc::SIGBUS);
+        assert_eq!(causes(bus, [Some(Guest), None]), (vec![own(Guest), other("disk7")], other("disk7")));
+        assert_eq!(causes(bus, [None, Some(Inflight)]), (vec![other("disk8"), own(Inflight)], other("disk8")));
+        assert_eq!(causes(bus, [Some(Guest), Some(Guest)]).0, [own(Guest), own(Guest)]);
+        assert_eq!(
+            causes(bus, [Some(Cache), Some(Cache)]),
+            (vec![DeathCause::Cache, DeathCause::Cache], unknown.clone())
+        );
+        for (signal, recorded) in [(bus, [None, None]), (libc::SIGKILL, [Some(Guest), None])] {
+            assert_eq!(causes(signal, recorded), (vec![unknown.clone(), unknown.clone()], unknown.clone()));
+        }
+    }
 }

@@ -265,7 +265,7 @@ impl OpenImage {
         Ok(served)
     }
 
-    /// See [`super::named::NamedImage::cut`].
+    /// See [`super::named::NamedImage::truncate`].
     pub(super) fn truncate(&self, size_bytes: u64) -> std::result::Result<(), String> {
         let cut = self.file.set_len(size_bytes).and_then(|()| self.file.sync_all());
         cut.map_err(|e| format!("image {}: {e}", self.path.display()))?;

@@ -36,6 +36,7 @@ use crate::units::{PAGE_BYTES, counted};
 
 pub use kept::has_kept_cache;
 pub use memory_dir::{check_memory_dir, file_system_of};
+pub use operation::end_open_tenure;
 pub use operator::{
     Consent, Recovery, Report, cache_memory_bytes, check_cache_dir, discard, has_unwritten_cache, hint_for,
     ignore_file_size_signal, list, prune, recover, warn_unused_fds, warn_unused_files,

@@ -1,6 +1,7 @@
 //! Operations shared by the operator's commands and the start of a daemon: the proof that a cache belongs to an image,
 //! and ending a tenure.
 
+use std::io;
 use std::sync::Arc;
 
 use log::warn;
@@ -54,6 +55,17 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
             let file = arena.file().expect(super::HAS_FILE);
             Err(refusal(image, file, Unwritten::of(arena), header.last_seen.heartbeat_ns, &why))
         }
+    }
+}
+
+/// Ends the tenure of an image on which everything is, if its process had no right to: the image may be another user's.
+///
+/// # Errors
+/// Errors of fgetxattr(2), fsetxattr(2) and fsync(2).
+pub fn end_open_tenure(image: &dyn NamedImage) -> io::Result<()> {
+    match image.last_tenure()? {
+        LastTenure::Recorded(Record { state: TenureState::Open, .. }) => image.end_tenure().map(drop),
+        _ => Ok(()),
     }
 }
 

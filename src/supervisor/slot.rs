@@ -344,7 +344,11 @@ impl Drop for ImageSlot {
         }
         let exit = state.process.take().and_then(|process| Some((process.io_lock(), process.exit_of(self.image_of)?)));
         match exit {
-            Some((_, Exit { is_cache_removed: true, .. })) => cache.remove(),
+            // The record first, as above.
+            Some((_, Exit { is_cache_removed: true, .. })) => match recover::end_open_tenure(&*state.image) {
+                Ok(()) => cache.remove(),
+                Err(e) => warn!("{name}: cannot mark the image clean ({e}); its cache is kept"),
+            },
             // The counters of a block device are read through a path, which only this process may use. The image no
             // longer changes once the kernel has released the process's descriptor.
             Some((io_lock, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {

@@ -416,6 +416,26 @@ fn a_cache_that_another_user_left_is_named() {
     assert!(text.contains("user 4321") && text.contains("holds 4 dirty pages"), "{text}");
 }
 
+/// libvirt gives the image of a running VM to QEMU's user. The disk process has no capabilities, the supervisor has.
+#[test]
+fn the_tenure_of_an_image_of_another_user_ends_cleanly() {
+    // SAFETY: a plain system call.
+    if unsafe { libc::geteuid() } != 0 {
+        eprintln!("skipped: only root can act as several users");
+        return;
+    }
+    let mut daemon = start(DEVICE);
+    chown(daemon.image(), Some(4321), None).expect("root can change owners");
+    let bytes = pattern(1, AT, BYTES);
+    Session::open(&daemon.socket(), &SessionOptions::default()).write(AT, &bytes);
+    daemon.stop();
+    assert!(record(&daemon.image()).contains("state clean"), "{}", record(&daemon.image()));
+    assert!(daemon.directory().left().is_empty() && daemon.image_bytes(AT * 512, BYTES) == bytes);
+    daemon.restart();
+    daemon.stop();
+    assert!(!daemon.log().contains("WARN") && !daemon.log().contains("ERROR"), "{}", daemon.log());
+}
+
 #[test]
 fn the_tenure_record_reveals_a_loss_without_a_loss_marker() {
     let directory = TempDir::new("markerless");

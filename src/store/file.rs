@@ -38,6 +38,12 @@ pub fn identity_and_token(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
     open_checks::identity_and_token(path)
 }
 
+/// The record of the last tenure of the image at `path`, which may come from an untrusted file: only a regular file is
+/// opened. `None` also if the record cannot be read.
+pub fn recorded_tenure(path: &Path) -> Option<Record> {
+    open_checks::recorded_tenure(path)
+}
+
 /// Whether a block device is a partition.
 pub fn is_partition(device: u64) -> bool {
     history::is_partition(device)

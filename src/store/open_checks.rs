@@ -1,19 +1,21 @@
 //! What an image must be to be opened: its type, its size, and who else may have it open.
 
 use std::fs::{File, Metadata};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::format::Format;
-use super::history;
+use super::history::{self, LastTenure};
 use super::lock::{self, LockMode};
 use super::probe::BlockGeometry;
 use super::raw_record::FormatRecord;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys;
+use crate::tenure::record::Record;
 use crate::tenure::token::ChangeToken;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES};
 
@@ -187,6 +189,19 @@ pub(super) fn identity_and_token(path: &Path) -> std::io::Result<(ImageId, Chang
     }
     let identity = ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::file::birth_ns(&file) };
     Ok((identity, history::token_of_file(&metadata)))
+}
+
+/// The record of the last tenure of the image at `path`; see [`super::file::recorded_tenure`].
+pub(super) fn recorded_tenure(path: &Path) -> Option<Record> {
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    // fgetxattr(2) does not accept a descriptor with O_PATH.
+    match history::last_tenure(&File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?) {
+        Ok(LastTenure::Recorded(record)) => Some(record),
+        _ => None,
+    }
 }
 
 /// Two nodes of one block device have different inodes, but one device number.

@@ -315,6 +315,8 @@ fn a_cache_of_an_overtaken_tenure_is_never_used() {
     daemon.stop();
     assert!(daemon.image_bytes(AT * 512, BYTES) == newer);
     assert!(daemon.log().contains("a later daemon has opened the image, as generation"), "{}", daemon.log());
+    let listed = genblk(&["recover", "--memory-dir", daemon.directory().memory().to_str().expect("UTF-8")]);
+    assert!(listed.stdout.contains("  overtaken: a later daemon has used the image\n"), "{listed:?}");
 }
 
 #[test]

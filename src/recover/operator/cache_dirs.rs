@@ -10,7 +10,8 @@ use super::terminal::visible;
 use crate::arena::{AllowedOwner, ArenaFile, FileSummary, GuestState, Header};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::file::identity_and_token;
+use crate::recover::proof::{Proof, superseded};
+use crate::store::file::{identity_and_token, recorded_tenure};
 use crate::store::is_remote;
 use crate::sys::process::effective_uid;
 use crate::tenure::token::ChangeVerdict;
@@ -38,6 +39,8 @@ pub(super) enum ImageState {
     Unmounted,
     /// Another image is at its path.
     Replaced,
+    /// It has the record of a later tenure: the cache is never used again.
+    Overtaken,
     /// It cannot be inspected, or the cache file does not name it.
     Unknown,
 }
@@ -101,6 +104,7 @@ fn image_state(header: &Header) -> ImageState {
     }
     match identity_and_token(path) {
         Ok((found, token)) if is_same_image(&found, identity) => match header.last_seen.judge(&token) {
+            _ if is_overtaken(header) => ImageState::Overtaken,
             ChangeVerdict::Changed(_) => ImageState::Changed,
             _ => ImageState::Present,
         },
@@ -112,6 +116,13 @@ fn image_state(header: &Header) -> ImageState {
         }
         Err(_) => ImageState::Unknown,
     }
+}
+
+/// Whether the cache's image has the record of a later tenure.
+fn is_overtaken(header: &Header) -> bool {
+    let ImageId { inode, .. } = header.image.identity;
+    let last = recorded_tenure(&header.image.path).filter(|record| record.inode == inode);
+    !header.is_set_aside && matches!(superseded(header, last.as_ref()), Some(Proof::Overtaken(_)))
 }
 
 /// Whether two identities are those of one image, whose file system may now have another device number.

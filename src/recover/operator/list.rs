@@ -109,6 +109,7 @@ fn image_note(image: ImageState) -> Option<&'static str> {
         ImageState::Deleted => Some("image no longer exists"),
         ImageState::Unmounted => Some("image is not mounted"),
         ImageState::Replaced => Some("image was replaced"),
+        ImageState::Overtaken => Some("overtaken: a later daemon has used the image"),
         ImageState::Unknown => Some("image cannot be inspected"),
     }
 }

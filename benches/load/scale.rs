@@ -83,7 +83,7 @@ fn sweeps() -> Vec<Sweep> {
     vec![
         sweep("cache", "Cache size (hits only; the image is half as large as the cache, at most 2 GiB)", cache_sizes()),
         sweep("image", "Image size (sparse image; cached reads at its end)", image_sizes()),
-        sweep("devices", "Devices in one daemon (all active; 32 requests in flight in total)", devices()),
+        sweep("devices", "Devices in one daemon (all active; 32 requests in flight in total, or on each)", devices()),
         sweep("queues", "Queues of one device (a client for each; 32 requests in flight in total)", queues()),
         sweep("streams", "Sequential streams (cold 128 KiB reads from a fast disk)", streams()),
         sweep("allocate", "Allocation of holes, before a write completes or during write-back", allocations()),
@@ -120,7 +120,8 @@ fn devices() -> Vec<Point> {
     let point = |count: usize| {
         let mut point = Point::new(count.to_string(), "", 64 * MIB)
             .warmed_up(Ops::Reads, 0..HOT_BYTES)
-            .job("hit", hits(0..HOT_BYTES, count, 32));
+            .job("hit, 32 in flight in total", hits(0..HOT_BYTES, count, 32))
+            .job("hit, 32 in flight on each", hits(0..HOT_BYTES, count, 32 * count));
         point.images = vec![(HOT_BYTES, HOT_BYTES); count];
         point
     };
@@ -192,8 +193,17 @@ struct Numbers {
     /// Anonymous memory of the daemon: the tables of the cache, and the process itself. Frames and guest memory are
     /// shared memory.
     anonymous_kib: f64,
-    /// For each job: requests per second, MiB per second, CPU time per request in microseconds.
-    jobs: Vec<(f64, f64, f64)>,
+    jobs: Vec<Rates>,
+}
+
+/// The result of one job.
+struct Rates {
+    requests: f64,
+    mib: f64,
+    /// CPU time per request.
+    cpu_us: f64,
+    /// Requests per second of the slowest client over those of the fastest.
+    fairness: f64,
 }
 
 /// Measures the sweeps with these names, or all without names. Returns the text of the report.
@@ -226,9 +236,10 @@ fn measure(sweep: &Sweep) -> Result<String, String> {
             lines.push(vec![
                 point.label.clone(),
                 (*what).to_string(),
-                of(&|numbers| numbers.jobs[at].0),
-                of(&|numbers| numbers.jobs[at].1),
-                of(&|numbers| numbers.jobs[at].2),
+                of(&|numbers| numbers.jobs[at].requests),
+                of(&|numbers| numbers.jobs[at].mib),
+                of(&|numbers| numbers.jobs[at].cpu_us),
+                if point.jobs[at].1.clients.len() > 1 { of(&|numbers| numbers.jobs[at].fairness) } else { "-".into() },
                 of(&|numbers| numbers.start_ms),
                 of(&|numbers| numbers.anonymous_kib / 1024.0),
                 of(&|numbers| numbers.anonymous_kib * 1024.0 / point.cache_pages()),
@@ -244,6 +255,7 @@ fn measure(sweep: &Sweep) -> Result<String, String> {
         "requests/s",
         "MiB/s",
         "CPU us/request",
+        "slowest/fastest",
         "start-up ms",
         "private MiB",
         "bytes/cache page",
@@ -287,11 +299,17 @@ fn sample(point: &Point) -> Result<Numbers, String> {
     Ok(Numbers { space: (blocks * 512) as f64 / bytes as f64, start_ms, anonymous_kib, jobs })
 }
 
-fn rates(stats: &JobStats) -> (f64, f64, f64) {
+fn rates(stats: &JobStats) -> Rates {
+    let per_second = |client: &ClientStats| client.measured() as f64 / client.elapsed.as_secs_f64();
     let sum = |of: &dyn Fn(&ClientStats) -> f64| stats.clients.iter().map(of).sum::<f64>();
-    let requests = sum(&|client| client.measured() as f64 / client.elapsed.as_secs_f64());
-    let mib = sum(&|client| client.bytes as f64 / MIB as f64 / client.elapsed.as_secs_f64());
-    (requests, mib, stats.server_cpu_us / sum(&|client| client.requests as f64))
+    let slowest = stats.clients.iter().map(per_second).fold(f64::INFINITY, f64::min);
+    let fastest = stats.clients.iter().map(per_second).fold(0.0, f64::max);
+    Rates {
+        requests: sum(&per_second),
+        mib: sum(&|client| client.bytes as f64 / MIB as f64 / client.elapsed.as_secs_f64()),
+        cpu_us: stats.server_cpu_us / sum(&|client| client.requests as f64),
+        fairness: slowest / fastest,
+    }
 }
 
 /// A daemon without a front-end, and one whose front-end sends no requests.
@@ -326,6 +344,7 @@ fn observe(what: &str, server: &Server) -> Vec<String> {
 
 const LEGEND: &str = "\
 - start-up ms: the time until the daemon listens
+- slowest/fastest: the requests per second of the slowest client over those of the fastest
 - private MiB: anonymous memory of the daemon; frames and guest memory are shared memory and not included
 - bytes/cache page: the same for each page that the cache can hold
 - space/data: what the image takes on the host's file system, over what was written

@@ -379,6 +379,7 @@ fn the_supervisor_gets_no_descriptor_whose_close_may_hang() {
     // The reply comes when the disk process has closed its descriptor.
     let sent = thread::spawn(move || session.frontend.set_vring_call(0, &call));
     daemon.await_log("good1: vring 0: ignored a kick, call or error descriptor that is not an eventfd");
+    // Time for a thread of the supervisor to close a copy, if it has one.
     thread::sleep(Duration::from_millis(500));
     let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).expect("the supervisor runs").flatten();
     let calls = tasks.filter_map(|task| fs::read_to_string(task.path().join("syscall")).ok());

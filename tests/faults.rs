@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use common::daemon::TempDir;
 use common::faulty_device::FaultyDevice;
-use common::request::{OK, Payload, range};
+use common::flood::Flood;
+use common::raw_ring::{Ring, Segment};
+use common::request::{OK, Payload, header, range};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
 use common::wait::{ABSENCE, TIMEOUT, poll_until};
@@ -22,7 +24,7 @@ use genblk::store::Backing;
 use genblk::store::faulty::{Faults, FaultyImage};
 use genblk::store::file::{FileImage, OpenOptions};
 use genblk::units::{Fault, OpClass};
-use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_WRITE_ZEROES};
 
 const IMAGE_BYTES: usize = 32 << 20;
 const HEALING: Duration = Duration::from_secs(20);
@@ -404,4 +406,55 @@ fn a_front_end_stalled_within_a_message_does_not_delay_shutdown() {
     let started = Instant::now();
     device.shutdown(&shadow);
     assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+}
+
+/// 16 requests with `segments` segments of `sectors` sectors each go to a slow image; the ring stops when the first
+/// operation has begun. Returns the number of bytes that the image has zeroed or discarded until then.
+fn bytes_until_stopped(kind: u32, class: OpClass, sectors: u32, segments: u16) -> u64 {
+    const REQUESTS: u16 = 16;
+    const IMAGE_BYTES: u64 = 4 << 30;
+    let directory = TempDir::new("stop-ranges");
+    let (image, socket) = (directory.path().join("disk.img"), directory.path().join("blk.sock"));
+    File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image can be created");
+    let file: Arc<dyn Backing> = FileImage::open(&image, &OpenOptions::default()).expect("the image opens");
+    let (faulty, faults) = FaultyImage::new(file);
+    let config = DeviceConfig::new("faulty", Socket::Path(socket.clone()), image);
+    let running = Service::with_image(&config, faulty).and_then(Service::start).expect("the device is served");
+    let options = SessionOptions { queue_size: 64, region_bytes: 1 << 20, ..SessionOptions::default() };
+    let mut session = Session::open(&socket, &options);
+    let memory = &session.memory;
+    let payload_bytes = 16 * segments;
+    let (head, status, payload) = (memory.alloc(16, 16), memory.alloc(1, 1), memory.alloc(payload_bytes.into(), 16));
+    memory.write(head, &header(kind, 0));
+    let start = |nth: u16| u64::from(nth) * u64::from(sectors) % (IMAGE_BYTES / 512);
+    memory.write(payload, &(0..segments).flat_map(|nth| range(start(nth), sectors, 0)).collect::<Vec<u8>>());
+    let buffers =
+        [Segment::readable(head, 16), Segment::readable(payload, payload_bytes.into()), Segment::writable(status, 1)];
+    let flood = Flood::of(&session, Ring::table_of(&buffers), status);
+    faults.delay(class, Duration::from_millis(100));
+    flood.submit(&mut session, 0, REQUESTS);
+    poll_until("the first operation", TIMEOUT, || (faults.ops(class) > 0).then_some(()));
+    let base = session.stop_ring(0);
+    let bytes = faults.bytes(class);
+    assert_eq!(base, session.rings[0].used_idx(), "a request that has not completed counts as not taken");
+    faults.heal();
+    session.start_ring(0);
+    session.rings[0].notify();
+    poll_until("all requests to complete", TIMEOUT, || (session.rings[0].used_idx() == REQUESTS).then_some(()));
+    assert_eq!(session.memory.byte(status), OK);
+    drop(session);
+    running.shutdown().expect("no data is left");
+    bytes
+}
+
+#[test]
+fn a_ring_that_stops_waits_for_at_most_128_mib_of_zeros_or_discards() {
+    for (kind, class, sectors, segments) in [
+        (VIRTIO_BLK_T_DISCARD, OpClass::Discard, 1 << 21, 2),
+        (VIRTIO_BLK_T_WRITE_ZEROES, OpClass::Zero, 1 << 15, 32),
+        (VIRTIO_BLK_T_WRITE_ZEROES, OpClass::Zero, 1 << 15, 1),
+    ] {
+        let bytes = bytes_until_stopped(kind, class, sectors, segments);
+        assert!(bytes <= 128 << 20, "{class:?}, {segments} segments: {} MiB", bytes >> 20);
+    }
 }

@@ -21,10 +21,11 @@ use super::{Notice, PageCache, REGION_PAGES, Ticket};
 
 /// Most range operations of guests at a time; further ones stall.
 const RANGES_MAX: usize = 64;
-/// Limit on the pages of all range operations of guests in progress together: 512 MiB. A single operation may exceed it
-/// if it runs alone. When an operation starts and when it ends, the cache looks up each page of the page table's blocks
-/// that have pages in memory, which takes about 10 ms for this many.
-const RANGE_PAGES_MAX: u64 = 1 << 17;
+/// Limit on the pages of all range operations of guests in progress together: 128 MiB. A single operation may exceed it
+/// if it runs alone. Rings stop only when the operations in progress have ended, and the store may have to write all of
+/// these zeros. And when an operation starts and when it ends, the cache looks up each page of the page table's blocks
+/// that have pages in memory, which takes about 3 ms for this many.
+const RANGE_PAGES_MAX: u64 = 1 << 15;
 
 #[derive(Debug)]
 struct Range {

@@ -121,7 +121,7 @@ impl Requests {
         let pending = &mut self.pending[slot];
         let request = &pending.request;
         pending.write_through = !device.writeback();
-        pending.part_sectors = device.range_part_sectors;
+        pending.part_sectors = device.range_part_sectors();
         // Writes that completed for this guest are lost: every request fails until the guest resets the device.
         let intact = if device.arena.has_data_loss() { Err(Status::IoErr) } else { Ok(()) };
         let checked = intact.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
@@ -145,6 +145,10 @@ impl Requests {
         } else {
             pending.load = match request.kind {
                 RequestKind::Read | RequestKind::Write => device.budget.load_of(request.span().pages().count),
+                RequestKind::WriteZeroes => {
+                    let pages = device.budget.pages_for_zeroes(pending.range_pages());
+                    device.budget.load_of(pages).max(pending.total() * PAGES_PER_RANGE_PART)
+                }
                 _ => pending.total() * PAGES_PER_RANGE_PART,
             };
             self.incoming.push_back(slot);
@@ -281,8 +285,8 @@ impl Requests {
     /// rest, and the cache admits no more of it.
     ///
     /// => A long request was taken last from its ring. It has not completed, so it can be executed again. A repeated
-    ///    long write may overwrite the data of an overlapping write that completed meanwhile. Both were in flight, and
-    ///    virtio defines no order for such requests.
+    ///    long write, or WRITE ZEROES, may overwrite the data of an overlapping write that completed meanwhile. Both
+    ///    were in flight, and virtio defines no order for such requests.
     /// => A DISCARD is a hint: the rest of it can be skipped.
     pub(super) fn cut_short(
         &mut self,
@@ -293,11 +297,10 @@ impl Requests {
         let slots: Vec<PendingSlot> =
             self.pending.slots_in_use().filter(|&slot| drains(self.pending[slot].ring)).collect();
         for slot in slots {
-            let pending = &self.pending[slot];
+            let (pending, budget) = (&self.pending[slot], &self.device.budget);
             let is_long = match pending.request.kind {
-                RequestKind::Read | RequestKind::Write => {
-                    self.device.budget.is_long(pending.request.span().pages().count)
-                }
+                RequestKind::Read | RequestKind::Write => budget.is_long(pending.request.span().pages().count),
+                RequestKind::WriteZeroes => budget.is_long(budget.pages_for_zeroes(pending.range_pages())),
                 kind => kind == RequestKind::Discard,
             };
             let has_rest = pending.stage == Stage::Data && u64::from(pending.admitted()) < pending.total();

@@ -15,8 +15,8 @@ const BUFFERS_PER_PAGE: u32 = 32;
 /// The cost in pages of a part of a DISCARD or WRITE ZEROES: the cache looks up its pages, and the store is busy for
 /// longer.
 pub(super) const PAGES_PER_RANGE_PART: u64 = 64;
-/// Most parts of one DISCARD or WRITE ZEROES that are admitted at a time.
-pub(super) const RANGE_PARTS_MAX: u64 = 16;
+/// Most parts of one DISCARD or WRITE ZEROES that are admitted at a time: as many as the cache has in progress.
+pub(super) const RANGE_PARTS_MAX: u64 = 4;
 /// Most requests that a worker has in progress.
 pub(super) const REQUESTS_MAX: usize = 4096;
 /// Most buffers (of 16 bytes) of all requests that a worker has in progress, not counting the last request.
@@ -45,6 +45,14 @@ pub struct Budget {
     /// returned to the driver if the ring stops. 4 MiB: drivers send no more, because their systems limit requests to
     /// that or less.
     pub long_pages: u64,
+    /// Zeroing this many pages counts as reading or writing one, and a WRITE ZEROES can be *long* too. 4: zeroing 16
+    /// MiB, the most that a driver puts into a segment, is not long, and a ring has 128 MiB of zeros to complete when
+    /// it stops. A disk without a command for zeros writes them all.
+    pub zeroed_pages_per_page: u64,
+    /// Most pages of a part of a DISCARD or WRITE ZEROES, unless a discard frees larger units only. The parts that the
+    /// store has begun end before a ring stops. 32 MiB: a file system frees that much in some 25 ms even if each page
+    /// is an extent of its own, and one operation for each 32 MiB costs little.
+    pub range_part_pages: u64,
 }
 
 impl Default for Budget {
@@ -57,6 +65,8 @@ impl Default for Budget {
             shared_pages: 4 * MIB,
             ring_pages: 32 * MIB,
             long_pages: 4 * MIB,
+            zeroed_pages_per_page: 4,
+            range_part_pages: 32 * MIB,
         }
     }
 }
@@ -82,6 +92,17 @@ impl Budget {
     /// Whether a read or write of this many pages is long.
     pub fn is_long(&self, pages: u64) -> bool {
         pages > self.long_pages
+    }
+
+    /// The pages of data that count for a WRITE ZEROES of this many pages.
+    pub fn pages_for_zeroes(&self, pages: u64) -> u64 {
+        pages / self.zeroed_pages_per_page
+    }
+
+    /// Sectors of a part of a DISCARD or WRITE ZEROES on a disk whose discards free units of `unit` sectors.
+    pub(super) fn range_part_sectors(&self, unit: u64) -> u64 {
+        let sectors = self.range_part_pages * SECTORS_PER_PAGE;
+        (sectors / unit * unit).max(unit)
     }
 
     /// The sector up to which a read or write is admitted, if it starts at sector `start` of the image, has `total`

@@ -37,7 +37,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::arena::Arena;
 use crate::counters::worker::Counters;
-use crate::units::SECTOR_BYTES;
 use crate::virtio::config_space::{ConfigSpace, DiskParameters, initial_writeback};
 use crate::virtio::request::RequestLimits;
 
@@ -46,11 +45,6 @@ use limits::RateLimiter;
 
 pub use control::{HeldRequests, RingSetup, Untracked, WorkerCommand, WorkerControl};
 pub use worker::spawn;
-
-/// Sectors of a part of a DISCARD or WRITE ZEROES, unless a discard frees larger units only: 128 MiB. While a file
-/// system frees that much, other I/O to the file waits, for some 100 ms if each page is an extent of its own. And the
-/// cache, with its lock held, looks up each page of a part in blocks that have pages in memory.
-const RANGE_PART_SECTORS: u64 = (128 << 20) / SECTOR_BYTES;
 
 /// No driver has acknowledged features yet.
 const NO_FEATURES: u64 = u64::MAX;
@@ -72,9 +66,6 @@ pub struct Device {
     driver_features: AtomicU64,
     /// The cache mode at present, which the guest may have changed (CONFIG_WCE).
     writeback: AtomicBool,
-    /// The cache gets a DISCARD or WRITE ZEROES in parts, split at multiples of this many sectors. It is a multiple of
-    /// the smallest unit that a discard frees.
-    range_part_sectors: u64,
     /// How long an idle worker polls before it sleeps, in microseconds.
     poll_us: AtomicU32,
     /// Limits the rates of its requests.
@@ -98,8 +89,6 @@ impl Device {
     ) -> Arc<Self> {
         let writeback_configured = AtomicBool::new(writeback);
         let writeback = AtomicBool::new(writeback && !arena.is_write_through());
-        let unit = u64::from(parameters.discard.alignment_sectors);
-        let range_part_sectors = (RANGE_PART_SECTORS / unit * unit).max(unit);
         let budget = Budget::default();
         Arc::new(Self {
             name,
@@ -109,7 +98,6 @@ impl Device {
             writeback_configured,
             driver_features: AtomicU64::new(NO_FEATURES),
             writeback,
-            range_part_sectors,
             poll_us: AtomicU32::new(poll_us),
             limiter: RateLimiter::default(),
             counters,
@@ -169,6 +157,12 @@ impl Device {
         let before = self.disk.capacity_sectors.get();
         self.disk.capacity_sectors.set(capacity_sectors);
         before != capacity_sectors
+    }
+
+    /// The cache gets a DISCARD or WRITE ZEROES in parts, split at multiples of this many sectors. It is a multiple of
+    /// the smallest unit that a discard frees.
+    fn range_part_sectors(&self) -> u64 {
+        self.budget.range_part_sectors(self.parameters.discard.alignment_sectors.into())
     }
 
     /// The configuration space at present.

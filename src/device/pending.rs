@@ -90,6 +90,11 @@ impl Pending {
         }
     }
 
+    /// Number of pages of a DISCARD or WRITE ZEROES.
+    pub fn range_pages(&self) -> u64 {
+        self.ranges.iter().map(|range| range.span.pages().count).sum()
+    }
+
     /// Number of sectors (or parts of segments) that the cache has admitted.
     pub fn admitted(&self) -> u32 {
         self.admitted

@@ -88,6 +88,8 @@ pub(super) fn budget(prng: &mut Prng) -> Budget {
         shared_pages: 1,
         ring_pages: prng.pick(&[1, 4, 16]),
         long_pages: prng.pick(&[1, 2, 100]),
+        zeroed_pages_per_page: 1,
+        range_part_pages: prng.pick(&[1, 100]),
     }
 }
 

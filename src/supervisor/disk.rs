@@ -16,6 +16,7 @@ use crate::disk_stats::{DiskState, OldestOp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
 use crate::store::file::IoLock;
+use crate::sys::process::is_dying;
 use crate::units::counted;
 
 pub(super) use change::{Detaching, RemainingDevices};
@@ -26,7 +27,7 @@ use super::current_config::CurrentConfig;
 use super::entry::{DeviceProgress, OverviewEntry};
 use super::fleet_change::{Recorded, Requester};
 use super::handle::DeviceHandle;
-use super::keeper::{self, Keeper, KeeperCommand};
+use super::keeper::{self, FENCING, Keeper, KeeperCommand};
 use super::operator_state::OperatorState;
 use super::reminder::{FIRST, Reminder};
 
@@ -39,6 +40,10 @@ const UNTRACKED_TIMEOUT: Duration = Duration::from_secs(30);
 const UNTRACKED_STALL_MAX: Duration = Duration::from_secs(5);
 /// How long a device that is ending waits for an image that completes nothing: Linux's timeout of a SCSI command.
 const STALL_MAX: Duration = Duration::from_secs(30);
+/// The same after a second signal, if the end loses completed writes; a third signal ends the wait.
+const HURRIED_STALL_MAX: Duration = Duration::from_secs(5);
+/// The longest wait after a second signal.
+const HURRIED_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to wait for the threads of an abandoned device.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a disk process that hangs may take to close its connection before it is killed.
@@ -93,6 +98,8 @@ pub(super) struct Disk {
     last_completion: (Instant, u64),
     /// When it was abandoned, and whether it still waits for requests that the next daemon cannot resubmit.
     abandoned: Option<(Instant, bool)>,
+    /// When the operator repeated the signal although the end would lose completed writes.
+    hurried: Option<Instant>,
     /// How it ends, and since when.
     end: Option<(Ending, Instant)>,
     /// The requester of its attach, until it is served.
@@ -147,6 +154,7 @@ impl Disk {
             waiting: None,
             last_completion: (Instant::now(), 0),
             abandoned: None,
+            hurried: None,
             end: None,
             attaching: None,
             detaching: None,
@@ -243,7 +251,7 @@ impl Disk {
         };
         error!("{}: {why}; {then}", self.name);
         self.handle = None;
-        self.op_reminder = Reminder::new();
+        (self.step_reminder, self.op_reminder) = (Reminder::new(), Reminder::new());
         self.set_phase(DevicePhase::Open);
     }
 
@@ -322,13 +330,15 @@ impl Disk {
 
     /// Logs waits that take long.
     fn check_while_serving(&mut self) {
-        if self.phase == DevicePhase::Opening {
+        let step = self.keeper.step();
+        if self.phase == DevicePhase::Opening || step.what == FENCING {
             let image = self.image.display();
-            let step = self.keeper.step();
             let age = step.since.elapsed();
             if self.step_reminder.is_due(age) {
+                // For a process that died: what it last reported.
+                let waits_for = in_flight(&self.keeper.page().read());
                 warn!(
-                    "{}: image {image}: {} has taken {} s so far; no other disk waits for it",
+                    "{}: image {image}: {} has taken {} s so far{waits_for}; no other disk waits for it",
                     self.name,
                     step.what,
                     age.as_secs()
@@ -358,9 +368,15 @@ impl Disk {
 
     /// Logs a process that does not run: it is stopped, or it gets no processor.
     fn check_process(&mut self) {
-        let Some(silent_for) = self.handle.as_ref().map(DeviceHandle::silent_for) else { return };
+        let Some(handle) = &self.handle else { return };
+        let silent_for = handle.silent_for();
         if self.silence_reminder.is_due(silent_for) {
-            warn!("{}: its process has not run for {} s; it may be stopped", self.name, silent_for.as_secs());
+            let why = if handle.pid().is_some_and(is_dying) {
+                "it was killed, and one of its threads hangs in the kernel"
+            } else {
+                "it may be stopped"
+            };
+            warn!("{}: its process has not run for {} s; {why}", self.name, silent_for.as_secs());
         } else if silent_for < FIRST && self.silence_reminder.was_due() {
             info!("{}: its process runs again", self.name);
             self.silence_reminder = Reminder::new();
@@ -410,13 +426,23 @@ impl Disk {
         }
     }
 
-    /// Stops waiting for it, unless that would lose data: the operator repeated the signal.
+    /// The operator repeated the signal: stops waiting for it. If that would lose completed writes, waits less long,
+    /// and stops at the next signal.
     pub fn stop_waiting(&mut self) {
         if self.has_ended() {
             return;
         }
-        if self.state().has_volatile_dirty_data {
-            warn!("{}: its cache does not outlive the daemon; still waiting for the image", self.name);
+        let state = self.state();
+        if state.has_volatile_dirty_data && self.hurried.is_none() {
+            self.hurried = Some(Instant::now());
+            warn!(
+                "{}: its cache does not outlive the daemon and holds {}; waiting for at most {} s more, and {} s for \
+                 each operation of the image; another signal loses these writes",
+                self.name,
+                unwritten(&state),
+                HURRIED_TIMEOUT.as_secs(),
+                HURRIED_STALL_MAX.as_secs()
+            );
         } else {
             self.abandon(false);
         }
@@ -425,9 +451,8 @@ impl Disk {
     /// Excludes the time for which the daemon itself was stopped from all deadlines.
     pub fn exclude_stopped_time(&mut self, stopped: Duration) {
         self.last_completion.0 += stopped;
-        if let Some((since, _)) = &mut self.abandoned {
-            *since += stopped;
-        }
+        let abandoned = self.abandoned.as_mut().map(|(since, _)| since);
+        abandoned.into_iter().chain(&mut self.hurried).for_each(|since| *since += stopped);
     }
 
     /// Ends it as a crash would. `waits`: still wait for requests that the next daemon cannot resubmit.
@@ -454,9 +479,7 @@ impl Disk {
         }
         let (age, step, state) = (since.elapsed(), self.keeper.step(), self.state());
         if self.step_reminder.is_due(age) {
-            let waits_for = state.oldest.map_or_else(String::new, |oldest| {
-                format!("; {} has been in flight for {} s", oldest.describe(), oldest.age.as_secs())
-            });
+            let waits_for = in_flight(&state);
             warn!(
                 "{}: image {}: {} has taken {} s so far{waits_for}{}",
                 self.name,
@@ -483,12 +506,17 @@ impl Disk {
         let is_kept = ending == Ending::HandOver && !state.has_volatile_dirty_data;
         if state.has_volatile_dirty_data && stalled_for < STALL_MAX && self.volatile_reminder.is_due(age) {
             warn!(
-                "{}: its cache is volatile and holds {}; waiting as long as the image completes operations",
+                "{}: its cache is volatile and holds {}; waiting as long as the image completes operations{}",
                 self.name,
-                counted(state.cache.dirty_pages, "dirty page")
+                unwritten(&state),
+                if self.hurried.is_some() { "" } else { "; repeat the signal to wait less long" }
             );
         }
-        if stalled_for >= STALL_MAX || is_kept && (stalled_for >= UNTRACKED_STALL_MAX || age >= UNTRACKED_TIMEOUT) {
+        let is_late = match self.hurried {
+            Some(at) => stalled_for >= HURRIED_STALL_MAX || at.elapsed() >= HURRIED_TIMEOUT,
+            None => stalled_for >= STALL_MAX,
+        };
+        if is_late || is_kept && (stalled_for >= UNTRACKED_STALL_MAX || age >= UNTRACKED_TIMEOUT) {
             self.abandon(false);
         } else if is_kept && age >= HAND_OVER_TIMEOUT {
             self.abandon(true);
@@ -546,6 +574,21 @@ impl Disk {
             self.phase = DevicePhase::Ended;
         }
     }
+}
+
+/// What a cache has not written to its image, for messages.
+fn unwritten(state: &DiskState) -> String {
+    match state.cache.dirty_pages {
+        0 => "data in flight".to_owned(),
+        pages => counted(pages, "dirty page"),
+    }
+}
+
+/// The oldest operation in flight and its age, to append to a message.
+fn in_flight(state: &DiskState) -> String {
+    state.oldest.map_or_else(String::new, |oldest| {
+        format!("; {} has been in flight for {} s", oldest.describe(), oldest.age.as_secs())
+    })
 }
 
 /// Whether two messages differ only in numbers, such as an age.

@@ -40,6 +40,7 @@ const SIZE_CHECK_PERIOD: Duration = Duration::from_secs(2);
 // Names of steps, for messages.
 const OPENING: &str = "opening the image";
 pub(super) const PREPARING: &str = "preparing the cache";
+pub(super) const FENCING: &str = "waiting for the I/O of its process, which died,";
 
 /// Commands and events for a keeper.
 #[derive(Debug)]
@@ -383,7 +384,7 @@ impl KeeperThread {
     fn serve(&self, opened: &OpenDevice) -> Result<ServiceEnd> {
         self.begin("starting a process");
         let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
-        let process = opened.slot.process(&self.current.settings())?;
+        let process = opened.slot.process(&self.current.settings(), || self.begin(FENCING))?;
         let page = &self.page;
         page.begin_process();
         let broker = broker::spawn(&self.config.name).map_err(system)?;

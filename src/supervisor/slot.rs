@@ -27,6 +27,10 @@ use crate::units::PAGE_BYTES;
 /// How often to check whether the kernel has completed the I/O of a process that died.
 const FENCE_POLL: Duration = Duration::from_millis(2);
 
+/// How long one attempt to start a process waits for that, before the disk counts as not served: Linux's timeout of a
+/// SCSI command.
+const FENCE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// How long a disk process that has ended cleanly may take to close the descriptor of a block device.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -138,17 +142,16 @@ impl ImageSlot {
         self.image_of
     }
 
-    /// The process of the slot; starts one with these settings of the cache if there is none, or if it has died.
+    /// The process of the slot; starts one with these settings of the cache if there is none, or if it has died. Calls
+    /// `on_wait` if it has to wait for the I/O of the one that died.
     ///
     /// # Errors
-    /// [`ErrorKind::System`] if a process or a descriptor cannot be created.
-    pub fn process(&self, settings: &DeviceSettings) -> Result<Arc<Process>> {
-        let mut state = self.lock();
+    /// [`ErrorKind::System`] if a process or a descriptor cannot be created; [`ErrorKind::Image`] if that I/O does not
+    /// end in time.
+    pub fn process(&self, settings: &DeviceSettings, on_wait: impl FnOnce()) -> Result<Arc<Process>> {
+        let mut state = self.lock_without_old_io(on_wait)?;
         if let Some(process) = &state.process {
             let Some(exit) = process.exit_of(self.image_of) else { return Ok(Arc::clone(process)) };
-            while state.image.is_io_locked(process.io_lock()) {
-                thread::sleep(FENCE_POLL);
-            }
             if !exit.is_clean() {
                 state.image.quarantine_earlier_writes();
                 if let Some(cache) = &mut state.cache {
@@ -170,6 +173,29 @@ impl ImageSlot {
         state.is_unused = false;
         state.process = Some(Arc::clone(&process));
         Ok(process)
+    }
+
+    /// Locks the slot when the kernel has completed all I/O of a process that died: an old write must not overtake a
+    /// new one. Other threads can lock it meanwhile.
+    fn lock_without_old_io(&self, on_wait: impl FnOnce()) -> Result<MutexGuard<'_, SlotState>> {
+        let (since, mut on_wait) = (Instant::now(), Some(on_wait));
+        loop {
+            let state = self.lock();
+            let died = state.process.as_ref().filter(|process| process.exit_of(self.image_of).is_some());
+            if !died.is_some_and(|process| state.image.is_io_locked(process.io_lock())) {
+                return Ok(state);
+            }
+            drop(state);
+            if let Some(on_wait) = on_wait.take() {
+                on_wait();
+            }
+            let seconds = since.elapsed().as_secs();
+            if since.elapsed() >= FENCE_TIMEOUT {
+                let context = format!("the kernel has not ended the I/O of its process, which died, for {seconds} s");
+                return Err(Error::new(ErrorKind::Image, context));
+            }
+            thread::sleep(FENCE_POLL);
+        }
     }
 
     /// Hands the image and the cache to a process: to the group's present one, unless it is ending, or to a new one.

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
-use common::daemon::{Daemon, TempDir, server_binary};
+use common::daemon::{Daemon, TempDir, send, server_binary};
 use common::request::{OK, Payload, assert_serves, pattern};
 use common::session::{Session, SessionOptions};
 use common::wait::{TIMEOUT, is_listening, poll_until};
@@ -184,6 +184,85 @@ fn a_second_sigterm_ends_the_wait_for_a_hanging_disk() {
     assert_eq!(session.read(0, 8192), pattern(3, 0, 8192));
     drop(session);
     daemon.stop();
+}
+
+#[test]
+fn a_third_sigterm_ends_the_wait_for_the_image_of_a_volatile_cache() {
+    let Some(mut fixture) = Fixture::new("cache.survive = \"never\"") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let session = fixture.hang();
+    daemon.terminate();
+    fixture.wait_until_the_others_end();
+    daemon.terminate();
+    daemon.await_log("sick: its cache does not outlive the daemon and holds data in flight; waiting for at most 30 s");
+    daemon.assert_alive();
+    let third = Instant::now();
+    daemon.terminate();
+    let status = daemon.wait();
+    assert_eq!(status.code(), Some(1), "{}", daemon.log());
+    assert!(third.elapsed() < Duration::from_secs(4), "{:?}", third.elapsed());
+    drop(session);
+}
+
+#[test]
+fn after_a_second_sigterm_a_volatile_cache_waits_5_s_for_each_operation_of_its_image() {
+    let Some(mut fixture) = Fixture::new("cache.survive = \"never\"") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let session = fixture.hang();
+    daemon.terminate();
+    poll_until("a line about the cache", WAIT_LIMIT, || {
+        let log = daemon.log();
+        let line = log.lines().find(|line| line.contains("sick: its cache is volatile and holds data in flight"))?;
+        assert!(line.contains("repeat the signal"), "{line}");
+        Some(())
+    });
+    daemon.terminate();
+    assert_eq!(daemon.wait().code(), Some(1), "{}", daemon.log());
+    drop(session);
+}
+
+/// The kernel still executes a write of the process that was killed: the next process must not write before that.
+#[test]
+fn a_killed_disk_process_is_restarted_when_its_io_has_ended() {
+    for (engine, expected) in [
+        ("io_uring", "waiting for the I/O of its process, which died, has taken 5 s so far; a write of 8192 bytes"),
+        ("threads", "its process has not run for 5 s; it was killed, and one of its threads hangs in the kernel"),
+    ] {
+        let Some(mut fixture) = Fixture::new(&format!("engine = {engine:?}")) else { return };
+        let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+        let mut session = fixture.hang();
+        // The process publishes the operation.
+        thread::sleep(Duration::from_secs(1));
+        send(daemon.disk_process("sick"), libc::SIGKILL);
+        poll_until("a line about the wait", WAIT_LIMIT, || daemon.log().contains(expected).then_some(()));
+        assert_serves(&fixture.socket("good1"), 0);
+        if engine == "io_uring" {
+            poll_until("the disk to count as not served", 2 * WAIT_LIMIT, || {
+                let line = "sick: not served: the kernel has not ended the I/O of its process, which died, for 30 s";
+                daemon.log().contains(line).then_some(())
+            });
+        }
+        fixture.disk.release(OpClass::Write);
+        session = session.reconnect(&fixture.socket("sick"));
+        session.start_ring(0);
+        assert_eq!(session.read(0, 8192), pattern(3, 0, 8192), "{engine}");
+        drop(session);
+        daemon.stop();
+    }
+}
+
+#[test]
+fn sigterm_does_not_wait_for_the_io_of_a_killed_disk_process() {
+    let Some(mut fixture) = Fixture::new("") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let session = fixture.hang();
+    send(daemon.disk_process("sick"), libc::SIGKILL);
+    daemon.await_log("sick: its process has died: killed by SIGKILL");
+    let begun = Instant::now();
+    daemon.terminate();
+    assert_eq!(daemon.wait().code(), Some(1), "{}", daemon.log());
+    assert!(begun.elapsed() < WAIT_LIMIT / 2, "{:?}", begun.elapsed());
+    drop(session);
 }
 
 /// The next daemon waits for the image's lock, which the kernel holds until the operations of the old one are over.

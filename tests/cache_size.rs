@@ -209,6 +209,31 @@ fn a_refused_cache_size_changes_nothing() {
     await_memory(&daemon, 4);
 }
 
+/// Otherwise no later process of the disk could start.
+#[test]
+fn a_cache_size_is_checked_while_the_disk_has_no_process() {
+    let (daemon, control) = start_prepared("size-dead", |_, directory| {
+        let config = directory.join("genblk.toml");
+        let text = fs::read_to_string(&config).expect("it was written") + "restart_burst = 0\n";
+        fs::write(config, text).expect("it can be written");
+    });
+    let mut session = Session::open(&daemon.socket_of(0), &options());
+    session.write(0, &Contents::bytes(7));
+    send(daemon.disk_process("d0"), libc::SIGKILL);
+    daemon.await_log("restart it with \"genblk resume d0\"");
+    for (size, why) in [("17M", "cache.size_max"), ("8T", "available")] {
+        let refused = set_size(&control, size);
+        let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && message.contains(why), "{message}");
+    }
+    stdout_of(&set_size(&control, "12M"));
+    stdout_of(&genblk(&control, &["resume", "d0"]));
+    session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    assert!(session.read(0, 4096) == Contents::bytes(7));
+    await_memory(&daemon, 12);
+}
+
 /// A host whose tasks wait for memory half of the time, while that is wanted: a file of PSI, which the daemon reads in
 /// place of the kernel's. Its time is ten times as fast.
 struct MemoryPressure {

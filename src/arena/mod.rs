@@ -52,6 +52,7 @@ pub use file::{ArenaFile, FileSummary};
 pub use handed::{ArenaParts, KeptArena, ReceivedArena};
 pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, RANGE_SLOTS, SAMPLES_MAX, TenureFacts};
 pub use populate::Populator;
+pub use reserve::check_room;
 pub use samples::{hash_of, word_hash_of};
 pub use survey::Survey;
 pub use trust::AllowedOwner;

@@ -49,6 +49,19 @@ pub(super) fn parts_of(records: usize, offset: usize, reserved: usize) -> [Range
     [0..record_at(records, reserved).min(offset), frames]
 }
 
+/// Checks that a cache of `wanted` bytes fits into an arena with room for `room` bytes.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] if not.
+pub fn check_room(room: u64, wanted: u64) -> Result<()> {
+    if wanted <= room {
+        return Ok(());
+    }
+    let context = format!("the cache has room for {} MiB, and {} MiB are requested", room >> 20, wanted >> 20);
+    let hint = "cache.size_max sets the room; it takes effect after detach and attach";
+    Err(Error::new(ErrorKind::Memory, format!("{context}; {hint}")))
+}
+
 /// The number of frames for which a new arena has room.
 ///
 /// => A mapping of huge pages takes them all from the host when it is created, so there is room only for the frames
@@ -97,13 +110,8 @@ impl Arena {
         if frames <= *reserved {
             return Ok(());
         }
-        let mib = |frames: usize| (frames as u64 * PAGE_BYTES) >> 20;
-        if frames > self.frames {
-            let context =
-                format!("the cache has room for {} MiB, and {} MiB are requested", mib(self.frames), mib(frames));
-            let hint = "cache.size_max sets the room; it takes effect after detach and attach";
-            return Err(Error::new(ErrorKind::Memory, format!("{context}; {hint}")));
-        }
+        let bytes = |frames: usize| frames as u64 * PAGE_BYTES;
+        check_room(bytes(self.frames), bytes(frames))?;
         let file = self.backing_file();
         let [old_table, old_frames] = self.parts(*reserved);
         let [table, new_frames] = self.parts(frames);
@@ -111,7 +119,7 @@ impl Arena {
         if let Err(e) = mapping::allocate_parts(file, &added) {
             // Free the memory that was allocated before the failure.
             let _ = mapping::free_part(file, old_frames.end..new_frames.end);
-            let context = format!("cannot allocate {} MiB more for the cache", mib(frames - *reserved));
+            let context = format!("cannot allocate {} MiB more for the cache", bytes(frames - *reserved) >> 20);
             return Err(Error::io(ErrorKind::Memory, context, e));
         }
         *reserved = frames;

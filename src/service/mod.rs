@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use log::info;
+use log::{info, warn};
 
 use crate::arena::Arena;
 use crate::broker::Broker;
@@ -30,6 +30,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::listener::{BoundSocket, SocketAccess, bind};
 use crate::sandbox::{self, ThreadKind};
 use crate::store::Backing;
+use crate::units::PAGE_BYTES;
 use crate::vhost::Server;
 
 pub use handle::ServiceHandle;
@@ -55,15 +56,20 @@ pub struct Service {
     description: String,
 }
 
-/// An image with a cache in `arena`, with these settings.
+/// An image with a cache in `arena`, with these settings. If there is no memory for the configured size, the cache has
+/// the size for which the arena has memory.
 ///
 /// # Errors
-/// [`ErrorKind::Image`] if the image's limits are too narrow for a cache; [`ErrorKind::Memory`] if the arena has no
-/// memory for it.
+/// [`ErrorKind::Image`] if the image's limits are too narrow for a cache.
 pub fn cached_image(of_device: &DeviceSettings, image: Arc<dyn Backing>, arena: Arena) -> Result<Arc<CachedImage>> {
     let mut cache = settings(of_device, image.limits())?;
     // A process that died may have left less memory, and the size may have been changed since.
-    arena.reserve(cache.frames as usize)?;
+    if let Err(error) = arena.reserve(cache.frames as usize) {
+        let mut smaller = of_device.clone();
+        smaller.cache.size_bytes = arena.reserved_frames() as u64 * PAGE_BYTES;
+        warn!("{}: {error}; the cache has {} MiB for now", of_device.name, smaller.cache.size_bytes >> 20);
+        cache = settings(&smaller, image.limits())?;
+    }
     cache.frames_max = u32::try_from(arena.frames()).unwrap_or(u32::MAX);
     Ok(CachedImage::new(&of_device.name, image, arena, cache))
 }
@@ -193,5 +199,23 @@ impl Drop for StartingWorkers {
             // It cannot have panicked: a panic ends the process.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::file::{FileImage, OpenOptions};
+
+    #[test]
+    fn a_cache_without_memory_for_its_size_has_the_size_that_its_arena_has() {
+        let path = std::env::temp_dir().join(format!("genblk-smaller-{}", std::process::id()));
+        std::fs::File::create(&path).and_then(|file| file.set_len(1 << 20)).unwrap();
+        let image = FileImage::open(&path, &OpenOptions { direct: false, ..OpenOptions::default() }).unwrap();
+        let settings = DeviceSettings::from(&DeviceConfig::new("disk0", Socket::Path("socket".into()), &path));
+        let arena = Arena::anonymous_with_room(1024, 2048).unwrap();
+        let opened = cached_image(&settings, image, arena).unwrap();
+        assert_eq!((opened.stats().frames, opened.arena().reserved_frames()), (1024, 1024));
+        std::fs::remove_file(path).unwrap();
     }
 }

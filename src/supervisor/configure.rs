@@ -12,9 +12,9 @@ use super::SupervisorEvent;
 use super::attach::DETACHED_DIRTY;
 use super::entry::OverviewEntry;
 use super::fleet_change::{FleetChange, FleetPlan, Recorded};
-use super::operator::{Operator, ask, invalid};
+use super::operator::{Operator, ask, invalid, tell};
 use super::operator_state::ChangeGuard;
-use crate::arena::check_memory;
+use crate::arena::{check_memory, check_room};
 use crate::config::{CacheMode, Config, DeviceConfig, LIVE_KEYS, changed, differing_keys, with_keys_of};
 use crate::control::change::{ChangeClient, Refusal};
 use crate::control::wire::{ChangeKind, DeviceChange, DeviceKeys, DeviceState};
@@ -92,12 +92,14 @@ impl Operator {
         if drains {
             ask(entry, DeviceRequest::Flush, client)?;
         }
-        let reserves = keys.contains(&"cache.size") && entry.link.is_some();
+        let reserves = keys.contains(&"cache.size");
         if reserves {
             reserve(entry, &new, client)?;
         }
-        let keys = keys.to_vec();
-        let recorded = self.ask_main_thread(|requester| FleetChange::Set(Box::new(new), keys, record, requester));
+        let set = |config| {
+            self.ask_main_thread(|requester| FleetChange::Set(Box::new(config), keys.to_vec(), record, requester))
+        };
+        let recorded = set(new);
         if recorded.is_err() && reserves {
             // Setting the old size again frees the memory that was allocated for the new one.
             let settings = Box::new(entry.current.settings());
@@ -115,14 +117,13 @@ impl Operator {
             }
             thread::sleep(START_WATCH);
         };
-        if now.link.is_some() {
-            let settings = Box::new(now.current.settings());
-            let told = ask(&now, DeviceRequest::Configure { settings }, client);
-            let flushed =
-                told.and_then(|_| if drains { ask(&now, DeviceRequest::Flush, client).map(drop) } else { Ok(()) });
-            flushed.or_else(|refusal| if refusal.error == "ImageFault" { Err(refusal) } else { Ok(()) })?;
+        let settings = Box::new(now.current.settings());
+        if let Err(refusal) = tell(&now, DeviceRequest::Configure { settings }, client) {
+            // The next process would be refused the same.
+            set(DeviceConfig::clone(&entry.config))?;
+            return Err(refusal);
         }
-        Ok(())
+        if drains { tell(&now, DeviceRequest::Flush, client) } else { Ok(()) }
     }
 
     /// Reloads the configuration file and applies it. If anything in it is wrong, or if a new disk cannot be served,
@@ -259,14 +260,24 @@ impl Operator {
     }
 }
 
-/// Makes the process of a device allocate the memory for a cache of another size.
+/// Checks that there is memory for a cache of another size, and makes the process of a served device allocate it.
 fn reserve(entry: &OverviewEntry, new: &DeviceConfig, client: &ChangeClient) -> Result<(), Refusal> {
-    let (old, size_bytes) = (entry.current.cache_bytes(), entry.current.bounded(new.cache.size_bytes));
-    if let Some(more) = size_bytes.checked_sub(old).filter(|more| *more > 0) {
-        // The check is made here because the sandbox keeps the process from reading the host's memory statistics.
-        check_memory(more).map_err(|e| Refusal::refused(entry.config.name.clone(), e.to_string()))?;
+    let size_bytes = entry.current.bounded(new.cache.size_bytes);
+    let room = entry.current.cache_room();
+    // A cache that is not open yet has no memory, and gets the room that its size needs.
+    let old = room.map_or(0, |_| entry.current.cache_bytes());
+    // The checks are made here because the sandbox keeps the process from reading the host's memory statistics, and
+    // because the device may have no process.
+    let has_memory = match size_bytes.saturating_sub(old) {
+        0 => Ok(()),
+        more => check_memory(more),
+    };
+    let checked = has_memory.and_then(|()| check_room(room.unwrap_or(u64::MAX), new.cache.size_bytes));
+    checked.map_err(|e| Refusal::refused(entry.config.name.clone(), e.to_string()))?;
+    if entry.link.is_none() {
+        return Ok(());
     }
-    ask(entry, DeviceRequest::Reserve { size_bytes }, client).map(drop)
+    tell(entry, DeviceRequest::Reserve { size_bytes }, client)
 }
 
 /// A change, for the log.

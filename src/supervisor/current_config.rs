@@ -15,12 +15,14 @@ struct State {
     config: Arc<DeviceConfig>,
     /// Bound of the cache's size; `None` without memory pressure.
     cache_max: Option<u64>,
+    /// The size to which the open cache can grow; `None` before it is opened.
+    cache_room: Option<u64>,
 }
 
 impl CurrentConfig {
     /// The configuration at the start of a device.
     pub fn new(config: &DeviceConfig) -> Self {
-        Self(Arc::new(Mutex::new(State { config: Arc::new(config.clone()), cache_max: None })))
+        Self(Arc::new(Mutex::new(State { config: Arc::new(config.clone()), cache_max: None, cache_room: None })))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -42,6 +44,16 @@ impl CurrentConfig {
     /// Bounds the size of the cache. Returns the bound before.
     pub fn bound_cache(&self, cache_max: Option<u64>) -> Option<u64> {
         std::mem::replace(&mut self.lock().cache_max, cache_max)
+    }
+
+    /// Records the size to which the cache, now open, can grow.
+    pub fn set_cache_room(&self, room_bytes: u64) {
+        self.lock().cache_room = Some(room_bytes);
+    }
+
+    /// The size to which the cache can grow; `None` before it is opened.
+    pub fn cache_room(&self) -> Option<u64> {
+        self.lock().cache_room
     }
 
     /// The size that a cache of this configured size is to have at present.

@@ -267,7 +267,8 @@ impl KeeperThread {
     /// One attempt to open the device.
     fn open(&self) -> Result<OpenDevice> {
         self.begin(OPENING);
-        let (config, context) = (&self.config, &self.context);
+        // The operator may have changed it since the start.
+        let (config, context) = (&*self.current.get(), &self.context);
         let image = open_image(config, &context.manager)?;
         self.begin(PREPARING);
         let identity = image.identity();
@@ -280,6 +281,7 @@ impl KeeperThread {
         // One that memory pressure had shrunk, and for which there is no more memory.
         let is_smaller = !is_shared && slot.cache_bytes < config.cache.size_bytes;
         self.current.bound_cache(is_smaller.then_some(slot.cache_bytes));
+        self.current.set_cache_room(slot.room_bytes);
         let socket = ListenSocket::open(&self.config, &self.context.sockets)?;
         Ok(OpenDevice { socket, slot })
     }

@@ -331,6 +331,33 @@ pub(super) fn ask(
     request: DeviceRequest,
     client: &ChangeClient,
 ) -> Result<DeviceReply, Refusal> {
+    checked(entry, exchange(entry, request, client)?)
+}
+
+/// As [`ask`], but a device that is not served, or whose process dies, is no error: it starts with what is current.
+pub(super) fn tell(entry: &OverviewEntry, request: DeviceRequest, client: &ChangeClient) -> Result<(), Refusal> {
+    match exchange(entry, request, client) {
+        Err(_) | Ok(DeviceReply::NotServed) => Ok(()),
+        Ok(reply) => checked(entry, reply).map(drop),
+    }
+}
+
+/// A reply, unless it is an error.
+fn checked(entry: &OverviewEntry, reply: DeviceReply) -> Result<DeviceReply, Refusal> {
+    let name = &entry.config.name;
+    match reply {
+        DeviceReply::Failed { fault } => {
+            let detail = crate::units::counted(entry.page.read().cache.dirty_pages, "dirty page");
+            Err(Refusal::new("ImageFault", json!({ "device": name, "fault": fault, "detail": detail })))
+        }
+        DeviceReply::Refused { why } => Err(Refusal::refused(name.clone(), why)),
+        DeviceReply::NotServed => Err(Refusal::refused(name.clone(), "it is not served at the moment")),
+        reply => Ok(reply),
+    }
+}
+
+/// As [`ask`]; the only error is that no process replies.
+fn exchange(entry: &OverviewEntry, request: DeviceRequest, client: &ChangeClient) -> Result<DeviceReply, Refusal> {
     let name = &entry.config.name;
     let link = link_of(entry)?;
     let dirty = || entry.page.read().cache.dirty_pages * PAGE_BYTES;
@@ -340,12 +367,6 @@ pub(super) fn ask(
     let replies = replies.map_err(|e| Refusal::refused(name.clone(), format!("cannot reach its disk process: {e}")))?;
     loop {
         match replies.recv_timeout(PROGRESS) {
-            Ok(DeviceReply::Failed { fault }) => {
-                let detail = crate::units::counted(dirty() / PAGE_BYTES, "dirty page");
-                return Err(Refusal::new("ImageFault", json!({ "device": name, "fault": fault, "detail": detail })));
-            }
-            Ok(DeviceReply::Refused { why }) => return Err(Refusal::refused(name.clone(), why)),
-            Ok(DeviceReply::NotServed) => return Err(Refusal::refused(name.clone(), "it is not served at the moment")),
             Ok(reply) => return Ok(reply),
             Err(RecvTimeoutError::Timeout) if reports => {
                 let done_bytes = total_bytes.saturating_sub(dirty());

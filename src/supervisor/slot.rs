@@ -67,6 +67,8 @@ pub(super) struct ImageSlot {
     hosting: Hosting,
     /// Size of the cache that has memory: less than the configured one if the host has not had more.
     pub cache_bytes: u64,
+    /// Size to which the cache can grow.
+    pub room_bytes: u64,
     /// The last tenure of the image before it was opened.
     pub last_tenure: TenureKey,
     state: Mutex<SlotState>,
@@ -119,7 +121,8 @@ impl ImageSlot {
         let last_tenure = TenureKey::of(&*image);
         let arena = recover::arena_for(config, &*image, frames_of(config), manager);
         let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
-        let cache_bytes = arena.reserved_frames() as u64 * PAGE_BYTES;
+        let [cache_bytes, room_bytes] =
+            [arena.reserved_frames(), arena.frames()].map(|frames| frames as u64 * PAGE_BYTES);
         let state = SlotState {
             process: None,
             is_unused: !arena.is_kept_on_drop(),
@@ -130,7 +133,18 @@ impl ImageSlot {
         let is_shared = group.is_some() || config.read_only && !config.isolate;
         let settings = DeviceSettings::from(config);
         let state = Mutex::new(state);
-        Ok(Arc::new(Self { image_of, settings, user, group, is_shared, hosting, cache_bytes, last_tenure, state }))
+        Ok(Arc::new(Self {
+            image_of,
+            settings,
+            user,
+            group,
+            is_shared,
+            hosting,
+            cache_bytes,
+            room_bytes,
+            last_tenure,
+            state,
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, SlotState> {

@@ -385,23 +385,29 @@ fn a_daemon_short_of_memory_serves_with_the_smaller_leftover_cache() {
     let (mut daemon, control) = start("size-short");
     let config = daemon.directory().path().join("genblk.toml");
     let text = fs::read_to_string(&config).expect("it was written");
-    let write = |size: &str, min: &str| {
-        let sizes = format!("cache.size = \"{size}\"\ncache.size_max = \"1T\"\ncache.size_min = \"{min}\"");
-        fs::write(&config, text.replace("cache.size = \"4M\"", &sizes)).expect("it can be written");
+    let write = |size: &str, more: &str| {
+        let sizes = format!("cache.size = \"{size}\"\n{more}");
+        fs::write(&config, text.replace("cache.size = \"4M\"\n", &sizes)).expect("it can be written");
     };
-    write("4M", "4M");
-    daemon.stop();
-    daemon.restart();
-    let mut session = Session::open(&daemon.socket_of(0), &options());
-    session.write(0, &Contents::bytes(7));
-    daemon.kill();
-    // No host that runs this has as much.
-    write("1T", "4M");
-    daemon.restart();
-    session = session.reconnect(&daemon.socket_of(0));
-    session.start_ring(0);
-    assert!(session.read(0, 4096) == Contents::bytes(7));
-    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
-    poll_until("the present size", TIMEOUT, || (sizes(&control) == [1 << 20, 4, 4]).then_some(()));
-    await_memory(&daemon, 4);
+    for more in ["cache.size_max = \"1T\"\ncache.size_min = \"4M\"\n", "cache.size_max = \"1T\"\n", ""] {
+        write("4M", more);
+        daemon.stop();
+        daemon.restart();
+        let mut session = Session::open(&daemon.socket_of(0), &options());
+        session.write(0, &Contents::bytes(7));
+        daemon.kill();
+        // No host that runs this has as much.
+        write("1T", more);
+        daemon.restart();
+        session = session.reconnect(&daemon.socket_of(0));
+        session.start_ring(0);
+        assert!(session.read(0, 4096) == Contents::bytes(7), "{more}");
+        poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
+        poll_until(more, TIMEOUT, || (sizes(&control) == [1 << 20, 4, 4]).then_some(()));
+        await_memory(&daemon, 4);
+        // It gets its size as soon as there is memory for that.
+        stdout_of(&set_size(&control, "6M"));
+        poll_until(more, TIMEOUT, || (sizes(&control) == [6, 6, 6]).then_some(()));
+        stdout_of(&set_size(&control, "4M"));
+    }
 }

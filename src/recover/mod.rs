@@ -149,7 +149,12 @@ pub fn arena_for(
             Err(e) => return Err(e),
         },
     };
-    let (arena, tenure) = match decide(Contents::of(header.as_ref(), frames), found_at, config.cache.survive) {
+    let contents = match &header {
+        // It keeps its size: there is no memory for a new one with the configured size either.
+        Some(header) if header.fits(1) && check_growth(header.reserved, frames).is_err() => Contents::FittingCache,
+        header => Contents::of(header.as_ref(), frames),
+    };
+    let (arena, tenure) = match decide(contents, found_at, config.cache.survive) {
         Decision::Attach => {
             let header = header.expect(HAS_HEADER);
             if !header.last_seen.is_at_rest {
@@ -192,21 +197,24 @@ pub fn arena_for(
     Ok(arena)
 }
 
-/// Gives a cache that was found memory for `frames` frames. One that memory pressure may shrink keeps the size that it
-/// has, while there is no memory for more.
+/// Checks that the host has memory for `frames` frames, of which a cache already has `found`.
+fn check_growth(found: u64, frames: usize) -> Result<()> {
+    (frames as u64).checked_sub(found).map_or(Ok(()), |more| check_memory(more * PAGE_BYTES))
+}
+
+/// Gives a cache that was found memory for `frames` frames. While there is no memory for more, it keeps the size that
+/// it has: a guest waits for its disk.
 fn reserve(config: &DeviceConfig, arena: &Arena, frames: usize) -> Result<()> {
     let found = arena.reserved_frames();
-    let Some(more) = frames.checked_sub(found) else { return Ok(()) };
-    let reserved = check_memory(more as u64 * PAGE_BYTES).and_then(|()| arena.reserve(frames));
-    let frames_min = config.cache.size_min_bytes / PAGE_BYTES;
-    match reserved {
-        Err(error) if (1..=found as u64).contains(&frames_min) => {
-            let mib = (found as u64 * PAGE_BYTES) >> 20;
-            warn!("{}: {error}; the cache has {mib} MiB for now", config.name);
-            Ok(())
+    let reserved = check_growth(found as u64, frames).and_then(|()| arena.reserve(frames));
+    reserved.or_else(|error| {
+        if found == 0 {
+            return Err(error);
         }
-        reserved => reserved,
-    }
+        let mib = (found as u64 * PAGE_BYTES) >> 20;
+        warn!("{}: {error}; the cache has {mib} MiB for now", config.name);
+        Ok(())
+    })
 }
 
 /// How the server of a device's image is treated.

@@ -13,7 +13,7 @@ pub(super) struct CurrentConfig(Arc<Mutex<State>>);
 #[derive(Debug)]
 struct State {
     config: Arc<DeviceConfig>,
-    /// Bound of the cache's size; `None` without memory pressure.
+    /// Bound of the cache's size, while memory is short.
     cache_max: Option<u64>,
     /// The size to which the open cache can grow; `None` before it is opened.
     cache_room: Option<u64>,
@@ -54,6 +54,11 @@ impl CurrentConfig {
     /// The size to which the cache can grow; `None` before it is opened.
     pub fn cache_room(&self) -> Option<u64> {
         self.lock().cache_room
+    }
+
+    /// Whether the cache is smaller than the configured size, for lack of memory.
+    pub fn is_bounded(&self) -> bool {
+        self.lock().cache_max.is_some()
     }
 
     /// The size that a cache of this configured size is to have at present.

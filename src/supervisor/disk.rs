@@ -29,6 +29,7 @@ use super::fleet_change::{Recorded, Requester};
 use super::handle::DeviceHandle;
 use super::keeper::{self, FENCING, Keeper, KeeperCommand};
 use super::operator_state::OperatorState;
+use super::pressure;
 use super::reminder::{FIRST, Reminder};
 
 /// How long a device may take to hand its cache over to the next daemon. After that the cache is left as a crash would
@@ -283,6 +284,11 @@ impl Disk {
             _ => "starting",
         };
         Some(format!("{} ({why})", self.name))
+    }
+
+    /// Whether its cache may have another size than the configured one, for lack of memory.
+    pub fn follows_memory(&self) -> bool {
+        pressure::may_shrink(&self.current.get()) || self.current.is_bounded()
     }
 
     /// Its entry for the control socket.

@@ -268,7 +268,7 @@ impl Fleet {
     }
 
     fn check_while_serving(&mut self) {
-        if !self.watches_pressure && self.disks.values().any(|disk| pressure::may_shrink(&disk.config())) {
+        if !self.watches_pressure && self.disks.values().any(Disk::follows_memory) {
             self.watches_pressure = true;
             pressure::start(&self.overview);
         }

@@ -2,7 +2,8 @@
 //!
 //! The thread `pressure` reads the indicators once a second (`indicators.rs`), decides how far the caches shrink
 //! (`controller.rs`), and sends the disk processes the same request as `genblk set cache.size` does. It waits at most
-//! [`TIMEOUT`] for their replies. It is started with the first device that has a `cache.size_min`.
+//! [`TIMEOUT`] for their replies. It is started with the first device that has a `cache.size_min`, or for whose
+//! configured size there was no memory.
 //!
 //! A size that results from memory pressure is not recorded: the next daemon starts with the configured size, or, if
 //! there is no memory for that, with the size of the cache that it finds. A disk process that dies meanwhile is

@@ -65,6 +65,14 @@ fn stderr_of(control: &Path, arguments: &[&str]) -> String {
     String::from_utf8(output.stderr).expect("text")
 }
 
+/// Waits until `d0` has a front-end, or has none.
+fn await_front_end(control: &Path, is_there: bool) {
+    poll_until("the front-end", TIMEOUT, || {
+        let listed = call(control, "List", &json!({"device": "d0"}));
+        (listed["parameters"]["devices"][0]["front_end"].is_null() != is_there).then_some(())
+    });
+}
+
 #[test]
 fn a_disk_whose_image_fails_stays_attached_and_served() {
     let Some(Failing { daemon, control, fails, server: _server }) = failing("detach-fails", "") else { return };
@@ -109,6 +117,51 @@ fn a_second_change_of_a_disk_is_refused_while_one_is_under_way() {
 }
 
 #[test]
+fn a_forced_detach_does_not_wait_for_another_change() {
+    let Some(Failing { daemon, control, server, .. }) = failing("detach-forced", "") else { return };
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    await_front_end(&control, true);
+    server.signal(libc::SIGSTOP);
+    let mut flush = Call::start(&control, "Flush", &json!({"device": "d0"}), false);
+    poll_until("the flush", TIMEOUT, || {
+        let reply = call(&control, "Detach", &json!({"device": "d0"}));
+        (reply["error"] == json!("io.genblk.Control.Busy")).then_some(())
+    });
+    let mut detach = Call::start(&control, "Detach", &json!({"device": "d0", "force": true}), false);
+    poll_until("its end", TIMEOUT, || (state(&control) == json!("ending")).then_some(()));
+    assert_eq!(flush.reply()["parameters"]["why"], json!("a forced detach has ended the wait"));
+    server.signal(libc::SIGCONT);
+    let detached = detach.reply();
+    assert!(detached["error"].is_null(), "{detached}");
+}
+
+#[test]
+fn a_reload_does_not_wait_for_an_image_that_hangs() {
+    let directory = TempDir::new("reload-hangs");
+    let Some(server) = NbdServer::nbdkit(&directory.path().join("nbd"), &["memory", "8M"]) else { return };
+    File::create(directory.path().join("image")).and_then(|file| file.set_len(8 << 20)).expect("an image");
+    let sockets = ["d0", "d1"].map(|name| directory.path().join(format!("{name}.sock"))).to_vec();
+    let hung = on_server(&directory, "d0", &server, "");
+    let other = table(&directory, "d1", "image", "");
+    let (daemon, control) = launch(directory, &(hung + &other), sockets);
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    await_front_end(&control, true);
+    server.signal(libc::SIGSTOP);
+    drop(session);
+    await_front_end(&control, false);
+    let text = format!("[control]\nsocket = {control:?}\n{other}poll_us = 9\n");
+    fs::write(daemon.config(), text).expect("a configuration can be written");
+    let changes = stdout_of(&genblk(&control, &["reload"]));
+    assert!(changes.contains("d0: kept, although it is no longer in the file: its image does not answer"), "{changes}");
+    assert!(changes.contains("poll_us"), "{changes}");
+    server.signal(libc::SIGCONT);
+    let changes = stdout_of(&genblk(&control, &["reload"]));
+    assert_eq!(changes, "d0: detached\n");
+}
+
+#[test]
 fn detaching_a_hanging_disk_does_not_disturb_its_group() {
     let directory = TempDir::new("detach-group");
     let Some(server) = NbdServer::nbdkit(&directory.path().join("nbd"), &["memory", "8M"]) else { return };
@@ -117,8 +170,9 @@ fn detaching_a_hanging_disk_does_not_disturb_its_group() {
     let group = "group = \"tenant\"\n";
     let devices = on_server(&directory, "d0", &server, group) + &table(&directory, "d1", "image", group);
     let (daemon, control) = launch(directory, &devices, sockets);
-    let processes = daemon.disk_processes();
-    assert_eq!(processes.len(), 1, "they share a process");
+    let processes = poll_until("one process for both", TIMEOUT, || {
+        Some(daemon.disk_processes()).filter(|processes| processes.len() == 1)
+    });
     let mut hung = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     let mut other = Session::open(&daemon.socket_of(1), &SessionOptions::default());
     hung.write(0, &[1; 4096]);

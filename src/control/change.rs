@@ -1,6 +1,7 @@
 //! Changes by clients: the methods that act on a device, and the path from a call to its replies. A change runs on a
 //! separate thread of the host, so that the connection notices immediately if its client disconnects.
 
+use std::cell::Cell;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
@@ -230,13 +231,25 @@ pub struct ChangeClient {
     steps: Sender<ChangeReply>,
     disconnected: Receiver<()>,
     accepts_progress: bool,
+    stall_max: Cell<Option<Duration>>,
 }
 
 impl ChangeClient {
     /// Both ends of a change. `accepts_progress`: the client accepts more than one reply.
     pub fn of_change(accepts_progress: bool) -> (BegunChange, Self) {
         let ((steps, receiver), (client, disconnected)) = (channel(), channel());
-        (BegunChange { steps: receiver, _client: client }, Self { steps, disconnected, accepts_progress })
+        let change = Self { steps, disconnected, accepts_progress, stall_max: Cell::default() };
+        (BegunChange { steps: receiver, _client: client }, change)
+    }
+
+    /// Makes the change stop waiting for an image that completes nothing for this time.
+    pub fn set_stall_max(&self, time: Duration) {
+        self.stall_max.set(Some(time));
+    }
+
+    /// How long the change waits for an image that completes nothing; `None`: without limit.
+    pub fn stall_max(&self) -> Option<Duration> {
+        self.stall_max.get()
     }
 
     /// Whether the client accepts more than one reply.

@@ -25,6 +25,8 @@ use crate::systemd::ServiceManager;
 /// How long a change waits for a process that is starting, and how often it checks.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
 const START_WATCH: Duration = Duration::from_millis(20);
+/// How long a reload waits for an image that completes nothing: the other disks must not wait for it.
+const STALL_MAX: Duration = Duration::from_secs(10);
 
 /// The keys in which two configurations differ: first those that may change while the device is served, then the
 /// others.
@@ -137,6 +139,7 @@ impl Operator {
         let Ok(_reload) = self.reload.try_lock() else {
             return Err(Refusal::new("Busy", json!({ "what": "the configuration: reload" })));
         };
+        client.set_stall_max(STALL_MAX);
         let no_file = || Refusal::refused("the configuration", "the daemon was not started with --config");
         let source = self.source.as_deref().ok_or_else(no_file)?;
         let files = Config::load(source).map_err(|error| {

@@ -1,8 +1,9 @@
 //! Changes that the operator makes through the control socket. Each runs on a separate thread, `change`, which may wait
 //! for a disk process and therefore for an image; the main thread and other connections do not wait for it.
 
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ use crate::control::wire::{
     Description, DeviceState, DeviceStatistics, DeviceStatus, Dropped, FlushProgress, Freezing, Progressing, Thawed,
 };
 use crate::disk_protocol::{DeviceReply, DeviceRequest};
+use crate::disk_stats::StatsPage;
 use crate::sys::clock::monotonic_ns;
 use crate::units::PAGE_BYTES;
 
@@ -35,6 +37,8 @@ const FREEZE_WATCH: Duration = Duration::from_millis(50);
 /// How often a device that is being detached is checked, and the pause between its last flushes.
 const DETACH_WATCH: Duration = Duration::from_millis(100);
 const DETACH_RETRY: Duration = Duration::from_secs(1);
+/// Why a change stops waiting for an image.
+const NO_ANSWER: &str = "its image does not answer";
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -181,7 +185,11 @@ impl Operator {
             // The client that began the detach gets the same result.
             return ended.recv().unwrap_or_else(|_| Err(Refusal::shutting_down())).map(drop);
         }
-        let _change = ChangeGuard::begin(&entry.operator, &entry.config.name, "detach")?;
+        // A forced one waits for no other change: that may be waiting for an image that does not answer.
+        let _change = match force {
+            false => Some(ChangeGuard::begin(&entry.operator, &entry.config.name, "detach")?),
+            true => None,
+        };
         if entry.is_frozen() && !force {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
         }
@@ -197,12 +205,45 @@ impl Operator {
         let cancels = entry.progress.is_attaching && !force;
         let change = FleetChange::Detach { name: device.to_owned(), cancels, discards: discard, record, requester };
         self.events.send(SupervisorEvent::Change(change)).map_err(|_| Refusal::shutting_down())?;
+        if force {
+            entry.operator.lock().forced += 1;
+        }
+        self.await_detach(&entry, reply, client)
+    }
+
+    /// Waits for the end of a detach that has begun.
+    fn await_detach(
+        &self,
+        entry: &OverviewEntry,
+        reply: Receiver<Result<bool, Refusal>>,
+        client: &ChangeClient,
+    ) -> Result<(), Refusal> {
+        let device = &entry.config.name;
+        let mut stall = ImageStall::begin(&entry.page);
         loop {
             match reply.recv_timeout(DETACH_WATCH) {
                 Ok(result) => return result.map(drop),
                 Err(RecvTimeoutError::Disconnected) => return Err(Refusal::shutting_down()),
+                Err(RecvTimeoutError::Timeout) if stall.exceeds(client.stall_max()) => {
+                    self.continue_detach(entry, reply);
+                    return Err(Refusal::refused(device.clone(), format!("it is being detached, and {NO_ANSWER}")));
+                }
                 Err(RecvTimeoutError::Timeout) => self.write_kept_data(device, client),
             }
+        }
+    }
+
+    /// Continues a detach on another thread, for a client that no longer waits for it.
+    fn continue_detach(&self, entry: &OverviewEntry, reply: Receiver<Result<bool, Refusal>>) {
+        let (operator, entry, device) = (self.clone(), entry.clone(), entry.config.name.clone());
+        let wait = move || {
+            let (_begun, client) = ChangeClient::of_change(false);
+            if let Err(refusal) = operator.await_detach(&entry, reply, &client) {
+                warn!("{}: {}", entry.config.name, refusal.reason());
+            }
+        };
+        if let Err(e) = thread::Builder::new().name("change".to_owned()).spawn(wait) {
+            warn!("{device}: cannot start a thread to write what its cache holds: {e}");
         }
     }
 
@@ -331,14 +372,16 @@ pub(super) fn ask(
     request: DeviceRequest,
     client: &ChangeClient,
 ) -> Result<DeviceReply, Refusal> {
-    checked(entry, exchange(entry, request, client)?)
+    link_of(entry)?;
+    let died = || Refusal::refused(entry.config.name.clone(), "its process has died; it is started again");
+    checked(entry, exchange(entry, request, client)?.ok_or_else(died)?)
 }
 
 /// As [`ask`], but a device that is not served, or whose process dies, is no error: it starts with what is current.
 pub(super) fn tell(entry: &OverviewEntry, request: DeviceRequest, client: &ChangeClient) -> Result<(), Refusal> {
-    match exchange(entry, request, client) {
-        Err(_) | Ok(DeviceReply::NotServed) => Ok(()),
-        Ok(reply) => checked(entry, reply).map(drop),
+    match exchange(entry, request, client)? {
+        None | Some(DeviceReply::NotServed) => Ok(()),
+        Some(reply) => checked(entry, reply).map(drop),
     }
 }
 
@@ -356,27 +399,64 @@ fn checked(entry: &OverviewEntry, reply: DeviceReply) -> Result<DeviceReply, Ref
     }
 }
 
-/// As [`ask`]; the only error is that no process replies.
-fn exchange(entry: &OverviewEntry, request: DeviceRequest, client: &ChangeClient) -> Result<DeviceReply, Refusal> {
-    let name = &entry.config.name;
-    let link = link_of(entry)?;
+/// Sends a request and waits for its reply. `None`: the device has no process, or that dies.
+///
+/// # Errors
+/// The wait was ended: by a forced detach, or because the image does not answer a flush.
+fn exchange(
+    entry: &OverviewEntry,
+    request: DeviceRequest,
+    client: &ChangeClient,
+) -> Result<Option<DeviceReply>, Refusal> {
+    let refused = |why: String| Refusal::refused(entry.config.name.clone(), why);
+    let Some(link) = &entry.link else { return Ok(None) };
     let dirty = || entry.page.read().cache.dirty_pages * PAGE_BYTES;
-    let reports = request == DeviceRequest::Flush;
+    let is_flush = request == DeviceRequest::Flush;
     let total_bytes = dirty();
-    let replies = link.process.request(link.device, request);
-    let replies = replies.map_err(|e| Refusal::refused(name.clone(), format!("cannot reach its disk process: {e}")))?;
+    let forced = entry.operator.lock().forced;
+    let replies = match link.process.request(link.device, request) {
+        Ok(replies) => replies,
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(None),
+        Err(e) => return Err(refused(format!("cannot reach its disk process: {e}"))),
+    };
+    let mut stall = ImageStall::begin(&entry.page);
     loop {
         match replies.recv_timeout(PROGRESS) {
-            Ok(reply) => return Ok(reply),
-            Err(RecvTimeoutError::Timeout) if reports => {
+            Ok(reply) => return Ok(Some(reply)),
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            Err(RecvTimeoutError::Timeout) if entry.operator.lock().forced != forced => {
+                return Err(refused("a forced detach has ended the wait".to_owned()));
+            }
+            Err(RecvTimeoutError::Timeout) if is_flush => {
+                if stall.exceeds(client.stall_max()) {
+                    return Err(refused(NO_ANSWER.to_owned()));
+                }
                 let done_bytes = total_bytes.saturating_sub(dirty());
                 client.send_progress(&Progressing { progress: Some(FlushProgress { done_bytes, total_bytes }) });
             }
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(Refusal::refused(name.clone(), "its process has died; it is started again"));
-            }
         }
+    }
+}
+
+/// The time for which an image has completed no operation.
+struct ImageStall<'a> {
+    page: &'a StatsPage,
+    completed_ops: u64,
+    since: Instant,
+}
+
+impl<'a> ImageStall<'a> {
+    fn begin(page: &'a StatsPage) -> Self {
+        Self { page, completed_ops: page.read().cache.completed_ops, since: Instant::now() }
+    }
+
+    /// Whether it is longer than `max`; `None`: without limit.
+    fn exceeds(&mut self, max: Option<Duration>) -> bool {
+        if self.page.read().cache.completed_ops != self.completed_ops {
+            *self = Self::begin(self.page);
+        }
+        max.is_some_and(|max| self.since.elapsed() >= max)
     }
 }
 

@@ -27,6 +27,8 @@ pub(super) struct ChangeState {
     /// The change in progress.
     change: Option<&'static str>,
     pub freeze: Option<FreezeLease>,
+    /// Number of detaches that did not wait for other changes (`--force`). They end the wait of the others.
+    pub forced: u64,
     /// Keys that the last reload found changed and that take effect only after detach and attach.
     pub pending: Vec<&'static str>,
 }

@@ -73,8 +73,9 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let worker = Copier { commands, waker, kicks, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
     std::thread::spawn(move || worker.run());
     let broker = Broker::start("limit").expect("a thread can be started");
-    let serve =
-        |listener| Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener, broker, None);
+    let serve = |listener| {
+        Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener, broker, None, false)
+    };
     let (listener, _bound) = bind("limit", socket, SocketAccess::OWNER).map_err(io::Error::other)?;
     serve(listener).map_err(io::Error::other)?.serve();
     Ok(())

@@ -254,6 +254,7 @@ impl Control {
         let page: &'static StatsPage = Box::leak(Box::new(page));
         let service = Service::new(settings, &open.image, open.io_mode, listener, broker, page.counters(), Some(page));
         let cache = register(&open.image.arena().mapped(), page.bus_error_record(TruncatedMemory::Cache));
+        let service = service.in_shared_process(self.is_shared);
         let device = DeviceControl::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
         self.devices.insert(number, ServedDevice { image_of, device, _cache: cache });
         if !self.is_shared {

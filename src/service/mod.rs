@@ -50,6 +50,8 @@ pub struct Service {
     broker: Broker,
     /// Where the handler of SIGBUS records that the front-end has truncated memory.
     page: Option<&'static StatsPage>,
+    /// Devices of other front-ends may be served by this process too.
+    shares_process: bool,
     workers: u16,
     queue_size: u16,
     /// The line to log when it starts.
@@ -98,7 +100,13 @@ impl Service {
             settings.cache.mode,
         );
         let (workers, queue_size, image) = (settings.workers, settings.queue_size, Arc::clone(image));
-        Self { device, image, listener, bound: None, broker, page, workers, queue_size, description }
+        let shares_process = false;
+        Self { device, image, listener, bound: None, broker, page, shares_process, workers, queue_size, description }
+    }
+
+    /// The same device in a process that may also serve devices of other front-ends.
+    pub fn in_shared_process(self, shares_process: bool) -> Self {
+        Self { shares_process, ..self }
     }
 
     /// A device on an image that the caller has opened, with a socket that this process binds. Its cache is volatile.
@@ -140,7 +148,8 @@ impl Service {
     /// # Errors
     /// [`ErrorKind::System`] when the host cannot provide a thread or a descriptor.
     pub fn start(self) -> Result<Running> {
-        let Self { device, image, listener, bound, broker, page, workers, queue_size, description } = self;
+        let Self { device, image, listener, bound, broker, page, shares_process, workers, queue_size, description } =
+            self;
         let mut starting = StartingWorkers::default();
         for index in 0..workers {
             starting.add(device::spawn(&device, &image, index)?);
@@ -149,7 +158,8 @@ impl Service {
         let system = |what: &str, e: io::Error| Error::io(ErrorKind::System, format!("{}: {what}", device.name), e);
         let (of_device, of_workers) = (Arc::clone(&device), Arc::clone(&workers));
         let bus_errors = page.map(StatsPage::front_end_records);
-        let server = Arc::new(Server::new(of_device, of_workers, queue_size, listener, broker, bus_errors)?);
+        let server =
+            Arc::new(Server::new(of_device, of_workers, queue_size, listener, broker, bus_errors, shares_process)?);
         // Before a front-end can connect, so that the log lines are in order.
         info!("{description}");
         let serving = Arc::clone(&server);

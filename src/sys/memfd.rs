@@ -16,6 +16,13 @@ pub fn create(name: &CStr) -> io::Result<File> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
 }
 
+/// Whether a file is on tmpfs (a memfd is) or hugetlbfs: only those have seals. The file system of any other file is
+/// not asked, which may not respond.
+pub fn is_on_memory_fs(file: &File) -> bool {
+    // SAFETY: a plain system call on an open descriptor.
+    retry_eintr(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) }).is_ok()
+}
+
 /// Seals a memfd against shrinking: access to truncated memory would raise SIGBUS in every process that maps it.
 pub fn forbid_shrinking(file: &File) -> io::Result<()> {
     add_seals(file, libc::F_SEAL_SHRINK)
@@ -29,4 +36,20 @@ pub fn freeze_size(file: &File) -> io::Result<()> {
 fn add_seals(file: &File, seals: libc::c_int) -> io::Result<()> {
     // SAFETY: a plain system call on an open descriptor.
     retry_eintr(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memfds_and_files_on_tmpfs_are_on_a_memory_file_system() {
+        let path = format!("/dev/shm/genblk-seals-{}", std::process::id());
+        let on_tmpfs = File::create(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        assert!(is_on_memory_fs(&create(c"test").unwrap()) && is_on_memory_fs(&on_tmpfs));
+        for path in ["/proc/self/maps", "/dev/zero", env!("CARGO_MANIFEST_DIR")] {
+            assert!(!is_on_memory_fs(&File::open(path).unwrap()), "{path}");
+        }
+    }
 }

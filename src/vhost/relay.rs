@@ -16,11 +16,13 @@
 //! among those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to
 //! vhost-user-backend and replaces that reply with its own.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 
+use log::info;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_SIZE_MAX;
 use vmm_sys_util::eventfd::EventFd;
@@ -30,6 +32,7 @@ use super::config_change::ConfigChange;
 use super::vring::{Session, VringControl};
 use super::wire::Message;
 use crate::sys::file_system::FileSystem;
+use crate::sys::memfd::is_on_memory_fs;
 use crate::sys::poll::wait_any_readable;
 
 /// Advice for the operator if a front-end does not share the guest's memory, the most common mistake in a VMM's
@@ -119,6 +122,8 @@ pub(super) struct Relay<'a> {
     protocol_features: Option<u64>,
     /// The action for each GET_FEATURES to which vhost-user-backend has yet to reply.
     replies: VecDeque<Reply>,
+    /// The log has a line about guest memory that is on a disk.
+    told_of_memory: Cell<bool>,
 }
 
 impl<'a> Relay<'a> {
@@ -144,6 +149,7 @@ impl<'a> Relay<'a> {
             held,
             protocol_features,
             replies,
+            told_of_memory: Cell::new(false),
         }
     }
 
@@ -225,7 +231,7 @@ impl<'a> Relay<'a> {
             }
             SET_INFLIGHT_FD => {
                 let done = message.needs_reply().then(|| Message::reply(SET_INFLIGHT_FD, vec![0; 8], Vec::new()));
-                message.files.iter().try_for_each(refuse_hanging_memory)?;
+                message.files.iter().try_for_each(|file| self.check_memory(file))?;
                 let record = self.session.bus_errors.map(|records| records.inflight);
                 self.session.inflight.set_region(message, record)?;
                 return self.reply_in_order(done.map_or(Reply::Swallow, Reply::Replace));
@@ -252,10 +258,33 @@ impl<'a> Relay<'a> {
             if [guest_address, address, offset].iter().any(|start| start.checked_add(size).is_none()) {
                 return Err(invalid(format!("a memory region of {size:#x} bytes at {guest_address:#x} wraps")));
             }
-            refuse_hanging_memory(file)?;
+            self.check_memory(file)?;
             if self.session.broker.is_private(self.session.peer_pid, address, file) {
                 return Err(not_shared());
             }
+        }
+        Ok(())
+    }
+
+    /// Rejects a file whose pages another process or machine may provide: an access to it could hang a worker. What
+    /// front-ends share is in memory: a memfd, or a file on tmpfs or hugetlbfs. A disk with a process of its own also
+    /// accepts a file on a disk (QEMU: memory-backend-file), for which only that disk waits.
+    fn check_memory(&self, file: &File) -> io::Result<()> {
+        const ADVICE: &str = "share a memfd, or a file on tmpfs or hugetlbfs";
+        if is_on_memory_fs(file) {
+            return Ok(());
+        }
+        if self.session.shares_process {
+            let context = "memory in a file on a disk may delay the other disks of its process";
+            return Err(invalid(format!("{context}; {ADVICE}, or give this disk its own process (isolate, group)")));
+        }
+        let system = FileSystem::of(file)?;
+        if system.may_hang() {
+            return Err(invalid(format!("memory on {} may hang; {ADVICE}", system.name())));
+        }
+        if !system.is_memory() && !self.told_of_memory.replace(true) {
+            let name = &self.session.device.name;
+            info!("{name}: guest memory is on {}: its disk waits when that file system does; {ADVICE}", system.name());
         }
         Ok(())
     }
@@ -299,14 +328,6 @@ impl<'a> Relay<'a> {
             files: Vec::new(),
         });
         Ok(Some(NewOwner { set_owner, set_protocol_features }))
-    }
-}
-
-/// Rejects memory in a file whose pages another process or machine provides: an access to it could hang a worker.
-fn refuse_hanging_memory(file: &File) -> io::Result<()> {
-    match FileSystem::of(file) {
-        Ok(system) if system.may_hang() => Err(invalid(format!("memory on {} may hang", system.name()))),
-        _ => Ok(()),
     }
 }
 

@@ -40,6 +40,8 @@ pub struct Server {
     broker: Arc<Broker>,
     /// What the handler of SIGBUS records about memory that the front-end has truncated.
     bus_errors: Option<FrontEndRecords>,
+    /// Devices of other front-ends may be served by this process too.
+    shares_process: bool,
     stopped: AtomicBool,
     /// The last front-end's failure, if it failed.
     last_failure: Mutex<Option<FrontEndFailure>>,
@@ -63,6 +65,7 @@ impl Server {
         listener: UnixListener,
         broker: Broker,
         bus_errors: Option<FrontEndRecords>,
+        shares_process: bool,
     ) -> Result<Self> {
         let system = |e| Error::io(ErrorKind::System, "cannot prepare the socket", e);
         let stop = EventFd::new(EFD_CLOEXEC).map_err(system)?;
@@ -75,6 +78,7 @@ impl Server {
             listener,
             broker: Arc::new(broker),
             bus_errors,
+            shares_process,
             stopped: AtomicBool::new(false),
             last_failure: Mutex::default(),
             connection: Mutex::default(),
@@ -172,8 +176,8 @@ impl Server {
         let mut owner = None;
         let (ended, failed_before) = loop {
             let connected_line = connected_line.take();
-            let session =
-                Session::new(&self.device, &self.workers, &self.broker, self.bus_errors, peer.pid, connected_line);
+            let Self { device, workers, broker, bus_errors, shares_process, .. } = self;
+            let session = Session::new(device, workers, broker, *bus_errors, *shares_process, peer.pid, connected_line);
             let ended = self.session(&session, &front_end, owner.take());
             let failed_before = session.has_connected_line();
             self.workers.set_memory(&Arc::new(GuestRam::default()));

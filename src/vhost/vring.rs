@@ -49,6 +49,8 @@ pub(super) struct Session {
     ram: Mutex<Arc<GuestRam>>,
     /// What the handler of SIGBUS records about memory that the front-end has truncated.
     pub bus_errors: Option<FrontEndRecords>,
+    /// Devices of other front-ends may be served by this process too.
+    pub shares_process: bool,
     /// The process ID of the front-end; 0 if unknown.
     pub peer_pid: u32,
     /// The log line about the front-end, written once a vring starts.
@@ -68,6 +70,7 @@ impl Session {
         workers: &Arc<Workers>,
         broker: &Arc<Broker>,
         bus_errors: Option<FrontEndRecords>,
+        shares_process: bool,
         peer_pid: u32,
         connected_line: Option<String>,
     ) -> Arc<Self> {
@@ -79,6 +82,7 @@ impl Session {
             inflight: Inflight::default(),
             ram: Mutex::default(),
             bus_errors,
+            shares_process,
             peer_pid,
             connected_line: Mutex::new(connected_line),
             guest_started: AtomicBool::new(false),

@@ -1,4 +1,4 @@
-//! Guest memory for the tests: one memfd, shared with the daemon in any number of regions.
+//! Guest memory for the tests: one file, usually a memfd, shared with the daemon in any number of regions.
 //!
 //! The three addresses of a byte (offset in the memfd, guest address, front-end address) always differ. A daemon that
 //! confuses them finds no memory there.
@@ -45,18 +45,22 @@ unsafe impl Sync for GuestMemory {}
 impl GuestMemory {
     /// Memory of `regions`, whose offsets must not overlap.
     pub fn new(regions: Vec<Region>) -> Self {
-        let len = regions.iter().map(|region| region.offset + region.len).max().expect("a guest has memory");
-        let len = len as usize;
         // SAFETY: plain system call with a NUL-terminated name.
         let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
         assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
         // SAFETY: the descriptor is new and has no other owner.
-        let file = unsafe { File::from_raw_fd(fd) };
+        Self::in_file(unsafe { File::from_raw_fd(fd) }, regions)
+    }
+
+    /// As [`GuestMemory::new`], in this file.
+    pub fn in_file(file: File, regions: Vec<Region>) -> Self {
+        let len = regions.iter().map(|region| region.offset + region.len).max().expect("a guest has memory");
+        let len = len as usize;
         file.set_len(len as u64).expect("guest memory can be sized");
         // SAFETY: a new shared mapping of a file that is `len` long; the kernel chooses the place.
         let base = unsafe {
             let protection = libc::PROT_READ | libc::PROT_WRITE;
-            libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, fd, 0)
+            libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
         };
         assert_ne!(base, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
         let allocated = Mutex::new(vec![0; regions.len()]);
@@ -65,10 +69,15 @@ impl GuestMemory {
 
     /// Two regions of `region_bytes` each with a hole between them.
     pub fn standard(region_bytes: u64) -> Self {
-        Self::new(vec![
+        Self::new(Self::standard_regions(region_bytes))
+    }
+
+    /// The regions of [`GuestMemory::standard`].
+    pub fn standard_regions(region_bytes: u64) -> Vec<Region> {
+        vec![
             Region { guest_addr: LOW_GUEST_ADDR, offset: 0, len: region_bytes },
             Region { guest_addr: HIGH_GUEST_ADDR, offset: region_bytes, len: region_bytes },
-        ])
+        ]
     }
 
     /// Cuts the file short, as a hostile front-end does: whoever touches the memory gets SIGBUS.

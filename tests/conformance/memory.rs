@@ -1,8 +1,9 @@
 //! Guest memory that changes while rings run, and invalid memory tables.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::Command;
 
 use vhost::vhost_user::VhostUserFrontend;
@@ -441,4 +442,34 @@ fn rejected_messages_are_not_acknowledged() {
         daemon.assert_alive();
         assert_serves(&daemon.socket(), 0);
     }
+}
+
+/// A front-end with its guest memory in a file on a disk, as QEMU's memory-backend-file can be.
+fn with_memory_on_a_disk(socket: &Path, directory: &Path) -> Session {
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(directory.join("ram"));
+    let regions = GuestMemory::standard_regions(1 << 20);
+    let memory = GuestMemory::in_file(file.expect("a file can be created"), regions);
+    Session::negotiate_with(socket, SessionOptions::default().features, memory)
+}
+
+#[test]
+fn guest_memory_on_a_disk_is_refused_where_disks_share_a_process() {
+    let directory = TempDir::new("ram");
+    fs::write(directory.path().join("image"), [7; 1 << 20]).expect("an image can be written");
+    let shared = "read_only = true\ncache.size = \"4M\"";
+    let mut daemon = Daemon::start_configured(directory, &[shared, &format!("{shared}\nisolate = true")]);
+    let [shared, isolated] = [0, 1].map(|disk| daemon.socket_of(disk));
+    let session = with_memory_on_a_disk(&shared, daemon.directory().path());
+    session.frontend.set_mem_table(&session.memory.region_infos()).expect_err("another disk may share the process");
+    daemon.await_log("disk0: closed the connection of the front-end: memory in a file on a disk may delay the other");
+    drop(session);
+    Session::open(&shared, &SessionOptions::default()).read(0, 4096);
+    let mut session = with_memory_on_a_disk(&isolated, daemon.directory().path());
+    session.share_memory();
+    session.add_ring(16);
+    session.start_ring(0);
+    assert_eq!(session.read(0, 4096), [7; 4096]);
+    daemon.await_log("disk1: guest memory is on ");
+    drop(session);
+    daemon.stop();
 }

@@ -1,6 +1,8 @@
 //! A worker's port to a cached image: its access to the cache and to the store.
 
 mod close;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::mem;

@@ -22,7 +22,7 @@ use crate::tenure::token::wall_clock_ns;
 use crate::units::{FrameId, FrameRecord, ImageHoles, PageNo, SectorMask, SectorSpan, Unmap};
 
 const FRAMES: u32 = 16;
-const IMAGE_SECTORS: u64 = 1024;
+pub(super) const IMAGE_SECTORS: u64 = 1024;
 
 /// Counts how often a tenure ended.
 #[derive(Debug, Default)]
@@ -81,7 +81,7 @@ fn ending_image(directory: &Path, ledger: Option<PathBuf>, fails: bool) -> Arc<E
     Arc::new(EndingImage { image, ledger, fails, ends: Mutex::default() })
 }
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     Settings {
         frames: FRAMES,
         frames_max: FRAMES,
@@ -105,7 +105,7 @@ fn settings() -> Settings {
 }
 
 /// A new directory in a file system, and in it a new arena.
-fn arena_of(test: &str) -> (PathBuf, Arena) {
+pub(super) fn arena_of(test: &str) -> (PathBuf, Arena) {
     let directory: PathBuf = std::env::temp_dir().join(format!("genblk-{test}-{}", std::process::id()));
     let identity = ImageId { device: 1, inode: 2, born_ns: 3 };
     let image = ImageFacts { identity, size_bytes: IMAGE_SECTORS * 512, path: "/image".into(), alias: String::new() };

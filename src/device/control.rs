@@ -338,4 +338,28 @@ mod tests {
         assert_eq!(workers.freeze(Duration::from_secs(1), HeldRequests::All), Err(Fault::Gone));
         assert!(commands.try_recv().is_err(), "no command was sent");
     }
+
+    #[test]
+    fn a_shrink_waits_for_the_requests_of_every_worker() {
+        for replies in [[true, false], [false, true], [true, true]] {
+            let new = || WorkerControl::new("disk0", Arc::new(Waker::new().unwrap()));
+            let (controls, commands): (Vec<_>, Vec<_>) = [new(), new()].into_iter().unzip();
+            let workers = Workers::new(controls);
+            let drained = std::thread::scope(|scope| {
+                let drained = scope.spawn(|| workers.drain_beyond(64, Duration::from_millis(200)));
+                let waiting: Vec<_> = commands
+                    .iter()
+                    .zip(replies)
+                    .filter_map(|(commands, replies)| {
+                        let Ok(WorkerCommand::DrainBeyond(64, reply)) = commands.recv() else { panic!("a drain") };
+                        if replies { reply.send(()).map(|()| None).unwrap() } else { Some(reply) }
+                    })
+                    .collect();
+                let drained = drained.join().unwrap();
+                drop(waiting);
+                drained
+            });
+            assert_eq!(drained, replies == [true, true], "{replies:?}");
+        }
+    }
 }

@@ -199,7 +199,7 @@ fn a_frozen_image_is_unchanging_and_equals_the_flushed_state() {
 fn an_image_that_grows_and_shrinks_keeps_every_guarantee() {
     let counts = Kind::Growth.run_all(0..GROWTH_SEEDS);
     let Counts { growths, found_larger, cuts, uncut, .. } = counts;
-    assert!([growths, found_larger, cuts, uncut].iter().all(|count| *count > 100), "too little happened: {counts:?}");
+    assert!([growths, found_larger, cuts, uncut].iter().all(|count| *count > 50), "too little happened: {counts:?}");
 }
 
 #[test]

@@ -491,8 +491,9 @@ impl World {
         self.trace(op.span, || format!("operation {tag} completes: {:?}", op.kind));
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         let outcome = match op.kind {
-            OpKind::Write | OpKind::Zero { .. } if failed && self.scenario.failed_write_resets => {
-                Outcome::Failed(Fault::Media)
+            _ if self.has_reset(&op) => {
+                let may_be_a_reset = [Fault::Media, Fault::Fenced, Fault::Gone, Fault::TimedOut];
+                Outcome::Failed(self.prng.pick(&may_be_a_reset))
             }
             OpKind::Sync if failed && self.scenario.restarts => Outcome::Failed(Fault::Lost),
             OpKind::Write if failed && self.settings.allocate => Outcome::Failed(Fault::Media),

@@ -167,12 +167,13 @@ impl FileImage {
         self.image.is_direct()
     }
 
-    /// Limits every system call to `bytes` from now on, so that transfers are short.
+    /// Makes the kernel's queue refuse the next `count` submissions.
     #[cfg(test)]
-    pub(super) fn refuse_submissions(&self, count: u64) {
+    pub fn refuse_submissions(&self, count: u64) {
         self.image.refuse_submissions(count);
     }
 
+    /// Limits every system call to `bytes` from now on, so that transfers are short.
     #[cfg(test)]
     pub(super) fn limit_transfers(&self, bytes: usize) {
         self.image.limit_transfers(bytes);

@@ -1,5 +1,7 @@
 //! When data becomes durable without failures, and which data is in doubt after a failure.
 
+use std::collections::VecDeque;
+
 use crate::units::{Fault, OpKind};
 
 use super::*;
@@ -71,6 +73,33 @@ fn a_trickle_of_writes_is_synced_once_per_age_limit() {
         syncs += run_until(&mut cache, &mut now, until);
     }
     assert!((120..=300).contains(&syncs), "{syncs} Syncs in 600 s");
+}
+
+#[test]
+fn a_store_that_is_slower_than_the_age_limit_is_synced_too() {
+    let mut cache = cache_of(65_536, 1 << 24);
+    let mut in_flight = VecDeque::new();
+    let mut syncs = 0;
+    // Writes to 64 pages for two minutes, without a pause. Each Write takes 3 s; the age limit is 5 s.
+    for step in 1..12_000 {
+        let now = Tick::from_us(step * SECOND_US / 100);
+        write(&mut cache, step % 64 * 160, 8);
+        while let Some(&(tag, done)) = in_flight.front()
+            && done <= now
+        {
+            in_flight.pop_front();
+            cache.complete(tag, &Outcome::Done, now);
+        }
+        for (tag, kind, _) in started(&mut cache, now) {
+            if kind == OpKind::Sync {
+                syncs += 1;
+                cache.complete(tag, &Outcome::Done, now);
+            } else {
+                in_flight.push_back((tag, now.plus_us(3 * SECOND_US)));
+            }
+        }
+    }
+    assert!(syncs >= 12, "{syncs} Syncs in 120 s");
 }
 
 #[test]
@@ -146,6 +175,33 @@ fn zeros_lost_by_a_failed_sync_are_read_from_memory() {
     let later = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
     assert!(later.iter().any(|(kind, _)| matches!(kind, OpKind::Zero { .. })), "{later:?}");
     assert!(cache.is_durable());
+}
+
+/// A device or a server that was away may come back without what was not synced.
+#[test]
+fn a_failure_after_which_the_device_may_have_reset_puts_unsynced_pages_in_doubt() {
+    let may_have_reset = [Fault::Media, Fault::Fenced, Fault::Gone, Fault::TimedOut];
+    let others = [Fault::NoSpace, Fault::Invalid, Fault::Unsupported];
+    for (fault, is_in_doubt) in may_have_reset.map(|fault| (fault, true)).into_iter().chain(others.map(|f| (f, false)))
+    {
+        let mut cache = cache_of(1024, 1 << 20);
+        let now = Tick::from_us(SECOND_US);
+        write(&mut cache, 0, 8);
+        write(&mut cache, 8000, 8);
+        cache.flush(FLUSH);
+        let writes = started(&mut cache, now);
+        assert_eq!(writes.len(), 2, "{writes:?}");
+        cache.complete(writes[0].0, &Outcome::Done, now);
+        cache.complete(writes[1].0, &Outcome::Failed(fault), now);
+        // Until the retry of the one that failed.
+        let mut rewritten = false;
+        for second in 2..40 {
+            let ops = pump_once(&mut cache, Tick::from_us(second * SECOND_US), None);
+            rewritten |= ops.contains(&(OpKind::Write, writes[0].2));
+        }
+        assert!(cache.is_durable(), "{fault:?}");
+        assert_eq!(rewritten, is_in_doubt, "{fault:?}");
+    }
 }
 
 /// Otherwise a page that fails forever would put the others in doubt forever.
@@ -259,11 +315,15 @@ fn a_store_that_lost_its_write_cache_gets_writes_and_zeros_again() {
     assert_eq!(cache.health(), Health::Healthy);
 }
 
-/// The device resets and fails a write, but the queue reports this failure only after the success of a Sync that
+/// The device resets and fails an operation, but the queue reports this failure only after the success of a Sync that
 /// followed the reset: the data that the Sync was to cover is lost, and is written again.
 #[test]
-fn a_write_failure_reaped_after_a_sync_voids_the_sync() {
-    for fails in [false, true] {
+fn a_failure_reaped_after_a_sync_voids_the_sync() {
+    let late_operations: [fn(&mut PageCache) -> bool; 2] = [
+        |cache| cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden),
+        |cache| cache.discard(Ticket(10), SectorSpan::new(8000, 64)),
+    ];
+    for (start_late, fails) in late_operations.into_iter().flat_map(|start| [(start, false), (start, true)]) {
         let mut cache = cache_of(1024, 1 << 20);
         let now = Tick::from_us(SECOND_US);
         write(&mut cache, 0, 8);
@@ -271,14 +331,14 @@ fn a_write_failure_reaped_after_a_sync_voids_the_sync() {
         let first = started(&mut cache, now);
         assert!(matches!(first[..], [(_, OpKind::Write, _)]), "{first:?}");
         // A later request is in flight at the same time as the Sync.
-        assert!(cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden));
+        assert!(start_late(&mut cache));
         let other = started(&mut cache, now);
         cache.complete(first[0].0, &Outcome::Done, now);
         let sync = started(&mut cache, now);
         assert!(matches!(sync[..], [(_, OpKind::Sync, _)]), "{sync:?}");
         cache.complete(sync[0].0, &Outcome::Done, now);
         assert_eq!(started(&mut cache, now), []);
-        assert!(!cache.is_durable(), "the page is in doubt while the zero may report a reset");
+        assert!(!cache.is_durable(), "the page is in doubt while the other operation may report a reset");
         let outcome = if fails { Outcome::Failed(Fault::Media) } else { Outcome::Done };
         cache.complete(other[0].0, &outcome, now);
         // An operation that starts after the Sync has succeeded says nothing about the time before it.

@@ -57,7 +57,7 @@ impl World {
             OpKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
             OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, Unmap::Allowed),
             OpKind::Allocate if !failed => self.disk.allocate(first, count),
-            OpKind::Zero { .. } if self.scenario.failed_write_resets => self.reset_disk(),
+            OpKind::Zero { .. } | OpKind::Discard if failed && self.scenario.failed_write_resets => self.reset_disk(),
             OpKind::Zero { .. } | OpKind::Discard if failed => {
                 // A failed operation is torn.
                 for sector in first..first + count {
@@ -77,7 +77,7 @@ impl World {
 
     /// Whether the operation in flight has reset the disk.
     pub(super) fn has_reset(&self, op: &DiskOp) -> bool {
-        let resets = self.scenario.failed_write_resets && matches!(op.kind, OpKind::Write | OpKind::Zero { .. });
-        resets && op.failed == Some(true)
+        let may_reset = matches!(op.kind, OpKind::Write | OpKind::Zero { .. } | OpKind::Discard);
+        may_reset && self.scenario.failed_write_resets && op.failed == Some(true)
     }
 }

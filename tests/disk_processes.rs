@@ -440,6 +440,24 @@ fn completed_writes_survive_the_death_of_the_supervisor() {
 }
 
 #[test]
+fn the_guests_write_through_mode_survives_the_death_of_a_disk_process() {
+    for survive in ["auto", "never"] {
+        let mut daemon = start("mode", 1, &format!("{SMALL}\ncache.survive = {survive:?}"));
+        let mut session = open(&daemon, 0);
+        session.set_writeback(false);
+        for round in 1..4 {
+            kill_disk(&daemon, "d0");
+            session = reconnect(session, &daemon, 0);
+            session.write(80, &pattern(round, 80, 4096));
+            assert!(image_bytes(&daemon, 0, 80, 4096) == pattern(round, 80, 4096), "{survive}, death {round}");
+        }
+        session.set_writeback(true);
+        drop(session);
+        daemon.stop();
+    }
+}
+
+#[test]
 fn a_stopped_disk_process_delays_neither_other_disks_nor_shutdown() {
     let mut daemon = start("stopped", 2, SMALL);
     let (mut one, mut other) = (open(&daemon, 0), open(&daemon, 1));

@@ -19,6 +19,7 @@ use common::shadow::Shadow;
 use common::wait::{ABSENCE, TIMEOUT, poll_until};
 use common::workload::{Client, ClientOptions, FaultRules, IoPlan, random_io, read_everything, settle};
 use genblk::config::{DeviceConfig, OnError, Socket};
+use genblk::disk_protocol::{DeviceReply, DeviceRequest};
 use genblk::service::{Running, Service};
 use genblk::store::Backing;
 use genblk::store::faulty::{Faults, FaultyImage};
@@ -129,6 +130,45 @@ fn devices_of_one_image_shut_down_during_a_shared_read() {
     poll_until("the shutdown", TIMEOUT, || shutdown.is_finished().then_some(()));
     shutdown.join().expect("no thread panics").expect("the devices shut down without an error");
     assert!(waiting.join().expect("no thread panics").is_some(), "a request that was taken completes");
+}
+
+#[test]
+fn a_shrink_that_fails_leaves_the_whole_disk_to_the_guest() {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, 41);
+    let device = FaultyDevice::new("failed-shrink", &shadow, |_| {});
+    let mut client = device.client(1);
+    let last = IMAGE_BYTES as u64 / 512 - 8;
+    client.write(last, &[1; 4096]);
+    device.faults.fail_always(OpClass::Sync, Fault::Media);
+    let request = DeviceRequest::Shrink { size_bytes: IMAGE_BYTES as u64 / 2 };
+    let reply = device.running().handle().execute(&request, 1);
+    assert!(matches!(reply, DeviceReply::Failed { .. }), "{reply:?}");
+    device.faults.heal();
+    client.write(last, &[2; 4096]);
+    shadow.write(last, &[2; 4096]);
+    assert_eq!(client.read(last, 4096), vec![2; 4096]);
+    settle(&mut client, HEALING);
+    drop(client);
+    device.shutdown(&shadow);
+}
+
+/// Whoever ends the daemon may have repaired the disk, and has no need to resume the device first.
+#[test]
+fn a_stopped_device_writes_everything_at_shutdown_if_its_image_works_again() {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, 42);
+    let device = FaultyDevice::new("stopped", &shadow, |config| {
+        config.cache.on_error = OnError::Stop;
+        config.cache.dirty_age_max_ms = 600_000;
+    });
+    let mut client = device.client(1);
+    client.write(80, &[1; 4096]);
+    shadow.write(80, &[1; 4096]);
+    device.faults.fail_always(OpClass::Write, Fault::Media);
+    assert!(!client.flush(), "the image fails");
+    device.faults.heal();
+    assert!(!client.flush(), "the device has stopped");
+    drop(client);
+    device.shutdown(&shadow);
 }
 
 #[test]

@@ -63,6 +63,19 @@ fn a_setting_takes_effect_at_once_and_survives_a_crash() {
 }
 
 #[test]
+fn a_guest_that_chose_write_through_keeps_it_when_the_operator_changes_the_mode() {
+    let (daemon, control) = start("reload-guest-mode");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.set_writeback(false);
+    for (sector, mode) in [(8, "writethrough"), (16, "writeback")] {
+        stdout_of(&genblk(&control, &["set", "d0", &format!("cache.mode={mode}")]));
+        session.write(sector, &[1; 4096]);
+        let found = daemon.image_bytes(sector * 512, 4096);
+        assert_eq!(found, vec![1; 4096], "{mode}: a completed write is on the image");
+    }
+}
+
+#[test]
 fn concurrent_settings_of_two_operators_all_take_effect() {
     let (mut daemon, control) = start("reload-two");
     let set = |key: &str| {

@@ -244,6 +244,31 @@ fn a_shrunk_size_survives_deaths_of_disk_process_and_daemon() {
     assert_eq!((image_len(&daemon), daemon.image_bytes(4096, 4096)), (5 << 20, vec![3; 4096]));
 }
 
+/// The process that grew the file was told, but the one that is killed never executed the request.
+#[test]
+fn a_disk_process_that_starts_during_a_growth_serves_and_records_the_new_size() {
+    let (mut daemon, control) = start("grow-midway");
+    let session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    let process = daemon.disk_process("d0");
+    send(process, libc::SIGSTOP);
+    let growing = {
+        let control = control.clone();
+        std::thread::spawn(move || genblk(&control, &["resize", "d0", "16M"]))
+    };
+    poll_until("the file to grow", TIMEOUT, || (image_len(&daemon) == 2 * IMAGE_BYTES).then_some(()));
+    send(process, libc::SIGKILL);
+    let mut session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    growing.join().expect("it ends");
+    poll_until("the new size", TIMEOUT, || (session.capacity_sectors() == 2 * OLD_END).then_some(()));
+    session.write(OLD_END, &[7; 4096]);
+    daemon.kill();
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    assert_eq!(session.read(OLD_END, 4096), vec![7; 4096]);
+}
+
 /// Shrinks a disk and kills the disk process, or the whole daemon, after every pause of a list.
 #[test]
 fn a_kill_during_a_shrink_leaves_the_old_or_the_new_size_intact() {

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
-use common::daemon::{Daemon, TempDir, send, server_binary};
+use common::daemon::{Daemon, TempDir, has_ended, send, server_binary};
 use common::request::{OK, Payload, assert_serves, pattern};
 use common::session::{Session, SessionOptions};
 use common::wait::{TIMEOUT, is_listening, poll_until};
@@ -153,6 +153,23 @@ impl DerefMut for Served {
     fn deref_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
+}
+
+/// Nobody restarts the process of a dead supervisor, so its memory is the only copy of what the guest wrote.
+#[test]
+fn a_disk_process_without_a_supervisor_waits_for_a_slow_image_if_its_cache_is_volatile() {
+    let Some(mut fixture) = Fixture::new("cache.survive = \"never\"") else { return };
+    let mut daemon = fixture.start(&["sick", "good1", "good2"]);
+    let session = fixture.hang();
+    let process = daemon.disk_process("sick");
+    daemon.kill_supervisor();
+    drop(session);
+    // Longer than it would wait if it could leave a cache behind.
+    thread::sleep(Duration::from_secs(8));
+    assert!(!has_ended(process), "it waits for its image");
+    fixture.disk.release(OpClass::Write);
+    poll_until("the disk process to end", TIMEOUT, || has_ended(process).then_some(()));
+    assert!(fixture.disk.platter(0..8192) == pattern(3, 0, 8192), "everything is on the image");
 }
 
 #[test]

@@ -182,6 +182,17 @@ fn invalid_calls_get_varlink_errors_on_a_connection_that_stays_open() {
         varlink.call("io.genblk.Control.Describe", &nothing)["parameters"]["version"],
         json!(env!("CARGO_PKG_VERSION"))
     );
+    let misspelt = varlink.call("io.genblk.Control.Reload", &json!({"dryrun": true}));
+    assert_eq!(
+        (error(&misspelt).as_str(), &misspelt["parameters"]["parameter"]),
+        ("org.varlink.service.InvalidParameter", &json!("dryrun"))
+    );
+    let deep = format!(r#"{{"method":"io.genblk.Control.List","parameters":{}{}}}"#, "[".repeat(16), "]".repeat(16));
+    for wrong in ["7", "[]", "{}", r#"{"method":7}"#, r#"{"method":"io.genblk.Control.List","more":"x"}"#, &deep] {
+        varlink.send(wrong);
+        let reply = varlink.receive().unwrap_or_default();
+        assert_eq!(error(&reply), "org.varlink.service.InvalidParameter", "{wrong}: {reply}");
+    }
     varlink.send("this is no JSON");
     assert_eq!(varlink.receive(), None, "what is no JSON ends the connection");
     assert!(stdout_of(&genblk(&control, &["list"])).contains("d0"));

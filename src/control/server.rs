@@ -30,6 +30,8 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bounds of the interval of `Statistics`, and its default.
 const INTERVAL_MS: std::ops::RangeInclusive<u64> = 100..=3_600_000;
 const INTERVAL_MS_DEFAULT: u64 = 1000;
+/// How deep a message may be nested.
+const DEPTH_MAX: usize = 16;
 /// How often to check whether the client of a change has disconnected.
 const DISCONNECT_POLL: Duration = Duration::from_millis(100);
 
@@ -109,9 +111,16 @@ fn serve_connection(
     let mut connection = VarlinkConnection::new(stream);
     loop {
         connection.set_deadline((!may_change).then(|| Instant::now() + idle_max))?;
-        let Some(call) = connection.receive::<MethodCall>()? else { return Ok(()) };
+        let Some(message) = connection.receive::<Value>()? else { return Ok(()) };
         connection.set_deadline(None)?;
         connection.stream().set_write_timeout(Some(SEND_TIMEOUT))?;
+        let call = match parse_call(&message) {
+            Ok(call) => call,
+            Err(error) => {
+                connection.send(&error)?;
+                continue;
+            }
+        };
         let oneway = call.oneway == Some(true);
         let more = call.more == Some(true);
         match (method(host, &call, may_change), more) {
@@ -143,6 +152,24 @@ fn serve_connection(
             (Err(error), _) => connection.send(&error)?,
         }
     }
+}
+
+/// The call in a message.
+fn parse_call(message: &Value) -> Result<MethodCall, MethodReply> {
+    if depth(message) > DEPTH_MAX {
+        return Err(invalid_parameter(&format!("the message is nested more than {DEPTH_MAX} levels deep")));
+    }
+    read_parameters(message).map_err(|parameter| invalid_parameter(&parameter))
+}
+
+/// How deep a value is nested.
+fn depth(value: &Value) -> usize {
+    let within = match value {
+        Value::Array(values) => values.iter().map(depth).max(),
+        Value::Object(members) => members.values().map(depth).max(),
+        _ => return 0,
+    };
+    within.unwrap_or(0) + 1
 }
 
 /// A method with valid parameters.
@@ -259,6 +286,7 @@ fn parse_change(call: &MethodCall, may_change: bool) -> Result<Change, MethodRep
 
 /// Parameters of GetInterfaceDescription.
 #[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 struct InterfaceParameters {
     interface: String,
 }

@@ -7,6 +7,7 @@ use super::ByteExtent;
 
 /// Parameters of a method that takes a device alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct DeviceParameters {
     pub device: String,
@@ -14,6 +15,7 @@ pub struct DeviceParameters {
 
 /// Parameters of `Attach`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct AttachParameters {
     pub config: Value,
@@ -21,6 +23,7 @@ pub struct AttachParameters {
 
 /// Parameters of `Detach`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct DetachParameters {
     pub device: String,
@@ -32,6 +35,7 @@ pub struct DetachParameters {
 
 /// Parameters of `Set`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct SetParameters {
     pub device: String,
@@ -40,6 +44,7 @@ pub struct SetParameters {
 
 /// Parameters of `Reload`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct ReloadParameters {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -48,6 +53,7 @@ pub struct ReloadParameters {
 
 /// Parameters of `Resize`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct ResizeParameters {
     pub device: String,
@@ -59,6 +65,7 @@ pub struct ResizeParameters {
 
 /// Parameters of `Drop`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct DropParameters {
     pub device: String,
@@ -68,6 +75,7 @@ pub struct DropParameters {
 
 /// Parameters of `Freeze`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct FreezeParameters {
     pub device: String,
@@ -79,6 +87,7 @@ pub struct FreezeParameters {
 
 /// Parameters of `Thaw`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct ThawParameters {
     pub device: String,
@@ -88,6 +97,7 @@ pub struct ThawParameters {
 
 /// Parameters of `Watch`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct WatchParameters {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -98,6 +108,7 @@ pub struct WatchParameters {
 
 /// Parameters of `List`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct ListParameters {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -106,6 +117,7 @@ pub struct ListParameters {
 
 /// Parameters of `Statistics`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct StatisticsParameters {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -116,6 +128,7 @@ pub struct StatisticsParameters {
 
 /// Parameters of `Warm`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct WarmParameters {
     pub device: String,

@@ -162,6 +162,31 @@ fn a_reload_reports_pending_keys_and_keys_set_by_command() {
 }
 
 #[test]
+fn a_reload_reports_disks_attached_and_detached_by_command() {
+    let (daemon, control) = start("reload-overridden");
+    let directory = daemon.directory();
+    for image in ["d1.img", "d2.img"] {
+        fs::write(directory.path().join(image), vec![7; 1 << 20]).expect("an image");
+    }
+    let [d0, d1, d2] =
+        [("d0", "image"), ("d1", "d1.img"), ("d2", "d2.img")].map(|(name, image)| table(directory, name, image, ""));
+    configure(&daemon, &control, &(d0.clone() + &d1));
+    let reload = || stdout_of(&genblk(&control, &["reload"]));
+    assert_eq!(reload(), "d1: attached\n");
+    let file = directory.path().join("d2.toml");
+    fs::write(&file, &d2).expect("a file can be written");
+    stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+    stdout_of(&genblk(&control, &["detach", "d1"]));
+    let overrides = "by a command, which overrides the file until a clean stop";
+    assert_eq!(reload(), format!("nothing has changed\nd2: attached {overrides}\nd1: detached {overrides}\n"));
+    // It was never in the file, so nothing is left of it.
+    stdout_of(&genblk(&control, &["detach", "d2"]));
+    assert_eq!(reload(), format!("nothing has changed\nd1: detached {overrides}\n"));
+    configure(&daemon, &control, &(d0 + &d1 + &d2));
+    assert_eq!(reload(), format!("d2: attached\nd1: detached {overrides}\n"));
+}
+
+#[test]
 fn a_reload_applies_every_difference_in_the_file() {
     let (mut daemon, control) = start("reload-all");
     let directory = daemon.directory();

@@ -48,16 +48,11 @@ pub fn reload(client: &mut ControlClient, dry_run: bool, as_json: bool) -> Resul
     let unknown = |e: serde_json::Error| Error::io(ErrorKind::Control, "an unsupported reply to Reload", e.into());
     let changes: Vec<DeviceChange> = serde_json::from_value(results["changes"].clone()).map_err(unknown)?;
     let overridden: Vec<DeviceKeys> = serde_json::from_value(results["overridden"].clone()).unwrap_or_default();
-    let overridden: String = overridden.iter().map(overridden_line).collect();
+    let overridden: String = overridden.iter().map(|keys| super::visible(&keys.in_words()) + "\n").collect();
     if changes.is_empty() {
         return Ok(format!("nothing has changed\n{overridden}"));
     }
     Ok(changes.iter().map(|change| change_line(change, dry_run)).collect::<String>() + &overridden)
-}
-
-fn overridden_line(DeviceKeys { device, keys }: &DeviceKeys) -> String {
-    let keys = super::visible(&keys.join(", "));
-    format!("{device}: set by a command, which overrides the file until a clean stop: {keys}\n")
 }
 
 fn change_line(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) -> String {

@@ -5,7 +5,7 @@ use super::device_builder::{DeviceBuilder, Origin, Setting, check_against, check
 use super::keys::{TABLES, key, suggestion};
 use super::shown::{device_table, value_of};
 use super::values::Value;
-use super::{Config, DeviceConfig, Problem};
+use super::{Config, DeviceConfig, Problem, differing_keys};
 
 /// See the module.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -92,17 +92,32 @@ impl RuntimeConfig {
         }
     }
 
-    /// The keys of a device that were set.
-    pub fn keys_set(&self, device: &str) -> Vec<&str> {
-        self.set.iter().filter(|[name, ..]| name == device).map(|[_, key, _]| key.as_str()).collect()
+    /// How these changes override the devices of the files, by device: the keys in which one of `wanted`, the devices
+    /// with the changes, differs, or "attached" or "detached" for a whole device.
+    pub fn overridden(&self, files: &[DeviceConfig], wanted: &[DeviceConfig]) -> Vec<(String, Vec<&'static str>)> {
+        let is_attached = |device: &DeviceConfig| self.attached.iter().any(|other| other.name == device.name);
+        let is_set =
+            |device: &DeviceConfig, key: &str| self.set.iter().any(|[name, set, _]| *name == device.name && set == key);
+        let keys = |device: &DeviceConfig| match files.iter().find(|file| file.name == device.name) {
+            Some(file) => {
+                let keys = differing_keys(file, device).into_iter();
+                keys.filter(|key| is_attached(device) || is_set(device, key)).collect()
+            }
+            None if is_attached(device) => vec!["attached"],
+            None => Vec::new(),
+        };
+        let is_detached = |file: &&DeviceConfig| !wanted.iter().any(|device| device.name == file.name);
+        let detached = files.iter().filter(is_detached).map(|file| (file.name.clone(), vec!["detached"]));
+        let changed = wanted.iter().map(|device| (device.name.clone(), keys(device)));
+        changed.filter(|(_, keys)| !keys.is_empty()).chain(detached).collect()
     }
 
-    /// Records that a device was detached.
-    pub fn record_detached(&mut self, name: &str) {
+    /// Records that a device was detached. `is_in_files`: the next daemon would attach it otherwise.
+    pub fn record_detached(&mut self, name: &str, is_in_files: bool) {
         self.set.retain(|[other, ..]| other != name);
         self.kept.retain(|other| other != name);
         self.attached.retain(|other| other.name != name);
-        if !self.detached.iter().any(|other| other == name) {
+        if is_in_files && !self.detached.iter().any(|other| other == name) {
             self.detached.push(name.to_owned());
         }
     }
@@ -305,12 +320,13 @@ mod tests {
         assert_eq!(RuntimeConfig::read(&runtime.write("b1"), "b1"), Ok(Some(runtime.clone())));
         runtime.record_attached(&device("db"));
         runtime.record_attached(&device("vm2"));
-        runtime.record_detached("vm1");
-        runtime.record_detached("vm2");
+        runtime.record_detached("vm1", true);
+        runtime.record_detached("vm2", true);
+        runtime.record_detached("vm3", false);
         assert_eq!((runtime.attached.len(), runtime.detached.len()), (1, 2));
         runtime.record_attached(&device("vm1"));
         assert_eq!((runtime.attached.len(), &runtime.detached), (2, &vec!["vm2".to_owned()]), "it is there again");
-        runtime.record_detached("vm1");
+        runtime.record_detached("vm1", true);
         let mut set = device("db");
         (set.poll_us, set.cache.hold_max_ms) = (7, 100);
         runtime.record_set(&set, &["poll_us", "cache.hold_max_ms"]);
@@ -327,7 +343,7 @@ mod tests {
         let (files, mut problems) = ([device("vm1"), device("vm2")], Vec::new());
         let mut runtime = RuntimeConfig::default();
         runtime.record_attached(&device("db"));
-        runtime.record_detached("vm1");
+        runtime.record_detached("vm1", true);
         assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db")]);
         let mut set = device("vm2");
         set.poll_us = 7;
@@ -368,8 +384,8 @@ mod tests {
         let old = device("db");
         let new = changed(&old, &json!({"poll_us": 7, "cache.mode": "writethrough", "cache": {"hold_max_ms": 100}}));
         let new = new.expect("it is valid");
-        assert_eq!(crate::config::differing_keys(&old, &new), ["poll_us", "cache.mode", "cache.hold_max_ms"]);
-        assert_eq!(crate::config::differing_keys(&old, &with_keys_of(&old, &new, &["poll_us"])), ["poll_us"]);
+        assert_eq!(differing_keys(&old, &new), ["poll_us", "cache.mode", "cache.hold_max_ms"]);
+        assert_eq!(differing_keys(&old, &with_keys_of(&old, &new, &["poll_us"])), ["poll_us"]);
         assert_eq!(changed(&old, &json!({"poll_us": -1, "x": 1})).unwrap_err().len(), 2);
         assert!(LIVE_KEYS.iter().all(|name| key(name).is_some()));
     }

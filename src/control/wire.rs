@@ -318,6 +318,19 @@ pub struct DeviceKeys {
     pub keys: Vec<String>,
 }
 
+impl DeviceKeys {
+    /// As a result of `Reload`: how a command overrides the file, in words.
+    pub fn in_words(&self) -> String {
+        let Self { device, keys } = self;
+        match keys.join(", ") {
+            whole if ["attached", "detached"].contains(&whole.as_str()) => {
+                format!("{device}: {whole} by a command, which overrides the file until a clean stop")
+            }
+            keys => format!("{device}: set by a command, which overrides the file until a clean stop: {keys}"),
+        }
+    }
+}
+
 /// Results of `Drop`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]

@@ -119,7 +119,10 @@ impl Fleet {
     }
 
     /// The devices that a daemon with these files would serve, and the current ones.
-    fn compare(&self, files: &Config) -> Result<FleetPlan, Refusal> {
+    fn compare(&mut self, files: &Config) -> Result<FleetPlan, Refusal> {
+        if let Some(runtime) = &mut self.runtime {
+            runtime.note_files(files);
+        }
         let mut problems = Vec::new();
         let wanted = match &self.runtime {
             Some(runtime) => runtime.changes.without_kept().apply(&files.devices, &mut problems),
@@ -129,13 +132,9 @@ impl Fleet {
             return Err(Refusal::new("Invalid", json!({ "problems": problems })));
         }
         let current = self.disks.values().filter(|disk| !disk.is_ending()).map(Disk::config).collect();
-        let of_files = |device: &DeviceConfig| files.devices.iter().find(|file| file.name == device.name);
-        let overridden = wanted.iter().filter_map(|device| {
-            let set = self.runtime.as_ref()?.changes.keys_set(&device.name);
-            let keys = differing_keys(of_files(device)?, device).into_iter().filter(|key| set.contains(key));
-            Some((device.name.clone(), keys.collect::<Vec<_>>())).filter(|(_, keys)| !keys.is_empty())
-        });
-        Ok(FleetPlan { overridden: overridden.collect(), wanted, current })
+        let changes = self.runtime.as_ref().map(|runtime| runtime.changes.without_kept());
+        let overridden = changes.map(|changes| changes.overridden(&files.devices, &wanted));
+        Ok(FleetPlan { overridden: overridden.unwrap_or_default(), wanted, current })
     }
 
     fn attach(&mut self, device: &DeviceConfig, record: Recorded, requester: Requester) {
@@ -224,7 +223,7 @@ impl Fleet {
             let Some(Detaching { requester, discarders, record, .. }) = detaching else { continue };
             let recorded = self.runtime.as_mut().map_or(Ok(()), |runtime| match record {
                 Recorded::Runtime => {
-                    runtime.changes.record_detached(&name);
+                    runtime.record_detached(&name);
                     runtime.save()
                 }
                 Recorded::Files if runtime.changes.forget_kept(&name) => runtime.save(),

@@ -202,8 +202,13 @@ impl Operator {
             manager.notify(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_ns() / 1000));
             let (_begun, client) = ChangeClient::of_change(false);
             match operator.reload(false, &client) {
-                Ok((changes, _)) if changes.is_empty() => info!("configuration reloaded: no change"),
-                Ok((changes, _)) => changes.iter().for_each(|change| info!("{}", in_words(change))),
+                Ok((changes, overridden)) => {
+                    if changes.is_empty() {
+                        info!("configuration reloaded: no change");
+                    }
+                    changes.iter().for_each(|change| info!("{}", in_words(change)));
+                    overridden.iter().for_each(|keys| info!("{}", keys.in_words()));
+                }
                 Err(refusal) if refusal.error == "Invalid" => {
                     let problems = refusal.parameters["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
                     problems.iter().filter_map(Value::as_str).for_each(|problem| error!("{problem}"));

@@ -38,7 +38,7 @@ pub(super) enum Recorded {
 #[derive(Debug)]
 pub(super) struct FleetPlan {
     pub wanted: Vec<DeviceConfig>,
-    /// Keys that were set by a command and differ from the files, by device.
+    /// How commands override the files, by device: see [`crate::config::RuntimeConfig::overridden`].
     pub overridden: Vec<(String, Vec<&'static str>)>,
     pub current: Vec<Arc<DeviceConfig>>,
 }

@@ -115,7 +115,10 @@ pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<
     let manager = Arc::new(ServiceManager::from_environment()?);
     let mut control = config.control.as_ref().map(ControlListener::bind);
     let runtime = control.as_ref().zip(config.control.as_ref());
-    let runtime = runtime.map(|(socket, control)| RuntimeFile::open(&control.socket, socket.is_bound()));
+    let mut runtime = runtime.map(|(socket, control)| RuntimeFile::open(&control.socket, socket.is_bound()));
+    if let Some(runtime) = &mut runtime {
+        runtime.note_files(config);
+    }
     let config = &runtime.as_ref().map_or_else(|| config.clone(), |runtime| runtime.apply(config));
     let context = Arc::new(Context::new(config, &manager, hosting));
     let (sender, events) = channel();

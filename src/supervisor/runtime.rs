@@ -63,6 +63,8 @@ fn replace_file(path: &Path) -> io::Result<File> {
 pub(super) struct RuntimeFile {
     path: PathBuf,
     pub changes: RuntimeConfig,
+    /// Names of the devices in the configuration files, when these were last read.
+    in_files: Vec<String>,
     /// Whether this daemon holds the control socket.
     is_owned: bool,
 }
@@ -79,7 +81,8 @@ impl RuntimeFile {
     /// Reads the file that an earlier daemon with the same control socket left. `is_owned`: this daemon holds that
     /// socket.
     pub fn open(control: &Path, is_owned: bool) -> Self {
-        let mut runtime = Self { path: Self::path_for(control), changes: RuntimeConfig::default(), is_owned };
+        let (path, changes) = (Self::path_for(control), RuntimeConfig::default());
+        let mut runtime = Self { path, changes, in_files: Vec::new(), is_owned };
         runtime.changes = runtime.read().unwrap_or_default();
         runtime
     }
@@ -128,6 +131,17 @@ impl RuntimeFile {
                 false
             }
         }
+    }
+
+    /// Records which devices the configuration files have.
+    pub fn note_files(&mut self, files: &Config) {
+        self.in_files = files.devices.iter().map(|device| device.name.clone()).collect();
+    }
+
+    /// Records that a device was detached.
+    pub fn record_detached(&mut self, name: &str) {
+        let is_in_files = self.in_files.iter().any(|other| other == name);
+        self.changes.record_detached(name, is_in_files);
     }
 
     /// The configuration with the changes.
@@ -269,7 +283,7 @@ mod tests {
         assert!(second.save().is_err());
         second.remove();
         assert!(path.exists());
-        first.changes.record_detached("vm1");
+        first.changes.record_detached("vm1", true);
         first.save().unwrap();
         assert!(second.take_over(), "there is something to do");
         assert_eq!(second.changes, first.changes);

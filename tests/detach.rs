@@ -16,7 +16,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
 use common::daemon::{Daemon, TempDir, server_binary};
 use common::nbd_server::NbdServer;
-use common::operator::{Call, call, genblk, names, state, stdout_of, table};
+use common::operator::{Call, call, genblk, names, start, state, stdout_of, table};
 use common::request::Payload;
 use common::session::{Session, SessionOptions};
 use common::wait::{TIMEOUT, poll_until};
@@ -134,6 +134,30 @@ fn a_forced_detach_does_not_wait_for_another_change() {
     server.signal(libc::SIGCONT);
     let detached = detach.reply();
     assert!(detached["error"].is_null(), "{detached}");
+}
+
+/// What the daemon shows of front-ends is up to a quarter of a second old.
+#[test]
+fn a_front_end_that_has_just_connected_keeps_its_disk() {
+    let (mut daemon, control) = start("detach-connected");
+    for _ in 0..3 {
+        await_front_end(&control, false);
+        let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+        let refused = call(&control, "Detach", &json!({"device": "d0"}));
+        assert_eq!(refused["error"], json!("io.genblk.Control.InUse"), "{refused}");
+        session.write(0, &[1; 4096]);
+    }
+    // QEMU connects again within a second or two.
+    daemon.kill();
+    daemon.restart();
+    poll_until("the control socket", TIMEOUT, || genblk(&control, &["list"]).status.success().then_some(()));
+    poll_until("the disk", TIMEOUT, || (state(&control) == json!("serving")).then_some(()));
+    let text = stderr_of(&control, &["detach", "d0"]);
+    assert!(text.contains("d0: in use by a front-end that may reconnect after a restart, within "), "{text}");
+    let session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    await_front_end(&control, true);
+    drop(session);
+    poll_until("its end", TIMEOUT, || genblk(&control, &["detach", "d0"]).status.success().then_some(()));
 }
 
 #[test]

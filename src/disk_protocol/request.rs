@@ -10,6 +10,8 @@ use super::DeviceSettings;
 pub enum DeviceRequest {
     /// Make all completed writes durable.
     Flush,
+    /// Accept no front-end any more, unless one is connected: the device is being detached.
+    StopAccepting,
     /// Evict every clean page.
     DropClean,
     /// Make all completed writes durable, and do not change the image until the thaw.
@@ -70,6 +72,11 @@ pub enum DeviceReply {
     Dropped {
         /// Number of pages.
         pages: u64,
+    },
+    /// The device is in use.
+    InUse {
+        /// By this front-end.
+        by: String,
     },
     /// Pages were read in, or are being read in.
     Warmed {

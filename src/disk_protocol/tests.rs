@@ -32,8 +32,8 @@ where
 
 #[test]
 fn the_wire_format_matches_the_recorded_messages() {
-    check_recording::<ToDisk>(TO_DISK, 18);
-    check_recording::<FromDisk>(FROM_DISK, 15);
+    check_recording::<ToDisk>(TO_DISK, 19);
+    check_recording::<FromDisk>(FROM_DISK, 16);
 }
 
 #[test]

@@ -83,6 +83,11 @@ impl ServiceHandle {
         };
         match *request {
             DeviceRequest::Flush => done(workers.flush()),
+            DeviceRequest::StopAccepting => match self.server.upgrade().map(|server| server.stop_unless_in_use()) {
+                Some(Ok(())) => DeviceReply::Done,
+                Some(Err(by)) => DeviceReply::InUse { by },
+                None => DeviceReply::NotServed,
+            },
             DeviceRequest::Warm { ref extents, time_ms } => {
                 warm(&workers, extents, Duration::from_millis(time_ms.into()))
             }

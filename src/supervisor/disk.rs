@@ -45,6 +45,8 @@ const STALL_MAX: Duration = Duration::from_secs(30);
 const HURRIED_STALL_MAX: Duration = Duration::from_secs(5);
 /// The longest wait after a second signal.
 const HURRIED_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long after a restart a front-end may take to reconnect: QEMU tries once a second.
+const RECONNECT_MAX: Duration = Duration::from_secs(30);
 /// How long to wait for the threads of an abandoned device.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a disk process that hangs may take to close its connection before it is killed.
@@ -87,6 +89,10 @@ pub(super) struct Disk {
     handle: Option<DeviceHandle>,
     /// It has been served, perhaps by a process that has died.
     was_served: bool,
+    /// It had a front-end at the last check while it was served.
+    had_front_end: bool,
+    /// Until when that may reconnect, after a restart.
+    may_reconnect_until: Option<Instant>,
     /// Why it is not served.
     failure: Option<StartFailure>,
     /// Schedules log lines about the keeper's current step.
@@ -149,6 +155,8 @@ impl Disk {
             phase: DevicePhase::Opening,
             handle: None,
             was_served: false,
+            had_front_end: false,
+            may_reconnect_until: None,
             failure: None,
             step_reminder: Reminder::new(),
             op_reminder: Reminder::new(),
@@ -220,6 +228,8 @@ impl Disk {
 
     /// Records that it is served.
     pub fn serve(&mut self, handle: DeviceHandle) {
+        let may_reconnect = self.had_front_end || !self.was_served && handle.is_restored;
+        self.may_reconnect_until = may_reconnect.then(|| Instant::now() + RECONNECT_MAX);
         self.handle = Some(handle);
         self.was_served = true;
         self.failure = None;
@@ -319,6 +329,7 @@ impl Disk {
             why: why.map(|failure| failure.text.clone()),
             pid: self.handle.as_ref().and_then(DeviceHandle::pid),
             was_served: self.was_served,
+            may_reconnect_until: self.may_reconnect_until,
             is_attaching: self.is_attaching(),
             needs_final_flush: self.needs_final_flush(),
         }
@@ -352,7 +363,7 @@ impl Disk {
             }
             return;
         }
-        self.check_waiting_front_end();
+        self.check_front_end();
         self.check_process();
         let image = self.image.display();
         if self.handle.is_none() {
@@ -389,8 +400,15 @@ impl Disk {
         }
     }
 
-    /// Logs which front-end keeps another one waiting: the device serves one at a time.
-    fn check_waiting_front_end(&mut self) {
+    /// Notes whether a front-end is connected. Logs which one keeps another one waiting: the device serves one at a
+    /// time.
+    fn check_front_end(&mut self) {
+        if self.phase == DevicePhase::Served {
+            let has_front_end = self.state().front_end.is_some();
+            self.may_reconnect_until =
+                self.may_reconnect_until.filter(|until| !has_front_end && *until > Instant::now());
+            self.had_front_end = has_front_end || self.may_reconnect_until.is_some();
+        }
         let Some(holder) = self.handle.as_ref().and_then(DeviceHandle::busy_with) else {
             self.waiting = None;
             return;

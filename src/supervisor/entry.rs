@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::time::Instant;
 
 use super::current_config::CurrentConfig;
 use super::handle::DeviceLink;
@@ -21,6 +22,8 @@ pub(super) struct DeviceProgress {
     pub pid: Option<u32>,
     /// It has been served since it was attached or the daemon started, perhaps by a process that has died.
     pub was_served: bool,
+    /// Its front-end may reconnect until then, after a restart.
+    pub may_reconnect_until: Option<Instant>,
     /// An attach waits for it to be served.
     pub is_attaching: bool,
     /// It is being detached and would lose dirty pages if it ended now.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::process::Process;
+use super::slot::ImageSlot;
 use super::socket::ListenSocket;
 use crate::disk_protocol::ToDisk;
 use crate::disk_stats::{DiskState, StatsPage};
@@ -38,6 +39,8 @@ pub(super) struct DeviceHandle {
     image_of: u32,
     process: Arc<Process>,
     page: Arc<StatsPage>,
+    /// Its process serves a cache that an earlier process or daemon left.
+    pub is_restored: bool,
     listener: UnixListener,
     /// The socket's file, if the daemon bound it.
     socket: Weak<BoundSocket>,
@@ -50,14 +53,15 @@ impl DeviceHandle {
     /// Errors of dup(2).
     pub fn new(
         device: u32,
-        image_of: u32,
+        slot: &ImageSlot,
         process: &Arc<Process>,
         page: &Arc<StatsPage>,
         socket: &ListenSocket,
     ) -> io::Result<Self> {
         Ok(Self {
             device,
-            image_of,
+            image_of: slot.image_of(),
+            is_restored: slot.is_restored,
             process: Arc::clone(process),
             page: Arc::clone(page),
             listener: socket.listener.try_clone()?,

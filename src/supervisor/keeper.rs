@@ -398,8 +398,7 @@ impl KeeperThread {
         let served = self.current.get();
         let settings = self.current.settings();
         process.serve(device, opened.slot.image_of(), settings.clone(), files, page, sink).map_err(system)?;
-        let handle =
-            DeviceHandle::new(device, opened.slot.image_of(), &process, page, &opened.socket).map_err(system)?;
+        let handle = DeviceHandle::new(device, &opened.slot, &process, page, &opened.socket).map_err(system)?;
         let mut session = ProcessSession {
             worker: self,
             device,

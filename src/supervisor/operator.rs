@@ -193,13 +193,8 @@ impl Operator {
         if entry.is_frozen() && !force {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
         }
-        let state = entry.page.read();
-        if let Some((pid, uid)) = state.front_end.filter(|_| entry.link.is_some() && !force) {
-            let by = format!("pid {pid}, uid {uid}");
-            return Err(Refusal::new("InUse", json!({ "device": device, "by": by })));
-        }
         if !force && !entry.progress.is_attaching {
-            ask(&entry, DeviceRequest::Flush, client).map_err(|refusal| not_written(&entry, refusal))?;
+            prepare_detach(&entry, client)?;
         }
         let (requester, reply) = channel();
         let cancels = entry.progress.is_attaching && !force;
@@ -394,6 +389,7 @@ fn checked(entry: &OverviewEntry, reply: DeviceReply) -> Result<DeviceReply, Ref
             Err(Refusal::new("ImageFault", json!({ "device": name, "fault": fault, "detail": detail })))
         }
         DeviceReply::Refused { why } => Err(Refusal::refused(name.clone(), why)),
+        DeviceReply::InUse { by } => Err(in_use(entry, &by)),
         DeviceReply::NotServed => Err(Refusal::refused(name.clone(), "it is not served at the moment")),
         reply => Ok(reply),
     }
@@ -468,6 +464,26 @@ pub(super) fn invalid(problems: &[Problem]) -> Refusal {
 /// The error of a call with these problems.
 pub(super) fn invalid_texts(problems: &[String]) -> Refusal {
     Refusal::new("Invalid", json!({ "problems": problems }))
+}
+
+/// Checks that no front-end uses a device, writes everything, and lets no front-end connect from then on.
+fn prepare_detach(entry: &OverviewEntry, client: &ChangeClient) -> Result<(), Refusal> {
+    if let Some((pid, uid)) = entry.page.read().front_end.filter(|_| entry.link.is_some()) {
+        return Err(in_use(entry, &format!("pid {pid}, uid {uid}")));
+    }
+    let wait = entry.progress.may_reconnect_until.map(|until| until.saturating_duration_since(Instant::now()));
+    if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
+        let by = format!("a front-end that may reconnect after a restart, within {} s", wait.as_secs() + 1);
+        return Err(in_use(entry, &by));
+    }
+    ask(entry, DeviceRequest::Flush, client).map_err(|refusal| not_written(entry, refusal))?;
+    // The page is a quarter of a second old, and the flush may have taken long.
+    ask(entry, DeviceRequest::StopAccepting, client).map(drop)
+}
+
+/// The error for a device that a front-end uses.
+fn in_use(entry: &OverviewEntry, by: &str) -> Refusal {
+    Refusal::new("InUse", json!({ "device": entry.config.name, "by": by }))
 }
 
 /// The error for a device that cannot be detached because writes to its image fail.

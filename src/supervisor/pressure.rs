@@ -293,6 +293,7 @@ mod tests {
                 why: None,
                 pid: None,
                 was_served: true,
+                may_reconnect_until: None,
                 is_attaching: false,
                 needs_final_flush: false,
             },

@@ -69,6 +69,8 @@ pub(super) struct ImageSlot {
     pub cache_bytes: u64,
     /// Size to which the cache can grow.
     pub room_bytes: u64,
+    /// The cache is one that an earlier daemon left, probably with a guest that waits.
+    pub is_restored: bool,
     /// The last tenure of the image before it was opened.
     pub last_tenure: TenureKey,
     state: Mutex<SlotState>,
@@ -123,9 +125,10 @@ impl ImageSlot {
         let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
         let [cache_bytes, room_bytes] =
             [arena.reserved_frames(), arena.frames()].map(|frames| frames as u64 * PAGE_BYTES);
+        let is_restored = arena.is_kept_on_drop();
         let state = SlotState {
             process: None,
-            is_unused: !arena.is_kept_on_drop(),
+            is_unused: !is_restored,
             cache: Some(arena.into_kept()),
             file: FileWatch::Reachable,
             image,
@@ -142,6 +145,7 @@ impl ImageSlot {
             hosting,
             cache_bytes,
             room_bytes,
+            is_restored,
             last_tenure,
             state,
         }))

@@ -109,6 +109,24 @@ impl Server {
         let _ = self.stop.write(1);
     }
 
+    /// As [`Server::stop`], unless a front-end is connected or is connecting: then returns which one, and continues.
+    ///
+    /// # Errors
+    /// The front-end, in words.
+    pub fn stop_unless_in_use(&self) -> std::result::Result<(), String> {
+        // No front-end is accepted while the connection is locked.
+        let connection = self.connection();
+        match connection.as_ref().map(peer) {
+            Some(Ok(peer)) => return Err(format!("pid {}, uid {}", peer.pid, peer.uid)),
+            Some(Err(e)) => return Err(format!("an unknown process ({e})")),
+            None if wait_readable(self.listener.as_raw_fd(), Duration::ZERO) => {
+                return Err("a front-end that is connecting".to_owned());
+            }
+            None => self.stop(),
+        }
+        Ok(())
+    }
+
     /// Closes the connection in any state of the vrings: the process ends, and one of its threads may hang in the
     /// kernel and keep every descriptor open.
     pub fn force_close(&self) {
@@ -159,11 +177,7 @@ impl Server {
             // A front-end in the backlog waits for the next daemon, which may inherit the listener.
             return Ok(());
         }
-        let front_end = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(e) => return Err(e),
-        };
+        let Some(front_end) = self.accept()? else { return Ok(()) };
         let peer = peer(&front_end).unwrap_or(Peer { pid: 0, uid: u32::MAX });
         let mut connected_line = Some(format!("front-end connected: {}", self.describe(peer)));
         if self.failure_of(peer).is_none()
@@ -171,7 +185,6 @@ impl Server {
         {
             info!("{}: {connected_line}", self.device.name);
         }
-        *self.connection() = Some(front_end.try_clone()?);
         self.config_change.begin_session();
         let mut owner = None;
         let (ended, failed_before) = loop {
@@ -197,6 +210,21 @@ impl Server {
         drop(front_end);
         self.on_disconnect(peer, ended, failed_before);
         Ok(())
+    }
+
+    /// Accepts a front-end; `None` if none waits, or if the server has stopped.
+    fn accept(&self) -> io::Result<Option<UnixStream>> {
+        let mut connection = self.connection();
+        if self.stopped.load(Ordering::Acquire) {
+            return Ok(None);
+        }
+        let front_end = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        *connection = Some(front_end.try_clone()?);
+        Ok(Some(front_end))
     }
 
     /// The failure of the last front-end, if it was this process. A misconfigured VMM reconnects every second: the log

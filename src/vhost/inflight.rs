@@ -101,20 +101,28 @@ impl Inflight {
         Ok(())
     }
 
-    /// The part of ring `index`; `None` without a region, or if the region has no room for such a ring. The log then
-    /// warns that requests in flight at a crash of the daemon are lost.
-    pub fn tracker_for(&self, device: &str, index: u16, size: u16) -> Option<InflightTracker> {
+    /// The part of ring `index`; `None` without a region, or if the region has no part for the ring: a front-end may
+    /// create the region for the queues that the guest's firmware uses. The log then warns that requests in flight at a
+    /// crash of the daemon are lost.
+    ///
+    /// # Errors
+    /// The ring is larger than the queues of the region, in words. QEMU and cloud-hypervisor never do that: they create
+    /// the region for the largest size that they offer to the guest.
+    pub fn tracker_for(&self, device: &str, index: u16, size: u16) -> Result<Option<InflightTracker>, String> {
         let slot = self.0.lock().expect("no thread panics with the region locked");
-        let InflightRegion { registration, memory, shape } = slot.as_ref()?;
-        if index >= shape.queues || size > shape.queue_size {
+        let Some(InflightRegion { registration, memory, shape }) = slot.as_ref() else { return Ok(None) };
+        if size > shape.queue_size {
+            return Err(format!("it has size {size}, and the front-end's inflight region is for {shape}"));
+        }
+        if index >= shape.queues {
             warn!(
-                "{device}: vring {index} of size {size}: its requests in flight are not recorded, because the \
-                 front-end's inflight region is for {shape}"
+                "{device}: vring {index}: its requests in flight are not recorded, because the front-end's inflight \
+                 region is for {shape}"
             );
-            return None;
+            return Ok(None);
         }
         let offset = usize::from(index) * ring_bytes(shape.queue_size);
-        Some(InflightTracker::new(Arc::clone(memory), offset, size).registered(registration.clone()))
+        Ok(Some(InflightTracker::new(Arc::clone(memory), offset, size).registered(registration.clone())))
     }
 }
 
@@ -149,7 +157,7 @@ mod tests {
         let file = reply.files[0].try_clone().unwrap();
         inflight.set_region(reply, None).unwrap();
         for (index, size) in [(0, 256), (1, 128)] {
-            let mut tracker = inflight.tracker_for("disk", index, size).unwrap();
+            let mut tracker = inflight.tracker_for("disk", index, size).unwrap().unwrap();
             assert_eq!(tracker.recover(0), None);
             tracker.take(size - 1);
             let mut mark = [0];
@@ -157,7 +165,7 @@ mod tests {
             file.read_exact_at(&mut mark, at as u64).unwrap();
             assert_eq!(mark, [1], "ring {index}");
         }
-        assert!(inflight.tracker_for("disk", 0, 512).is_none(), "there is no room for so large a ring");
-        assert!(inflight.tracker_for("disk", 2, 256).is_none());
+        assert!(inflight.tracker_for("disk", 0, 512).is_err(), "there is no room for so large a ring");
+        assert!(inflight.tracker_for("disk", 2, 256).unwrap().is_none());
     }
 }

@@ -229,6 +229,14 @@ impl VringControl {
         let index = self.shared.index;
         let state = self.state.get_ref();
         let queue = state.get_queue();
+        let session = &self.shared.session;
+        let tracker = match session.inflight.tracker_for(&session.device.name, index, queue.size()) {
+            Ok(tracker) => tracker,
+            Err(why) => {
+                error!("{}: not served: {why}", self.shared);
+                return false;
+            }
+        };
         let setup = RingSetup {
             layout: QueueLayout {
                 size: queue.size(),
@@ -241,11 +249,11 @@ impl VringControl {
             kick,
             call_fd,
             err_fd,
-            memory: Arc::clone(&self.shared.session.ram()),
-            tracker: self.shared.session.inflight.tracker_for(&self.shared.session.device.name, index, queue.size()),
+            memory: Arc::clone(&session.ram()),
+            tracker,
         };
-        self.shared.session.on_ring_start(index, &setup);
-        let worker = self.shared.session.workers.worker_for(index);
+        session.on_ring_start(index, &setup);
+        let worker = session.workers.worker_for(index);
         worker.call(|reply| WorkerCommand::Start(index, Box::new(setup), reply)).is_some()
     }
 

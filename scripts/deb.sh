@@ -21,10 +21,15 @@ sed 's|/usr/local/bin/|/usr/bin/|' configs/genblk.service >"$units/genblk.servic
 sed -e 's|^Description=.*|Description=Disks of %i (vhost-user-blk) with a page cache|' \
     -e 's|/etc/genblk\.toml$|/etc/genblk/%i.toml|' \
     -e 's|^RuntimeDirectory=genblk$|RuntimeDirectory=genblk-%i|' \
+    -e 's|^ExecReload=/usr/bin/genblk reload$|& --socket /run/genblk-%i/control.sock|' \
     "$units/genblk.service" >"$units/genblk@.service"
 for unit in genblk.service genblk@.service; do
     grep -q '^ExecStart=/usr/bin/genblk --config /etc/genblk' "$units/$unit" || {
         echo "deb: $unit does not start /usr/bin/genblk" >&2
+        exit 1
+    }
+    grep -q '^ExecReload=/usr/bin/genblk reload' "$units/$unit" || {
+        echo "deb: $unit does not reload with /usr/bin/genblk" >&2
         exit 1
     }
 done

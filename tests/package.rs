@@ -178,10 +178,21 @@ fn the_packaged_units_match_the_source_units() {
     let script = fs::read_to_string(root().join("scripts/deb.sh")).expect("the script");
     let unit = fs::read_to_string(root().join("configs/genblk.service")).expect("the unit");
     // What the script replaces is in the unit.
-    for line in ["ExecStart=/usr/local/bin/genblk --config /etc/genblk.toml", "RuntimeDirectory=genblk", "Description="]
-    {
+    for line in [
+        "ExecStart=/usr/local/bin/genblk --config /etc/genblk.toml",
+        // "systemctl reload" fails if the file has an error.
+        "ExecReload=/usr/local/bin/genblk reload",
+        "RuntimeDirectory=genblk",
+        "Description=",
+    ] {
         assert!(unit.lines().any(|found| found.starts_with(line)), "{line}");
     }
+    assert!(script.contains("reload$|& --socket /run/genblk-%i/control.sock|"), "{script}");
+    // The example's socket_group.
+    let example = fs::read_to_string(root().join("packaging/deb/genblk.toml")).expect("the example");
+    let users = fs::read_to_string(root().join("packaging/sysusers/genblk.conf")).expect("the users");
+    let group = example.lines().find_map(|line| line.strip_prefix("# socket_group = ")).expect("a group");
+    assert!(users.lines().any(|line| line == format!("m genblk {}", group.trim_matches('"'))), "{users}");
     assert!(script.contains("s|/usr/local/bin/|/usr/bin/|"), "{script}");
     // The profile confines what the units start, and no command of an operator.
     let profile = fs::read_to_string(root().join("packaging/apparmor/usr.bin.genblk")).expect("the profile");

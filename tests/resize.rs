@@ -155,7 +155,7 @@ fn an_invalid_size_changes_nothing() {
     for (bytes, words) in [
         (json!(4 << 20), "add --shrink"),
         (json!(IMAGE_BYTES + 512), "multiple of 4096"),
-        (json!(u64::MAX / 4096 * 4096), "must be below"),
+        (json!(u64::MAX / 4096 * 4096), "above 4 PiB"),
     ] {
         let refused = call(&control, "Resize", &json!({"device": "d0", "bytes": bytes}));
         assert_eq!(refused["error"], json!("io.genblk.Control.Refused"), "{refused}");
@@ -173,6 +173,27 @@ fn an_invalid_size_changes_nothing() {
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(session.capacity_sectors(), OLD_END, "it is not followed to a size in a page");
     poll_until("it is served on", TIMEOUT, || (session.read(0, 4096) == vec![0; 4096]).then_some(()));
+}
+
+/// On tmpfs, because it takes files of any length.
+#[test]
+fn a_size_that_the_cache_cannot_number_does_not_grow_the_image() {
+    let image = Path::new("/dev/shm").join(format!("genblk-resize-{}", std::process::id()));
+    let (daemon, control) = start("resize-huge");
+    let made = File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES));
+    let attach = made.map(|()| {
+        let file = daemon.directory().path().join("d1.toml");
+        let text = table(daemon.directory(), "d1", "d1.img", "");
+        let own = daemon.directory().path().join("d1.img");
+        fs::write(&file, text.replace(&format!("{own:?}"), &format!("{image:?}"))).expect("a file can be written");
+        genblk(&control, &["attach", &file.display().to_string()])
+    });
+    let refused = call(&control, "Resize", &json!({"device": "d1", "bytes": 1_u64 << 53}));
+    let len = fs::metadata(&image).map(|metadata| metadata.len());
+    fs::remove_file(&image).expect("it exists");
+    stdout_of(&attach.expect("an image on tmpfs"));
+    assert!(refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("above 4 PiB")), "{refused}");
+    assert_eq!(len.expect("it exists"), IMAGE_BYTES);
 }
 
 fn shrink(control: &Path, size: &str) -> String {

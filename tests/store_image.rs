@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use genblk::error::ErrorKind;
 use genblk::store::Backing;
 use genblk::store::file::{FileImage, IoEngine, NbdOptions, OpenOptions};
+use genblk::store::named::NamedImage;
 use genblk::tenure::TenureId;
 use genblk::tenure::host::Boot;
 use genblk::tenure::record::{CacheLocation, Record, TenureState};
@@ -276,4 +277,17 @@ fn failing_to_make_a_tenure_record_durable_is_an_error() {
     })
     .join()
     .unwrap();
+}
+
+/// No process may use an image beyond its end.
+#[test]
+fn an_image_that_was_cut_is_used_up_to_its_end_although_its_sync_failed() {
+    let image = Image::file("cut", MIB);
+    let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
+    let shrunk = std::thread::spawn(move || {
+        fail_syncs();
+        (opened.truncate(MIB / 2), opened.limits().size_bytes.get())
+    });
+    assert_eq!(shrunk.join().unwrap(), (Ok(()), MIB / 2));
+    assert_eq!(std::fs::metadata(&image.path).unwrap().len(), MIB / 2);
 }

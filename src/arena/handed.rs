@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 
 use super::file::FileDescription;
-use super::ledger::{HEADER_BYTES, boot_id, set_boot_id};
+use super::ledger::{HEADER_BYTES, boot_id, is_too_large, set_boot_id};
 use super::lost_file::LossMarker;
 use super::mapping::Mapping;
 use super::{Arena, ArenaFile, GuestData, GuestState, Persistence, bytes_of};
@@ -206,6 +206,11 @@ impl KeptArena {
     /// The file that outlives the daemon, if its name leads to it; for messages.
     pub fn file(&self) -> Option<&ArenaFile> {
         self.file.as_ref().filter(|_| self.kind == ArenaKind::Persistent && !self.is_lost)
+    }
+
+    /// Whether the ledger, if there is one, can number all pages of an image of this size.
+    pub fn has_room_for(&self, size_bytes: u64) -> bool {
+        self.kind != ArenaKind::Persistent || !is_too_large(size_bytes)
     }
 
     /// Whether the name of the file, if it has one, still leads to it.

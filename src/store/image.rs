@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use log::warn;
+
 use super::format::HEAD_BYTES;
 use super::handed::{FileParts, IoLock};
 use super::history;
@@ -267,9 +269,12 @@ impl OpenImage {
 
     /// See [`super::named::NamedImage::truncate`].
     pub(super) fn truncate(&self, size_bytes: u64) -> std::result::Result<(), String> {
-        let cut = self.file.set_len(size_bytes).and_then(|()| self.file.sync_all());
-        cut.map_err(|e| format!("image {}: {e}", self.path.display()))?;
+        self.file.set_len(size_bytes).map_err(|e| format!("image {}: {e}", self.path.display()))?;
         self.limits.size_bytes.set(size_bytes);
+        // It has been cut, whatever this returns. After a power cut it may have its old size, and is served with that.
+        if let Err(e) = self.file.sync_all() {
+            warn!("{}: was cut to {size_bytes} bytes, but a power cut may undo that: {e}", self.label);
+        }
         Ok(())
     }
 

@@ -294,8 +294,16 @@ impl ImageSlot {
     /// # Errors
     /// The reason in words.
     pub fn change_size(&self, step: SizeStep) -> std::result::Result<u64, String> {
-        let image = &self.lock().image;
+        let state = self.lock();
+        let image = &state.image;
         match step {
+            // Its process would refuse the size, and the file would keep it.
+            SizeStep::Grow(Some(size_bytes))
+                if size_bytes > image.limits().size_bytes.get()
+                    && state.cache.as_ref().is_some_and(|cache| !cache.has_room_for(size_bytes)) =>
+            {
+                Err("the cache of an image above 4 PiB cannot outlive the daemon".to_owned())
+            }
             SizeStep::Grow(size_bytes) => image.grow(size_bytes),
             SizeStep::BeginShrink(size_bytes) => image.check_shrink(size_bytes),
             SizeStep::Truncate(size_bytes) => image.truncate(size_bytes).map(|()| size_bytes),

@@ -127,3 +127,27 @@ fn only_a_read_from_the_image_counts_its_wait() {
     assert!(reads.errors >= 1 && reads.bytes >= 4096, "{reads:?}");
     assert!(snapshot.store(OpClass::Read).max_ns >= slow_ns);
 }
+
+#[test]
+fn writes_that_are_delayed_for_write_back_are_counted() {
+    let shadow = Shadow::patchwork(IMAGE_BYTES, 43);
+    let device = FaultyDevice::new("counted-throttled", &shadow, |config| config.cache.flush_target_ms = 50);
+    device.faults.delay(OpClass::Write, Duration::from_millis(20));
+    let mut session = Session::open(device.socket(), &SessionOptions::default());
+    let until = Instant::now() + TIMEOUT;
+    let mut page = 0;
+    let throttled = loop {
+        assert!(Instant::now() < until, "no write was delayed");
+        for _ in 0..100 {
+            page = (page + 7) % (IMAGE_BYTES as u64 / 4096);
+            assert_eq!(session.run(0, VIRTIO_BLK_T_OUT, page * 8, Payload::Send(&[7; 4096])).status, OK);
+        }
+        let snapshot = device.running().counters();
+        let [count, ns] = [Activity::Throttled, Activity::ThrottledNs].map(|activity| snapshot.activity(0, activity));
+        if count > 0 {
+            break (count, ns);
+        }
+    };
+    // A write is delayed by a microsecond at least, and by 100 ms at most.
+    assert!((throttled.0 * 1000..=throttled.0 * 100_000_000).contains(&throttled.1), "{throttled:?}");
+}

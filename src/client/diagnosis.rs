@@ -2,13 +2,14 @@
 
 use super::interval::{Interval, MEDIAN, P99, percent, to_f64};
 use super::table::Numbers;
-use crate::control::wire::{CacheStatistics, DeviceStatus};
+use crate::control::wire::{CacheStatistics, DeviceState, DeviceStatus};
 use crate::counters::latency::Latencies;
+use crate::units::counted;
 
 /// Requests that are at least this slow (99th percentile) get a finding.
 const SLOW_READ_NS: u64 = 1_000_000;
 const SLOW_FLUSH_NS: u64 = 10_000_000;
-/// Of 1000 reads, the number that have to wait for a finding.
+/// Of 1000 reads or writes, the number that have to wait for a finding.
 const WAITED_PER_MILLE: u64 = 10;
 /// Below this share of pages in memory, in thousandths, more cache may help.
 const HITS_PER_MILLE: u64 = 980;
@@ -25,6 +26,8 @@ pub(super) fn findings(interval: &Interval<'_>, device: Option<&DeviceStatus>) -
     if let Some(us) = device.and_then(|device| device.oldest_operation_us).filter(|us| *us >= SLOW_US) {
         found.push(format!("its image has not answered for {} s", us / 1_000_000));
     }
+    found.extend(device.and_then(|device| frozen(device.state)));
+    found.extend(waiting(interval));
     found.extend(limits(interval));
     found.extend(reads(interval));
     found.extend(writes(interval));
@@ -36,12 +39,28 @@ pub(super) fn findings(interval: &Interval<'_>, device: Option<&DeviceStatus>) -
 
 /// The findings as one line; says so if there are none.
 pub(super) fn line(interval: &Interval<'_>, device: Option<&DeviceStatus>) -> String {
-    let requests = interval.now.requests.iter().map(|requests| interval.requests(&requests.operation).count);
     match findings(interval, device) {
         found if !found.is_empty() => found.join("; "),
-        _ if requests.sum::<u64>() == 0 => "no requests".to_owned(),
+        _ if completed(interval) == 0 => "no requests".to_owned(),
         _ => "nothing delays its requests".to_owned(),
     }
+}
+
+/// Number of requests that have completed.
+fn completed(interval: &Interval<'_>) -> u64 {
+    interval.now.requests.iter().map(|requests| interval.requests(&requests.operation).count).sum()
+}
+
+fn frozen(state: DeviceState) -> Option<String> {
+    let is_frozen = state == DeviceState::Frozen;
+    is_frozen.then(|| "it is frozen: requests that change it wait until \"genblk thaw\"".to_owned())
+}
+
+/// Requests that wait while none completes.
+fn waiting(interval: &Interval<'_>) -> Option<String> {
+    let in_flight = interval.now.requests.iter().fold(0, |sum: u64, requests| sum.saturating_add(requests.in_flight));
+    let waits = in_flight > 0 && completed(interval) == 0;
+    waits.then(|| format!("none of its {} in flight completes", counted(in_flight, "request")))
 }
 
 /// A time for a sentence: `142 us`.
@@ -97,7 +116,8 @@ fn writes(interval: &Interval<'_>) -> Vec<String> {
     let mut found = Vec::new();
     let delta = |counter: fn(&CacheStatistics) -> u64| interval.cache(counter);
     let (throttled, stalls) = (delta(|cache| cache.throttled), delta(|cache| cache.stalls));
-    if throttled > 0 {
+    let writes = interval.requests("write").count;
+    if throttled > 0 && throttled.saturating_mul(1000) >= writes.saturating_mul(WAITED_PER_MILLE) {
         let image = interval.store_latencies("write");
         let (rate, writes) = (interval.rate(throttled), interval.rate(interval.store("write")));
         found.push(format!(
@@ -177,6 +197,15 @@ mod tests {
         assert_eq!(told(&DeviceStatistics::default()), "no requests");
         let requests = vec![requests("read", (1000, 1000), (100_000, 500)), requests("flush", (0, 0), (MS, 9))];
         assert_eq!(told(&DeviceStatistics { requests, ..Default::default() }), "nothing delays its requests");
+    }
+
+    #[test]
+    fn a_disk_whose_requests_all_wait_is_not_idle() {
+        let mut writes = requests("write", (0, 0), (0, 0));
+        writes.in_flight = 3;
+        let now = DeviceStatistics { requests: vec![writes], ..Default::default() };
+        assert_eq!(told(&now), "none of its 3 requests in flight completes");
+        assert!(frozen(DeviceState::Frozen).is_some() && frozen(DeviceState::Serving).is_none());
     }
 
     #[test]

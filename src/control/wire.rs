@@ -227,6 +227,8 @@ pub struct CacheStatistics {
     pub readahead_wasted_pages: u64,
     pub stalls: u64,
     pub throttled: u64,
+    #[serde(default)]
+    pub throttled_us: u64,
     pub frames: u64,
     pub frames_free: u64,
     pub resident_pages: u64,

@@ -16,7 +16,7 @@ pub const OPERATIONS: usize = REQUESTS + Class::ALL.len() * HISTOGRAM_WORDS;
 pub const STORE: usize = OPERATIONS + Operation::ALL.len() * TOTALS_WORDS;
 pub const STORE_OPERATIONS: usize = STORE + OpClass::ALL.len() * HISTOGRAM_WORDS;
 pub const ACTIVITY: usize = STORE_OPERATIONS + OpClass::ALL.len() * TOTALS_WORDS;
-pub const ACTIVITY_WORDS: usize = 7;
+pub const ACTIVITY_WORDS: usize = 9;
 pub const REQUEST_SIZES: usize = ACTIVITY + ACTIVITY_WORDS;
 pub const STORE_SIZES: usize = REQUEST_SIZES + Operation::ALL.len() * SIZE_BUCKETS;
 /// A worker's block, in whole cache lines of 8 words: no line has two writers.

@@ -210,6 +210,6 @@ mod tests {
         let counted = |sizes: &Sizes| sizes.iter().sum::<u64>();
         assert_eq!(snapshot.request_sizes.map(|sizes| counted(&sizes)), [1, 1, 0, 1, 1], "a FLUSH has no size");
         assert!(snapshot.store_sizes.iter().all(|sizes| counted(sizes) == 1));
-        assert_eq!(snapshot.activities, [[1, 0, 0, 0, 1, 0, 1]]);
+        assert_eq!(snapshot.activities, [[1, 0, 0, 0, 1, 0, 1, 0, 0]]);
     }
 }

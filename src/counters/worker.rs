@@ -14,7 +14,7 @@ use super::{Class, Operation};
 use crate::sys::shared_words::{SharedWords, WordBlock};
 use crate::units::OpClass;
 
-/// How a worker spends its time, and the delays caused by rate limits.
+/// How a worker spends its time, and the delays caused by rate limits and by write-back that is behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activity {
     /// Turns that found work.
@@ -31,6 +31,10 @@ pub enum Activity {
     Limited,
     /// The sum of these delays in nanoseconds.
     LimitedNs,
+    /// Writes whose completion was delayed because many pages were dirty.
+    Throttled,
+    /// The sum of these delays in nanoseconds.
+    ThrottledNs,
 }
 
 /// The counters of all workers of a device.

@@ -42,6 +42,7 @@ impl Requests {
             let slot = self.finished[at];
             let delay_us = std::mem::take(&mut self.pending[slot].delay_us);
             if delay_us > 0 {
+                self.tally.was_throttled(delay_us);
                 self.delayed.push(Reverse((now.plus_us(delay_us), slot)));
             } else {
                 self.complete(rings, slot);

@@ -93,6 +93,12 @@ impl Tally {
         self.counters.count(Activity::LimitedNs, self.turn.since_ns(since));
     }
 
+    /// Counts a write whose completion is delayed by this time.
+    pub fn was_throttled(&self, delay_us: u64) {
+        self.counters.count(Activity::Throttled, 1);
+        self.counters.count(Activity::ThrottledNs, delay_us * 1000);
+    }
+
     /// A request that was taken is returned to the driver.
     pub fn withdrawn(&mut self, kind: RequestKind) {
         if let Some(operation) = operation_of(kind) {

@@ -11,7 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::cache::Stats;
 use crate::counters::BLOCK_WORDS;
@@ -57,6 +57,8 @@ mod word {
     pub const IS_FROZEN: usize = 18;
     /// The cache's statistics, in the order of [`crate::cache::Stats`].
     pub const CACHE: usize = 64;
+    /// What the counters among them had reached when the present process started.
+    pub const CACHE_BASE: usize = 512;
 }
 
 /// Memory whose file was truncated while the process used it.
@@ -133,6 +135,8 @@ pub struct DiskState {
 pub struct StatsPage {
     words: Arc<SharedWords>,
     workers: usize,
+    /// When it was created or mapped, in microseconds since 1970.
+    since_us: u64,
 }
 
 impl StatsPage {
@@ -143,7 +147,7 @@ impl StatsPage {
     pub fn create(workers: usize) -> io::Result<(Self, File)> {
         let (words, file) = SharedWords::create(WORDS + workers * BLOCK_WORDS)?;
         words.store(word::MAGIC, MAGIC);
-        Ok((Self { words: Arc::new(words), workers }, file))
+        Ok((Self { words: Arc::new(words), workers, since_us: wall_clock_us() }, file))
     }
 
     /// Maps the page in a file of [`StatsPage::create`].
@@ -155,7 +159,12 @@ impl StatsPage {
         if words.load(word::MAGIC) != MAGIC {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a statistics page of another layout"));
         }
-        Ok(Self { words: Arc::new(words), workers })
+        Ok(Self { words: Arc::new(words), workers, since_us: wall_clock_us() })
+    }
+
+    /// Since when this page counts, in microseconds since 1970.
+    pub fn since_us(&self) -> u64 {
+        self.since_us
     }
 
     /// The counters of the device's workers.
@@ -163,8 +172,17 @@ impl StatsPage {
         Counters::within(Arc::clone(&self.words), WORDS, self.workers)
     }
 
-    /// Prepares the page for another process that will write it.
+    /// Prepares the page for another process that will write it. The counters continue.
+    ///
+    /// => The last process has ended.
     pub fn begin_process(&self) {
+        let sequence = self.words.load(word::SEQUENCE);
+        self.words.store(word::SEQUENCE, sequence | 1);
+        for counter in 0..Stats::COUNTERS {
+            self.words.store(word::CACHE_BASE + counter, self.cache_number(counter));
+            self.words.store(word::CACHE + counter, 0);
+        }
+        self.words.store(word::SEQUENCE, (sequence | 1).wrapping_add(1));
         self.words.store(word::WRITTEN_AT, 0);
         self.words.store(word::OLDEST_KIND, 0);
         self.words.store(word::HAS_FRONT_END, 0);
@@ -217,6 +235,12 @@ impl StatsPage {
         self.read_once()
     }
 
+    /// A number of the cache's statistics.
+    fn cache_number(&self, index: usize) -> u64 {
+        let base = if index < Stats::COUNTERS { self.words.load(word::CACHE_BASE + index) } else { 0 };
+        self.words.load(word::CACHE + index).saturating_add(base)
+    }
+
     fn read_once(&self) -> DiskState {
         let load = |index| self.words.load(index);
         let age = monotonic_ns().saturating_sub(load(word::OLDEST_SINCE));
@@ -228,7 +252,7 @@ impl StatsPage {
         let small = |index| u32::try_from(load(index)).unwrap_or(0);
         let process = |pid, uid| (small(pid), small(uid));
         DiskState {
-            cache: Stats::from_array(std::array::from_fn(|index| load(word::CACHE + index))),
+            cache: Stats::from_array(std::array::from_fn(|index| self.cache_number(index))),
             image_bytes: load(word::IMAGE_BYTES),
             is_frozen: load(word::IS_FROZEN) != 0,
             has_volatile_dirty_data: load(word::HAS_VOLATILE_DIRTY_DATA) != 0,
@@ -280,6 +304,11 @@ impl StatsPage {
         self.words.store(word::TRUNCATED_MEMORY, 0);
         found
     }
+}
+
+fn wall_clock_us() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
@@ -338,6 +367,22 @@ mod tests {
         assert!(reader.silent_for().unwrap() < Duration::from_secs(60));
         writer.publish(&DiskState::default());
         assert_eq!(reader.read(), DiskState::default());
+    }
+
+    #[test]
+    fn counters_of_the_cache_continue_in_the_next_process() {
+        let (page, _file) = StatsPage::create(1).unwrap();
+        let state = |evicted_pages, sync_errors, frames| {
+            let cache = Stats { evicted_pages, sync_errors, frames, ..Stats::default() };
+            DiskState { cache, ..DiskState::default() }
+        };
+        page.publish(&state(7, 2, 1024));
+        for expected in [7 + 5, 7 + 5 + 5] {
+            page.begin_process();
+            assert_eq!(page.read().cache.evicted_pages, expected - 5, "before it has written");
+            page.publish(&state(5, 0, 512));
+            assert_eq!(page.read(), state(expected, 2, 512));
+        }
     }
 
     #[test]

@@ -127,12 +127,19 @@ fn counters_continue_across_restarts_of_a_disk_process() {
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[1; 4096]);
     await_requests(&control, "d0", [0, 1, 0]);
+    let await_pages = |pages: u64| {
+        poll_until("the pages are counted", TIMEOUT, || {
+            (statistics(&control, "d0")["cache"]["written_pages"] == json!(pages)).then_some(())
+        });
+    };
+    await_pages(1);
     send(daemon.disk_process("d0"), libc::SIGKILL);
     let mut session = session.reconnect(&daemon.socket_of(0));
     session.start_ring(0);
     session.write(0, &[2; 4096]);
     let statistics = await_requests(&control, "d0", [0, 2, 0]);
     assert_eq!(statistics["requests"][1]["in_flight"], json!(0));
+    await_pages(2);
 }
 
 #[test]

@@ -68,6 +68,8 @@ pub struct Stats {
 impl Stats {
     /// Number of statistics.
     pub const COUNT: usize = 30;
+    /// Of these, the first ones are counters, which only grow; the others describe the current state.
+    pub const COUNTERS: usize = 24;
 
     /// The statistics, in the order of the fields.
     pub fn to_array(mut self) -> [u64; Self::COUNT] {

@@ -25,17 +25,21 @@ pub(super) struct Interval<'a> {
 }
 
 impl<'a> Interval<'a> {
-    /// The interval of each device of `now`. A device missing in `before` was added in between.
+    /// The interval of each device of `now` between two times, in microseconds. A device missing in `before` was added
+    /// in between, or counts since the first time.
     pub fn of_all(
         before: &'a [DeviceStatistics],
         now: &'a [DeviceStatistics],
-        seconds: f64,
+        [before_us, now_us]: [u64; 2],
         numbers: Numbers,
     ) -> Vec<Self> {
         static NOTHING: LazyLock<DeviceStatistics> = LazyLock::new(DeviceStatistics::default);
-        let of = |now: &'a DeviceStatistics| {
-            let before = before.iter().find(|before| before.name == now.name).unwrap_or(&NOTHING);
-            Self { before, now, seconds, numbers }
+        let of = |now: &'a DeviceStatistics| match before.iter().find(|before| before.name == now.name) {
+            Some(before) => Self { before, now, seconds: seconds_between(before_us, now_us), numbers },
+            None => {
+                let seconds = seconds_between(before_us.max(now.since_us), now_us);
+                Self { before: &NOTHING, now, seconds, numbers }
+            }
         };
         now.iter().map(of).collect()
     }
@@ -141,4 +145,22 @@ pub(super) fn percent(part: u64, whole: u64) -> String {
 #[allow(clippy::cast_precision_loss, reason = "few digits are shown")]
 pub(super) fn to_f64(value: u64) -> f64 {
     value as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_interval_of_a_disk_begins_when_it_was_attached() {
+        let device = |name: &str, since_us| DeviceStatistics { name: name.to_owned(), since_us, ..Default::default() };
+        let [old, new] = [device("old", 10), device("new", 4_000_000)];
+        let (before, now) = ([old.clone()], [old, new]);
+        let seconds = |before: &[DeviceStatistics]| {
+            let intervals = Interval::of_all(before, &now, [1_000_000, 5_000_000], Numbers::Short);
+            intervals.iter().map(|interval| interval.rate(60)).collect::<Vec<_>>()
+        };
+        assert_eq!(seconds(&before), ["15", "60"]);
+        assert_eq!(seconds(&[]), ["15", "60"]);
+    }
 }

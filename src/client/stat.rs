@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::thread;
 use std::time::Duration;
 
-use super::interval::{Interval, MEDIAN, P99, P999, RequestInterval, percent, seconds_between, to_f64};
+use super::interval::{Interval, MEDIAN, P99, P999, RequestInterval, percent, to_f64};
 pub use super::table::Numbers;
 use super::table::TextTable;
 use super::{ControlClient, diagnosis, visible};
@@ -106,8 +106,8 @@ pub(super) fn print(text: &str) -> Result<bool> {
 }
 
 fn report(before: &Statistics, now: &Statistics, options: &StatOptions, is_first: bool) -> String {
-    let seconds = seconds_between(before.time_us, now.time_us);
-    let intervals = Interval::of_all(&before.devices, &now.devices, seconds, options.numbers);
+    let times = [before.time_us, now.time_us];
+    let intervals = Interval::of_all(&before.devices, &now.devices, times, options.numbers);
     let with_header = !options.for_programs && (is_first || now.devices.len() > 1 || options.view != View::Overview);
     let render = |table: &TextTable| table.render(with_header, options.for_programs);
     let body = match options.view {
@@ -284,8 +284,8 @@ fn delays(intervals: &[Interval<'_>]) -> TextTable {
 
 /// A line for each of these devices: what delays its requests.
 fn causes(before: &Statistics, now: &Statistics, states: &[DeviceStatus]) -> String {
-    let seconds = seconds_between(before.time_us, now.time_us);
-    let intervals = Interval::of_all(&before.devices, &now.devices, seconds, Numbers::Short);
+    let times = [before.time_us, now.time_us];
+    let intervals = Interval::of_all(&before.devices, &now.devices, times, Numbers::Short);
     let line = |device: &DeviceStatus| match (&device.why, intervals.iter().find(|one| one.now.name == device.name)) {
         (Some(why), _) => format!("{}: {}: {}\n", device.name, device.state.word(), visible(why)),
         (None, Some(interval)) => format!("{}: {}\n", device.name, diagnosis::line(interval, Some(device))),

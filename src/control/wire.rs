@@ -274,6 +274,8 @@ pub struct WorkerStatistics {
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct DeviceStatistics {
     pub name: String,
+    #[serde(default)]
+    pub since_us: u64,
     pub requests: Vec<RequestStatistics>,
     pub cache: CacheStatistics,
     pub stores: Vec<StoreStatistics>,

@@ -169,6 +169,7 @@ fn statistics(entry: &OverviewEntry) -> DeviceStatistics {
     };
     DeviceStatistics {
         name: entry.config.name.clone(),
+        since_us: entry.page.since_us(),
         requests: Operation::ALL.into_iter().map(|operation| requests(&snapshot, operation)).collect(),
         cache: CacheStatistics {
             hit_pages: stats.read_hit_pages,

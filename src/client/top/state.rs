@@ -220,7 +220,8 @@ impl TopState {
     }
 
     fn intervals(&self) -> Vec<Interval<'_>> {
-        Interval::of_all(&self.before.statistics, &self.now.statistics, self.seconds(), Numbers::Short)
+        let times = [self.before.time_us, self.now.time_us];
+        Interval::of_all(&self.before.statistics, &self.now.statistics, times, Numbers::Short)
     }
 
     /// The disks with their activity, sorted.

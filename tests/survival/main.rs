@@ -415,7 +415,7 @@ fn the_write_through_mode_survives_a_restart() {
 }
 
 /// A configuration for which no host has the memory.
-const TOO_LARGE: &str = "cache.survive = \"always\"\ncache.size = \"900G\"";
+const TOO_LARGE: &str = "cache.survive = \"never\"\ncache.size = \"900G\"";
 
 /// Starts the daemon with a cache for which the host has no memory; it must fail. Then restarts it with `device`.
 fn fail_to_start(daemon: &mut Daemon, device: &str) {

@@ -22,6 +22,7 @@ use common::daemon::{Daemon, TempDir, has_ended, send, server_binary};
 use common::request::{OK, Payload, assert_serves, pattern};
 use common::session::{Session, SessionOptions};
 use common::wait::{TIMEOUT, is_listening, poll_until};
+use genblk::store::file::{FileImage, OpenOptions};
 
 const IMAGE_BYTES: u64 = 8 << 20;
 /// VIRTIO_BLK_S_IOERR, the status of a request that failed.
@@ -437,6 +438,21 @@ fn completed_writes_survive_the_death_of_the_supervisor() {
             assert_eq!(image_bytes(&daemon, disk, 0, 64 * 4096), pattern(disk as u64, 0, 64 * 4096));
         }
     }
+}
+
+#[test]
+fn no_other_program_can_use_an_image_while_a_disk_process_without_a_supervisor_does() {
+    let mut daemon = start("orphan-lock", 1, SMALL);
+    let _session = open(&daemon, 0);
+    let process = daemon.disk_process("d0");
+    send(process, libc::SIGSTOP);
+    daemon.kill_supervisor();
+    let image = image_of(daemon.directory().path(), 0);
+    let opened = FileImage::open(&image, &OpenOptions::default());
+    send(process, libc::SIGCONT);
+    assert!(opened.is_err(), "the image is still in use");
+    poll_until("the disk process to end", TIMEOUT, || has_ended(process).then_some(()));
+    FileImage::open(&image, &OpenOptions::default()).expect("the image is free");
 }
 
 #[test]

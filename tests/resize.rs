@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
@@ -288,6 +289,26 @@ fn a_disk_process_that_starts_during_a_growth_serves_and_records_the_new_size() 
     let mut session = session.reconnect(&daemon.socket_of(0));
     session.start_ring(0);
     assert_eq!(session.read(OLD_END, 4096), vec![7; 4096]);
+}
+
+#[test]
+fn a_file_that_cannot_be_cut_leaves_the_guest_the_whole_disk() {
+    let (daemon, control) = start("shrink-denied");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(OLD_END - 8, &[1; 4096]);
+    let attribute = |change| Command::new("chattr").arg(change).arg(daemon.image()).status();
+    if !attribute("+a").is_ok_and(|status| status.success()) {
+        println!("SKIPPED: files cannot be made append-only here");
+        return;
+    }
+    let shrunk = genblk(&control, &["resize", "d0", "4M", "--shrink"]);
+    assert!(attribute("-a").is_ok_and(|status| status.success()));
+    assert!(!shrunk.status.success(), "{shrunk:?}");
+    assert_eq!(session.capacity_sectors(), OLD_END);
+    assert_eq!(session.read(OLD_END - 8, 4096), vec![1; 4096]);
+    session.write(OLD_END - 8, &[2; 4096]);
+    session.flush();
+    assert_eq!(daemon.image_bytes(IMAGE_BYTES - 4096, 4096), vec![2; 4096]);
 }
 
 /// Shrinks a disk and kills the disk process, or the whole daemon, after every pause of a list.

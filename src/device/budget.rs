@@ -135,4 +135,16 @@ mod tests {
             assert_eq!(budget.window_end(start, total, settled), end, "{start} {total} {settled}");
         }
     }
+
+    #[test]
+    fn parts_of_a_discard_are_whole_units_of_the_disk() {
+        let budget = Budget::default();
+        let sectors = budget.range_part_pages * SECTORS_PER_PAGE;
+        assert_eq!(budget.range_part_sectors(1), sectors);
+        for unit in [8, 3000, 30_720, sectors - 1] {
+            let part = budget.range_part_sectors(unit);
+            assert!(part.is_multiple_of(unit) && part <= sectors && part > sectors - unit, "{unit}: {part}");
+        }
+        assert_eq!(budget.range_part_sectors(3 * sectors), 3 * sectors);
+    }
 }

@@ -362,4 +362,22 @@ mod tests {
             assert_eq!(drained, replies == [true, true], "{replies:?}");
         }
     }
+
+    #[test]
+    fn a_flush_that_was_started_is_forgotten_when_it_has_ended() {
+        let (control, commands) = WorkerControl::new("disk0", Arc::new(Waker::new().unwrap()));
+        let workers = Workers::new(vec![control]);
+        for _ in 0..3 * STARTED_FLUSHES_MAX {
+            workers.start_flush();
+            let Ok(WorkerCommand::Flush(reply)) = commands.try_recv() else { panic!("a flush") };
+            reply.send(Ok(())).unwrap();
+        }
+        let waiting: Vec<_> = (0..3 * STARTED_FLUSHES_MAX)
+            .filter_map(|_| {
+                workers.start_flush();
+                commands.try_recv().ok()
+            })
+            .collect();
+        assert_eq!(waiting.len(), STARTED_FLUSHES_MAX, "no more than that wait for an image that hangs");
+    }
 }

@@ -309,4 +309,17 @@ mod tests {
         pending.settled += 1;
         assert!(pending.is_settled());
     }
+
+    #[test]
+    fn a_range_request_reaches_to_the_end_of_its_last_segment() {
+        let mut table = PendingTable::new(Ticket(0));
+        let slot = table.take(0, Tick::ZERO);
+        table[slot].request.kind = RequestKind::Discard;
+        assert_eq!(table[slot].end_sector(), 0);
+        for (start, count) in [(150, 10), (0, 100), (250, 300), (399, 2)] {
+            let range = RangeSegment { span: SectorSpan::new(start, count), unmap: Unmap::Allowed };
+            table[slot].ranges.push(range);
+        }
+        assert_eq!(table[slot].end_sector(), 550);
+    }
 }

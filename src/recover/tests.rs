@@ -16,7 +16,9 @@ use crate::store::format::Format;
 use crate::store::named::{BlockWriter, ImageKind};
 use crate::store::{Backing, Limits, StoreQueue};
 use crate::tenure::token::ChangeToken;
-use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorMask, SectorSpan};
+use crate::units::{
+    FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTORS_PER_PAGE, SectorMask, SectorSpan,
+};
 
 mod leftovers;
 
@@ -541,5 +543,28 @@ fn an_image_that_lost_the_record_of_the_caches_tenure_is_an_older_copy() {
     assert_eq!(judge(1, false), None);
     for is_recorded in [false, true] {
         assert!(matches!(judge(-1, is_recorded), Some(proof::Proof::Overtaken(_))));
+    }
+}
+
+#[test]
+fn all_clean_runs_of_a_sampled_page_are_compared() {
+    const PAGE: u64 = 20;
+    for sector in [0, 3, 5, 7] {
+        let world = World::new();
+        let image = world.open();
+        let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
+        arena.publish(FrameId(0), FrameRecord { page: PageNo(PAGE), valid: SectorMask::ALL, dirty: SectorMask::NONE });
+        // Zeros that may not be on the image yet.
+        for (slot, at) in [1, 4, 6].into_iter().enumerate() {
+            arena.note_zero(slot, Some(SectorSpan::new(PAGE * SECTORS_PER_PAGE + at, 1)));
+        }
+        arena.begin_change(SectorSpan::new(8, 8));
+        arena.keep_on_drop(true);
+        drop((arena, image));
+        let file = world.image();
+        let modified = file.metadata().and_then(|metadata| metadata.modified()).unwrap();
+        file.write_all_at(&[7; 512], PAGE * PAGE_BYTES + sector * 512).unwrap();
+        file.set_modified(modified).unwrap();
+        assert!(world.start().is_err(), "sector {sector} has changed");
     }
 }

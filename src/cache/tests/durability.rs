@@ -76,6 +76,31 @@ fn a_trickle_of_writes_is_synced_once_per_age_limit() {
 }
 
 #[test]
+fn a_shorter_age_limit_applies_to_data_that_is_dirty_already() {
+    let settings = Settings { dirty_age_us: 600 * SECOND_US, ..Settings::of(1024, 1 << 20) };
+    let mut cache = cache_with(settings.clone());
+    let mut now = Tick::from_us(SECOND_US);
+    // The guest keeps reading, so nothing is written because it is idle.
+    let mut run = |cache: &mut PageCache, seconds: u64| {
+        let mut syncs = 0;
+        for _ in 0..seconds * 20 {
+            read(cache, 80, 8);
+            let until = now.plus_us(SECOND_US / 20);
+            syncs += run_until(cache, &mut now, until);
+        }
+        syncs
+    };
+    read(&mut cache, 80, 8);
+    run(&mut cache, 1);
+    write(&mut cache, 0, 8);
+    run(&mut cache, 20);
+    assert!(!cache.is_durable(), "the age limit is far away");
+    cache.reconfigure(&Settings { dirty_age_us: SECOND_US, ..settings });
+    assert!(run(&mut cache, 3) > 0);
+    assert!(cache.is_durable());
+}
+
+#[test]
 fn a_store_that_is_slower_than_the_age_limit_is_synced_too() {
     let mut cache = cache_of(65_536, 1 << 24);
     let mut in_flight = VecDeque::new();

@@ -289,3 +289,38 @@ fn successful_writes_do_not_extend_the_hold_of_a_failing_sync() {
     run_failing(&mut cache, OpKind::Sync, &mut now, NOW.plus_us(3_600_000));
     assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)), "{now:?} {:?}", cache.health());
 }
+
+#[test]
+fn a_flush_retries_a_failed_write_at_once() {
+    let mut cache = cache_with(Settings { on_error: ErrorPolicy::Report, ..Settings::of(1024, 1 << 20) });
+    let mut now = NOW;
+    write(&mut cache, 0, 8);
+    // The pause grows with each attempt.
+    let until = now.plus_us(30_000_000);
+    assert!(run_failing(&mut cache, OpKind::Write, &mut now, until) > 3);
+    now = until;
+    assert_eq!(started(&mut cache, now), [], "the write pauses");
+    cache.flush(FLUSH);
+    let retried = started(&mut cache, now);
+    assert!(matches!(retried[..], [(_, OpKind::Write, _)]), "{retried:?}");
+}
+
+#[test]
+fn a_stopped_store_stays_stopped_when_the_settings_for_failures_change() {
+    let settings = Settings { on_error: ErrorPolicy::Stop, ..Settings::of(1024, 1 << 20) };
+    let mut cache = cache_with(settings.clone());
+    let mut now = NOW;
+    write(&mut cache, 0, 8);
+    cache.flush(FLUSH);
+    run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(1_000_000));
+    assert!(matches!(flush_result(&mut cache), Some(Err(_))));
+    let health = cache.health();
+    assert!(matches!(health, Health::Stopped(_)), "{health:?}");
+    cache.reconfigure(&Settings { hold_us: settings.hold_us + 1, on_full: ErrorPolicy::Hold, ..settings });
+    assert_eq!(cache.health(), health);
+    cache.flush(FLUSH);
+    assert_eq!(started(&mut cache, now), [], "only the operator resumes it");
+    cache.resume();
+    cache.flush(FLUSH);
+    assert!(!started(&mut cache, now).is_empty());
+}

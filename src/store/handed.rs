@@ -60,7 +60,7 @@ pub struct NbdParts {
     pub(super) promised: Export,
     /// See [`super::options::NbdOptions::quarantine`].
     pub(super) quarantine_ms: u64,
-    /// How long from now on the server may still execute requests of an earlier process.
+    /// For how long after its next answer the server may still execute requests of an earlier process.
     pub(super) quarantined_ms: u64,
 }
 

@@ -89,6 +89,26 @@ fn writes_of_a_dead_disk_process_are_quarantined() {
 }
 
 #[test]
+fn the_quarantine_of_a_stopped_server_begins_when_it_continues() {
+    let Some((mut daemon, server)) = start("nbd-stopped-quarantine", "nbd_quarantine_ms = 1500") else { return };
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(64, &pattern(1, 64, 4096));
+    server.signal(libc::SIGSTOP);
+    kill_disk(&daemon);
+    session = reconnect(session, &daemon);
+    thread::scope(|scope| {
+        let flush = scope.spawn(|| session.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty).status);
+        thread::sleep(Duration::from_millis(2500));
+        server.signal(libc::SIGCONT);
+        let continued = Instant::now();
+        assert_eq!(flush.join().unwrap(), OK);
+        assert!(continued.elapsed() >= Duration::from_millis(1000), "{:?}", continued.elapsed());
+    });
+    drop(session);
+    daemon.stop();
+}
+
+#[test]
 fn a_second_daemon_on_one_host_does_not_write_to_the_same_export() {
     let Some((mut daemon, server)) = start("nbd-two", "") else { return };
     let other = directory_with_image("nbd-two-other");

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use super::memory;
 use super::slot::{Phase, Receiving, Slot, Violation};
-use super::suspects::{BreakId, Suspects};
+use super::suspects::{BreakId, EARLIER, Suspects};
 use super::unflushed::{Unflushed, with_data};
 use super::wire::{Export, REQUEST_BYTES, command_of, export_flag, fault_of, request};
 use crate::fault_injection::{PlantedBug, planted};
@@ -32,6 +32,8 @@ const PART_MAX: u64 = 1 << 30;
 const PIECES_MAX: usize = 1024;
 /// Bits of a cookie that are the slot's number; the others are the number of the request.
 const SLOT_BITS: u32 = 16;
+/// How often a change checks whether the quarantine that it waits for has begun.
+const HELD_CHECK: Duration = Duration::from_millis(100);
 
 /// Whether the client has a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +73,8 @@ pub(super) struct Client {
     events: Vec<Event>,
     in_flight: usize,
     held: usize,
+    /// The last connection broke, and no other followed yet.
+    last_break: Option<BreakId>,
     suspects: Arc<Suspects>,
     unflushed: Arc<Unflushed>,
 }
@@ -92,6 +96,7 @@ impl Client {
             events: Vec::new(),
             in_flight: 0,
             held: 0,
+            last_break: None,
             suspects,
             unflushed,
         }
@@ -202,7 +207,8 @@ impl Client {
         if slot.request.op.is_change() && !slot.was_sent && !planted(PlantedBug::SuspectsNotHeld) {
             let until = self.suspects.blocked_until(&slot.range(), now);
             self.held -= usize::from(matches!(slot.phase, Phase::Held(_)));
-            slot.phase = until.map_or(Phase::Waiting, Phase::Held);
+            let check = |until| if until == Duration::MAX { now + HELD_CHECK } else { until };
+            slot.phase = until.map_or(Phase::Waiting, |until| Phase::Held(check(until)));
             self.held += usize::from(until.is_some());
             if until.is_some() {
                 return;
@@ -223,7 +229,7 @@ impl Client {
         self.sending.push_back(Sending { header, slot: index, sent: 0, total: REQUEST_BYTES as u64 + payload });
     }
 
-    /// Starts the operations whose quarantine has ended.
+    /// Starts the operations whose quarantine has ended, and lets the others wait on.
     pub fn advance(&mut self, now: Duration) {
         if self.held == 0 {
             return;
@@ -383,14 +389,16 @@ impl Client {
         events.append(&mut self.events);
     }
 
-    /// The connection has broken. Until `until` the server may still execute the requests that were sent.
-    pub fn disconnected(&mut self, cause: BreakId, until: Duration, now: Duration) {
+    /// The connection has broken. For `quarantine` after it has answered again, the server may still execute the
+    /// requests that were sent.
+    pub fn disconnected(&mut self, cause: BreakId, quarantine: Duration, now: Duration) {
+        self.last_break = Some(cause);
         self.link = if self.link == Link::Closed { Link::Closed } else { Link::Down };
         self.sending.clear();
         self.receiving = Receiving::Header;
         for slot in self.slots.iter_mut().flatten().filter(|slot| slot.phase == Phase::Sent) {
             if slot.was_sent && slot.request.op.is_change() {
-                self.suspects.add(slot.range(), until, cause, now);
+                self.suspects.add(slot.range(), quarantine, cause, now);
             }
             slot.restart();
         }
@@ -400,6 +408,7 @@ impl Client {
     /// completed on another connection.
     pub fn connected(&mut self, found: &Export, may_have_lost: bool, now: Duration) {
         self.link = Link::Up;
+        self.last_break.take().into_iter().chain([EARLIER]).for_each(|cause| self.suspects.answered(cause, now));
         self.export.is_structured = found.is_structured;
         if self.export.allocation.is_some() {
             self.export.allocation = found.allocation;
@@ -424,6 +433,14 @@ impl Client {
         for index in self.in_order(|_| true) {
             let tag = self.slots[index].as_ref().expect("it was just found").request.tag;
             self.complete(index, failed(tag, Fault::Gone, libc::ENOTCONN));
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if let Some(cause) = self.last_break {
+            self.suspects.disown(cause);
         }
     }
 }

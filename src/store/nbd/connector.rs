@@ -39,7 +39,7 @@ enum ConnectorRequest {
     Attach,
     /// A connection to replace one that has broken, or a first one.
     Connect {
-        /// How long requests on the last connection may still be executed. It is logged if that is longer than usual.
+        /// For how long after the server's next answer requests on the last connection may be executed.
         quarantined_ms: u64,
     },
 }
@@ -82,6 +82,7 @@ fn text_of(error: &impl ToString) -> String {
 /// Errors of socketpair(2) and pthread_create(3).
 pub(super) fn spawn(server: &Arc<ExportServer>) -> io::Result<UnixStream> {
     let (ours, theirs) = message_pair()?;
+    server.begin_service();
     let server = Arc::clone(server);
     let serve = move || {
         let mut queues = 0;
@@ -105,6 +106,9 @@ fn attach(server: &Arc<ExportServer>, requester: &UnixStream) -> io::Result<()> 
     let (ours, theirs) = message_pair()?;
     theirs.set_nonblocking(true)?;
     let mut idle = server.take_idle();
+    if idle.is_some() {
+        server.answered();
+    }
     let last = LastServer::of(idle.as_mut());
     let (of_queue, since) = (Arc::clone(server), Instant::now());
     thread::Builder::new()
@@ -125,20 +129,21 @@ fn attach(server: &Arc<ExportServer>, requester: &UnixStream) -> io::Result<()> 
 fn connect_queue(server: &ExportServer, requester: &UnixStream, mut last: LastServer, mut since: Instant) {
     let mut pause = Duration::ZERO;
     while let Ok(Some((ConnectorRequest::Connect { quarantined_ms }, _))) = receive(requester) {
-        server.quarantine_for(Duration::from_millis(quarantined_ms));
+        server.quarantine(Duration::from_millis(quarantined_ms));
         pause = ExportServer::pause_after(since.elapsed(), pause);
         let sent = match server.connect_again(&last, pause, requester) {
             None => return,
             Some(ServerAttempt::Gone(why)) => send(requester, &ConnectorReply::Gone { why: text_of(&why) }, &[]),
             Some(ServerAttempt::Connected { mut connection, is_server_new }) => {
                 last = LastServer::of(Some(&mut connection));
+                server.answered();
                 let reply = ConnectorReply::Connected { export: connection.export, is_server_new };
                 send(requester, &reply, &[connection.socket.as_fd()])
             }
         };
         since = Instant::now();
         if let Err(e) = sent {
-            debug!("{}: cannot send a connection to the disk process: {e}", server.label);
+            debug!("{}: cannot send a connection to the disk process: {e}", server.remote.label);
             return;
         }
     }
@@ -188,8 +193,8 @@ pub(super) struct Reconnector {
 }
 
 impl Reconnector {
-    /// Requests a connection. The descriptor becomes readable when there is a reply. Requests on the last connection
-    /// may still be executed for `quarantine`; zero: as long as usual.
+    /// Requests a connection. The descriptor becomes readable when there is a reply. A server that answers again may
+    /// execute requests on the last connection for `quarantine`.
     ///
     /// # Errors
     /// EPIPE if the process that connects has ended.

@@ -94,10 +94,10 @@ impl NbdImage {
         let export = connection.export;
         check(&export, options).map_err(failed)?;
         let limits = limits_of(&export, options.read_only);
-        let remote = Remote::new(label.clone(), export, options.nbd.quarantine);
+        let remote = Arc::new(Remote::new(label, export, options.nbd.quarantine));
         let access = (options.read_only, limits.io_max_bytes);
-        let server = ExportServer::new(uri, label, connection, access, options.nbd.give_up, lock);
-        let backing = NbdBacking::new(Arc::new(remote), limits, path);
+        let server = ExportServer::new(uri, Arc::clone(&remote), connection, access, options.nbd.give_up, lock);
+        let backing = NbdBacking::new(remote, limits, path);
         let mut image = Self { server: Arc::new(server), backing, found: None };
         image.found = image
             .detect_format()
@@ -335,15 +335,14 @@ impl NamedImage for NbdImage {
             label: remote.label.clone(),
             promised: remote.promised,
             quarantine_ms: milliseconds(remote.quarantine).unwrap_or(u64::MAX),
-            quarantined_ms: milliseconds(remote.quarantined_for().max(self.server.quarantined_for()))
-                .unwrap_or(u64::MAX),
+            quarantined_ms: milliseconds(self.server.quarantined_for()).unwrap_or(u64::MAX),
         };
         // A process that has ended accesses nothing, and what it has sent is in quarantine: no I/O lock is needed.
         Ok((OwnedFd::from(connector::spawn(&self.server)?).into(), ImageParts::Nbd(parts)))
     }
 
     fn quarantine_earlier_writes(&self) {
-        self.backing.remote.quarantine_earlier_writes(self.backing.remote.quarantine);
+        self.server.quarantine_earlier_writes();
     }
 
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {

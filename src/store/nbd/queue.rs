@@ -19,7 +19,7 @@ use super::client::Client;
 use super::connect::Connection;
 use super::connector::Reconnector;
 use super::receive::LOOK_AHEAD;
-use super::remote::{Notifier, Remote, TIMEOUT_FACTOR, is_timeout};
+use super::remote::{Notifier, Remote, is_timeout};
 use super::server::ServerAttempt;
 use super::slot::Violation;
 use super::suspects::BreakId;
@@ -222,12 +222,12 @@ impl NbdQueue {
         };
         warn!("{label}: connection lost ({why}); reconnecting");
         let timed_out = is_timeout(error);
-        let (cause, until) = self.remote.record_break(timed_out);
+        let (cause, quarantine) = self.remote.record_break(timed_out);
         self.last_break = Some((Instant::now(), cause));
         // Closed before another one is requested: some servers accept one connection at a time.
         drop(connection);
-        self.client.disconnected(cause, until, self.remote.now());
-        self.request_connection(if timed_out { self.remote.quarantine * TIMEOUT_FACTOR } else { Duration::ZERO });
+        self.client.disconnected(cause, quarantine, self.remote.now());
+        self.request_connection(quarantine);
     }
 
     /// Requests another connection; see [`Reconnector::request_connection`].

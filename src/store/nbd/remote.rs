@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::suspects::{BreakId, Suspects};
+use super::suspects::{BreakId, EARLIER, Suspects};
 use super::unflushed::Unflushed;
 use super::wire::Export;
 use crate::store::wake::WakeFd;
 
 /// After a timeout the network may still hold requests: their quarantine is longer by this factor.
-pub(super) const TIMEOUT_FACTOR: u32 = 6;
+const TIMEOUT_FACTOR: u32 = 6;
 
 /// See the documentation of the module.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub(super) struct Remote {
     pub label: String,
     /// The export when the image was opened.
     pub promised: Export,
-    /// How long a server may still execute requests of a connection that has broken.
+    /// How long a server that answers again may still execute requests of a connection that has broken.
     pub quarantine: Duration,
     pub suspects: Arc<Suspects>,
     pub unflushed: Arc<Unflushed>,
@@ -62,22 +62,21 @@ impl Remote {
         self.has_changed.load(Ordering::Acquire)
     }
 
-    /// An ID for a connection that has broken, and until when the server may still execute its requests.
+    /// An ID for a connection that has broken, and for how long a server that answers again may still execute its
+    /// requests.
     pub fn record_break(&self, timed_out: bool) -> (BreakId, Duration) {
         let factor = if timed_out { TIMEOUT_FACTOR } else { 1 };
-        (self.breaks.fetch_add(1, Ordering::AcqRel) + 1, self.now() + self.quarantine * factor)
+        (self.breaks.fetch_add(1, Ordering::AcqRel) + 1, self.quarantine * factor)
     }
 
-    /// For this long, the server may execute requests of an earlier process, on any range.
+    /// For this long after it answers, the server may execute requests of an earlier process, on any range.
     pub fn quarantine_earlier_writes(&self, for_how_long: Duration) {
-        let now = self.now();
-        self.suspects.add(0..self.promised.size_bytes, now + for_how_long, 0, now);
+        self.suspects.add(0..self.promised.size_bytes, for_how_long, EARLIER, self.now());
     }
 
-    /// How long the server may still execute requests of broken connections.
+    /// For how long after the server's next answer it may execute requests of broken connections.
     pub fn quarantined_for(&self) -> Duration {
-        let now = self.now();
-        self.suspects.blocked_until(&(0..u64::MAX), now).map_or(Duration::ZERO, |until| until.saturating_sub(now))
+        self.suspects.longest(self.now())
     }
 }
 

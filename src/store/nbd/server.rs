@@ -3,13 +3,15 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
 use super::connect::{Connection, LastServer, connect};
 use super::host_lock::HostLock;
+use super::remote::Remote;
+use super::suspects::{EARLIER, Suspects};
 use super::wire::{Export, export_flag};
 use crate::nbd_uri::NbdUri;
 use crate::sys::poll::wait_readable;
@@ -36,15 +38,14 @@ pub(super) enum ServerAttempt {
 #[derive(Debug)]
 pub(super) struct ExportServer {
     pub uri: NbdUri,
-    /// The prefix of log lines.
-    pub label: String,
-    /// The export when the image was opened.
-    pub promised: Export,
+    pub remote: Arc<Remote>,
     pub read_only: bool,
     pub io_max: u32,
     /// How long to try to reconnect; `None`: forever.
     pub give_up: Option<Duration>,
     pub lock: Option<HostLock>,
+    /// Requests of the broken connections of the processes that serve the image.
+    suspects: Suspects,
     state: Mutex<ExportServerState>,
 }
 
@@ -52,24 +53,23 @@ pub(super) struct ExportServer {
 struct ExportServerState {
     /// A connection that no queue uses.
     idle: Option<Connection>,
-    /// Until when the server may execute requests of a connection that timed out.
-    quarantined_until: Instant,
+    /// A process serves the image, or has served it.
+    has_served: bool,
 }
 
 impl ExportServer {
     /// The server of `connection`.
     pub fn new(
         uri: NbdUri,
-        label: String,
+        remote: Arc<Remote>,
         connection: Connection,
         access: (bool, u32),
         give_up: Option<Duration>,
         lock: Option<HostLock>,
     ) -> Self {
-        let promised = connection.export;
-        let state = Mutex::new(ExportServerState { idle: Some(connection), quarantined_until: Instant::now() });
+        let state = Mutex::new(ExportServerState { idle: Some(connection), has_served: false });
         let (read_only, io_max) = access;
-        Self { uri, label, promised, read_only, io_max, give_up, lock, state }
+        Self { uri, remote, read_only, io_max, give_up, lock, suspects: Suspects::default(), state }
     }
 
     fn state(&self) -> MutexGuard<'_, ExportServerState> {
@@ -109,15 +109,39 @@ impl ExportServer {
         self.state().idle = Some(connection);
     }
 
-    /// A connection has timed out: its requests may be executed for this long.
-    pub fn quarantine_for(&self, for_how_long: Duration) {
-        let mut state = self.state();
-        state.quarantined_until = state.quarantined_until.max(Instant::now() + for_how_long);
+    /// A process will serve the image.
+    pub fn begin_service(&self) {
+        self.state().has_served = true;
     }
 
-    /// How long requests of connections that timed out may be executed.
+    /// The server may execute requests of an earlier process.
+    ///
+    /// => What it had answered while that process ran does not show that it answers now, so no earlier connection is
+    /// used.
+    pub fn quarantine_earlier_writes(&self) {
+        let mut state = self.state();
+        if state.has_served {
+            state.idle = None;
+        }
+        drop(state);
+        self.remote.quarantine_earlier_writes(self.remote.quarantine);
+    }
+
+    /// A process has lost a connection; for this long after the server's next answer its requests may be executed.
+    pub fn quarantine(&self, for_how_long: Duration) {
+        self.suspects.add(0..u64::MAX, for_how_long, EARLIER, self.remote.now());
+    }
+
+    /// The server has answered.
+    pub fn answered(&self) {
+        for suspects in [&self.suspects, &*self.remote.suspects] {
+            suspects.answered(EARLIER, self.remote.now());
+        }
+    }
+
+    /// For how long after the server's next answer it may execute requests of earlier processes.
     pub fn quarantined_for(&self) -> Duration {
-        self.state().quarantined_until.saturating_duration_since(Instant::now())
+        self.suspects.longest(self.remote.now()).max(self.remote.quarantined_for())
     }
 
     /// Checks that an export still has the properties that it had when the image was opened.
@@ -125,14 +149,15 @@ impl ExportServer {
     /// # Errors
     /// The missing property.
     fn check(&self, found: &Export) -> Result<(), String> {
-        let promised = &self.promised;
+        let promised = &self.remote.promised;
         let lost = |flag: u16| promised.has(flag) && !found.has(flag);
         let (size, was) = (found.size_bytes, promised.size_bytes);
         if size < was {
             return Err(format!("the export has shrunk from {was} to {size} bytes"));
         }
         if size > was {
-            info!("{}: the export has grown from {was} to {size} bytes; it is served with its old size", self.label);
+            let label = &self.remote.label;
+            info!("{label}: the export has grown from {was} to {size} bytes; it is served with its old size");
         }
         let what = if lost(export_flag::SEND_FLUSH) {
             "FLUSH"
@@ -182,7 +207,8 @@ impl ExportServer {
                 return Some(ServerAttempt::Gone(format!("the server was away for {seconds} ({error})")));
             }
             if away >= PAUSE_MAX && reminded.is_none_or(|at| at.elapsed() >= REMIND) {
-                warn!("{}: cannot connect for {} s: {error}; still retrying", self.label, away.as_secs());
+                let label = &self.remote.label;
+                warn!("{label}: cannot connect for {} s: {error}; still retrying", away.as_secs());
                 reminded = Some(Instant::now());
             }
             pause = (pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);

@@ -44,6 +44,8 @@ struct Received {
 #[derive(Debug, Default)]
 struct Wire {
     is_up: bool,
+    /// The server is stopped until then.
+    back_at: Duration,
     to_server: Vec<u8>,
     to_client: VecDeque<u8>,
     received: Vec<Received>,
@@ -54,8 +56,24 @@ struct Wire {
 struct Server {
     current: [u64; BLOCKS],
     durable: [u64; BLOCKS],
-    /// Requests of connections that were cut, and the end of the time in which they can be executed.
-    zombies: Vec<(Duration, Received)>,
+    zombies: Vec<Zombie>,
+}
+
+/// A request of a connection that was cut.
+#[derive(Clone, Debug)]
+struct Zombie {
+    request: Received,
+    /// Number of the connection's client.
+    client: usize,
+    /// The end of the time in which it can be executed; `None` until the server has answered that client again: it may
+    /// be stopped.
+    until: Option<Duration>,
+}
+
+impl Zombie {
+    fn can_execute(&self, now: Duration) -> bool {
+        self.until.is_none_or(|until| now < until)
+    }
 }
 
 /// The state of a block in the model of the cache.
@@ -302,11 +320,13 @@ impl World {
 
     /// The connection is cut; the server keeps running.
     fn cut(&mut self, at: usize) {
-        let wire = std::mem::take(&mut self.wires[at]);
-        let until = self.now + QUARANTINE;
-        self.server.zombies.extend(wire.received.into_iter().map(|request| (until, request)));
+        // The server may be stopped for longer than a quarantine.
+        let back_at = self.now + self.prng.pick(&[Duration::ZERO, Duration::ZERO, QUARANTINE * 3]);
+        let wire = std::mem::replace(&mut self.wires[at], Wire { back_at, ..Wire::default() });
+        let zombie = |request| Zombie { request, client: at, until: None };
+        self.server.zombies.extend(wire.received.into_iter().map(zombie));
         self.breaks += 1;
-        self.clients[at].disconnected(self.breaks, until, self.now);
+        self.clients[at].disconnected(self.breaks, QUARANTINE, self.now);
     }
 
     /// The server is killed, loses some of the data that was not durable, and its connections break.
@@ -331,22 +351,28 @@ impl World {
     fn step(&mut self, faults: bool) {
         let at = self.prng.below(self.wires.len() as u64) as usize;
         match self.prng.below(100) {
-            0 if faults => self.cut(at),
+            0 if faults && self.wires[at].is_up => self.cut(at),
             1 if faults && self.prng.percent(30) => self.kill(),
-            2..10 if !self.wires[at].is_up => {
+            2..10 if !self.wires[at].is_up && self.now >= self.wires[at].back_at => {
                 self.wires[at].is_up = true;
+                for zombie in self.server.zombies.iter_mut().filter(|zombie| zombie.client == at) {
+                    zombie.until.get_or_insert(self.now + QUARANTINE);
+                }
                 self.clients[at].connected(&export(), true, self.now);
             }
             10..16 if !self.server.zombies.is_empty() => {
                 let index = self.prng.below(self.server.zombies.len() as u64) as usize;
-                let (until, request) = self.server.zombies.swap_remove(index);
-                if self.now < until {
-                    self.server.execute(&request);
+                // A server that is stopped does nothing.
+                if self.now >= self.wires[self.server.zombies[index].client].back_at {
+                    let zombie = self.server.zombies.swap_remove(index);
+                    if zombie.can_execute(self.now) {
+                        self.server.execute(&zombie.request);
+                    }
                 }
             }
             16..30 => {
                 self.now += Duration::from_micros(self.prng.below(8000));
-                self.server.zombies.retain(|(until, _)| self.now < *until);
+                self.server.zombies.retain(|zombie| zombie.can_execute(self.now));
                 self.clients.iter_mut().for_each(|client| client.advance(self.now));
             }
             30..50 => self.exchange(at),
@@ -369,8 +395,8 @@ impl World {
             self.step(false);
         }
         assert!(is_settled(&self), "an operation never completes: {:?} {:?}", self.ops, self.clients);
-        for (_, request) in std::mem::take(&mut self.server.zombies) {
-            self.server.execute(&request);
+        for zombie in std::mem::take(&mut self.server.zombies) {
+            self.server.execute(&zombie.request);
         }
         for (at, block) in self.blocks.iter().enumerate() {
             assert_eq!(self.server.current[at], block.version, "block {at} has another version in the end");

@@ -10,7 +10,7 @@ use crate::store::{Extent, IoRequest};
 pub(super) enum Phase {
     /// It waits to be sent, or for a connection.
     Waiting,
-    /// A request of an earlier connection may still change its range: it waits until this time.
+    /// A request of an earlier connection may still change its range: it waits at least until this time.
     Held(Duration),
     /// It is being sent, or waits for its reply.
     Sent,

@@ -255,10 +255,15 @@ const CONFINEMENT: &[Call] = &[
     Any(libc::SYS_seccomp),
 ];
 
-/// The connection of an image on a server, and the end of a quarantine.
-const CONNECTION: &[Call] = &[Any(libc::SYS_sendmsg), Any(libc::SYS_recvmsg), Any(libc::SYS_timerfd_settime)];
+/// The connection of an image on a server: data, its state, and a timer.
+const CONNECTION: &[Call] = &[
+    Any(libc::SYS_sendmsg),
+    Any(libc::SYS_recvmsg),
+    one_of(libc::SYS_getsockopt, 2, &[value(libc::TCP_INFO)]),
+    Any(libc::SYS_timerfd_settime),
+];
 
-/// The timer for the end of a quarantine.
+/// The timer of such a connection.
 const TIMER: &[Call] = &[Any(libc::SYS_timerfd_create)];
 
 /// Memory that is shared with a front-end.

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use super::file::Segment;
 use super::retry_eintr;
@@ -10,8 +11,10 @@ use super::retry_eintr;
 /// Idle seconds before the kernel probes a TCP connection, seconds between probes, and number of unanswered probes.
 const KEEP_ALIVE: [(libc::c_int, libc::c_int); 3] =
     [(libc::TCP_KEEPIDLE, 5), (libc::TCP_KEEPINTVL, 2), (libc::TCP_KEEPCNT, 3)];
-/// How long sent data may stay unacknowledged: as long as the probes take.
-const USER_TIMEOUT_MS: libc::c_int = 11_000;
+/// TCP_RTO_MAX_MS (Linux 6.15), which the libc crate does not have: the longest interval between retransmissions, and
+/// between probes of a peer that accepts no data.
+const TCP_RTO_MAX_MS: libc::c_int = 44;
+const RTO_MAX_MS: libc::c_int = 2000;
 /// SO_PEERPIDFD (Linux 6.5), which the libc crate does not have.
 const SO_PEERPIDFD: libc::c_int = 77;
 
@@ -50,8 +53,10 @@ fn message_of(segments: &[Segment]) -> libc::msghdr {
     message
 }
 
-/// Makes the kernel detect within some seconds that the other end of a TCP connection is unreachable, even while
-/// nothing is sent.
+/// Makes the kernel detect within some seconds that the other end of a TCP connection is unreachable while all sent
+/// data is acknowledged. See [`acknowledgement`] for other data.
+///
+/// => TCP_USER_TIMEOUT would also end the connection of a peer that is reachable, but too slow to accept more data.
 ///
 /// # Errors
 /// Errors of setsockopt(2).
@@ -60,7 +65,32 @@ pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
     for (option, value) in KEEP_ALIVE {
         set(&socket, libc::IPPROTO_TCP, option, value)?;
     }
-    set(&socket, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    // Older kernels retry after up to two minutes.
+    let _ = set(&socket, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, RTO_MAX_MS);
+    Ok(())
+}
+
+/// What the other end of a TCP connection has acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acknowledgement {
+    /// Sent segments that it has not acknowledged.
+    pub unacknowledged: u32,
+    /// Probes since its last answer, if it accepts no data at present.
+    pub probes: u8,
+    /// The time since its last acknowledgement, of whatever data.
+    pub age: Duration,
+}
+
+/// The state of a TCP connection; `None` for other sockets.
+pub fn acknowledgement(socket: impl AsFd) -> Option<Acknowledgement> {
+    // SAFETY: all-zero bytes are a valid tcp_info.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = libc::socklen_t::try_from(size_of_val(&info)).expect("some hundred bytes");
+    let (fd, value) = (socket.as_fd().as_raw_fd(), (&raw mut info).cast());
+    // SAFETY: the call writes at most `len` bytes to `info`, whose size that is.
+    retry_eintr(|| unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, value, &raw mut len) }).ok()?;
+    let age = Duration::from_millis(info.tcpi_last_ack_recv.into());
+    Some(Acknowledgement { unacknowledged: info.tcpi_unacked, probes: info.tcpi_probes, age })
 }
 
 /// Makes closing a TCP connection drop unsent data. Has no effect on other sockets.
@@ -94,7 +124,6 @@ pub fn peer_process(socket: impl AsFd) -> Option<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
-    use std::time::Duration;
 
     use super::*;
     use crate::sys::poll::wait_readable;

@@ -14,7 +14,7 @@ use super::common::wait::{TIMEOUT, poll_until};
 use super::{directory_with_image, image_of};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 
-/// How long the kernel may take to find out that the other end is gone: 11 s, on a loaded machine.
+/// How long it may take to find out that the other end is gone: 13 s, on a loaded machine.
 const LOSS_LIMIT: Duration = Duration::from_secs(30);
 
 /// Two namespaces with a cable between them, and a server in the second one.

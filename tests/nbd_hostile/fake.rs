@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::io::Write;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -40,7 +43,10 @@ pub struct FakeServer {
     pub memory: Arc<Mutex<Vec<u8>>>,
     /// Size that connections after the first one are told.
     pub size_later: Arc<Mutex<u64>>,
-    socket: PathBuf,
+    /// The number of connections so far.
+    pub connections: Arc<AtomicUsize>,
+    uri: String,
+    socket: Option<PathBuf>,
 }
 
 pub fn is_write(request: &Request) -> bool {
@@ -56,30 +62,53 @@ impl FakeServer {
     pub fn start(socket: &Path, size: u64, script: impl Fn(Request) -> Act + Send + Sync + 'static) -> Self {
         let _ = std::fs::remove_file(socket);
         let listener = UnixListener::bind(socket).unwrap();
+        let accept = move || Ok(listener.accept()?.0);
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let mut server = Self::serve(uri, accept, size, script);
+        server.socket = Some(socket.to_path_buf());
+        server
+    }
+
+    /// The same on a TCP port of this host.
+    pub fn start_tcp(size: u64, script: impl Fn(Request) -> Act + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("nbd://127.0.0.1:{}/", listener.local_addr().unwrap().port());
+        // Reading and writing do not depend on the family of a socket.
+        let accept = move || Ok(OwnedFd::from(listener.accept()?.0).into());
+        Self::serve(uri, accept, size, script)
+    }
+
+    fn serve(
+        uri: String,
+        accept: impl Fn() -> std::io::Result<UnixStream> + Send + 'static,
+        size: u64,
+        script: impl Fn(Request) -> Act + Send + Sync + 'static,
+    ) -> Self {
         let memory = Arc::new(Mutex::new(vec![0; usize::try_from(size).unwrap()]));
-        let size_later = Arc::new(Mutex::new(size));
+        let (size_later, connections) = (Arc::new(Mutex::new(size)), Arc::new(AtomicUsize::new(0)));
         let script: Arc<Script> = Arc::new(script);
-        let (shared, sizes) = (Arc::clone(&memory), Arc::clone(&size_later));
+        let (shared, sizes, count) = (Arc::clone(&memory), Arc::clone(&size_later), Arc::clone(&connections));
         // It ends with the process, or when its socket is shut down.
         thread::spawn(move || {
-            for (number, stream) in listener.incoming().enumerate() {
-                let Ok(stream) = stream else { return };
+            loop {
+                let Ok(stream) = accept() else { return };
+                let number = count.fetch_add(1, Ordering::Relaxed);
                 let (memory, script) = (Arc::clone(&shared), Arc::clone(&script));
                 let size = if number == 0 { size } else { *sizes.lock().unwrap() };
                 thread::spawn(move || drop(serve(stream, size, &memory, &*script)));
             }
         });
-        Self { memory, size_later, socket: socket.to_path_buf() }
+        Self { memory, size_later, connections, uri, socket: None }
     }
 
     pub fn uri(&self) -> String {
-        format!("nbd+unix:///?socket={}", self.socket.display())
+        self.uri.clone()
     }
 }
 
 impl Drop for FakeServer {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.socket);
+        self.socket.take().map(std::fs::remove_file);
     }
 }
 

@@ -11,7 +11,7 @@ mod store_kit;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use genblk::store::file::{NbdOptions, OpenOptions};
@@ -253,6 +253,33 @@ fn a_silent_server_blocks_no_call() {
     }
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     assert!(!queue.drain(Duration::from_millis(100)), "64 writes are in flight");
+}
+
+/// More data than the kernel holds is in flight, so the server accepts none for longer than a dead one would be given.
+#[test]
+fn a_server_that_is_slow_to_accept_data_keeps_its_tcp_connection() {
+    const BYTES: u64 = 256 << 10;
+    let is_slow = AtomicBool::new(true);
+    let script = move |request: Request| {
+        if is_write(&request) && is_slow.swap(false, Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_secs(14));
+        }
+        Act::Serve
+    };
+    let server = FakeServer::start_tcp(32 << 20, script);
+    let image = open(&server, NbdOptions::default());
+    let mut queue = image.attach().unwrap();
+    let mut buffers: Vec<Buffer> = (0..128).map(|_| Buffer::filled(BYTES as usize, 3)).collect();
+    for (n, buffer) in (0..).zip(&mut buffers) {
+        let segments = vec![buffer.segment(0, BYTES as usize)];
+        let urgency = Urgency::Demand;
+        queue
+            .submit(IoRequest { tag: n, op: OpKind::Write, offset: n * BYTES, len: BYTES, urgency, segments })
+            .unwrap();
+    }
+    assert!(queue.drain(Duration::from_secs(60)), "the server executes them in the end");
+    assert_eq!(server.connections.load(Ordering::Relaxed), 1, "a slow server is never disconnected");
+    assert!(server.memory.lock().unwrap().iter().all(|byte| *byte == 3));
 }
 
 #[test]

@@ -4,8 +4,8 @@
 //! without I/O), `memory` (copies into an operation's memory), `suspects` (writes that dead connections may still carry
 //! out), `unflushed` (ranges that maps must not report as holes), `remote` (the state that queues share), `connect` and
 //! `server` (connections, established on threads that may wait), `connector` (connections for queues in another
-//! process), `queue` (a worker's socket), `backing` (the image in the process that serves it), `host_lock`, and here
-//! the image in the process that opens it.
+//! process), `queue` (a worker's socket), `silence` (when its peer is dead), `backing` (the image in the process that
+//! serves it), `host_lock`, and here the image in the process that opens it.
 
 mod backing;
 mod client;
@@ -18,6 +18,7 @@ mod queue;
 mod receive;
 mod remote;
 mod server;
+mod silence;
 #[cfg(test)]
 mod simulation;
 mod slot;

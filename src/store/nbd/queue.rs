@@ -1,8 +1,8 @@
 //! One worker's queue on an export: a client, and the socket of its connection.
 //!
-//! The wake fd is an epoll descriptor over the socket, a timer for the end of quarantines, an eventfd for events that
-//! are already available, and, while there is no connection, the socket of the connector. Nothing here waits: all calls
-//! on the sockets are non-blocking.
+//! The wake fd is an epoll descriptor over the socket, a timer (ends of quarantines, checks of the peer), an eventfd
+//! for events that are already available, and, while there is no connection, the socket of the connector. Nothing here
+//! waits: all calls on the sockets are non-blocking.
 
 use std::fmt;
 use std::io;
@@ -21,6 +21,7 @@ use super::connector::Reconnector;
 use super::receive::LOOK_AHEAD;
 use super::remote::{Notifier, Remote, is_timeout};
 use super::server::ServerAttempt;
+use super::silence::Silence;
 use super::slot::Violation;
 use super::suspects::BreakId;
 use super::wire::{command, request};
@@ -35,6 +36,8 @@ const _: () = assert!(STAGING_BYTES >= LOOK_AHEAD);
 const PIECES_MAX: usize = 256;
 /// Most calls of recvmsg(2) in one turn, so that a server that sends endlessly does not block the worker.
 const RECEIVES_MAX: usize = 64;
+/// How often to check the peer of a TCP connection while operations are in flight.
+const PEER_CHECK: Duration = Duration::from_secs(1);
 
 /// See the documentation of the module.
 pub(super) struct NbdQueue {
@@ -45,6 +48,10 @@ pub(super) struct NbdQueue {
     wake: Notifier,
     timer: TimerFd,
     timer_at: Option<Duration>,
+    /// When to check next whether the peer of a TCP connection is dead.
+    check_at: Option<Duration>,
+    /// `None` for other connections.
+    silence: Option<Silence>,
     connection: Option<Connection>,
     /// Establishes new connections. Without one, the first connection that breaks is the last one.
     reconnector: Option<Reconnector>,
@@ -82,6 +89,8 @@ impl NbdQueue {
             wake: Notifier::new()?,
             timer: TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?,
             timer_at: None,
+            check_at: None,
+            silence: None,
             connection: None,
             reconnector,
             is_connecting: false,
@@ -123,6 +132,7 @@ impl NbdQueue {
         let event = EpollEvent::new(EventSet::IN, 0);
         self.epoll.ctl(ControlOperation::Add, connection.socket.as_raw_fd(), event)?;
         (self.watches_writable, self.staged) = (false, 0..0);
+        self.silence = stream::acknowledgement(&connection.socket).map(|_| Silence::default());
         self.client.connected(&connection.export, connection.may_have_lost, self.remote.now());
         self.connection = Some(connection);
         Ok(())
@@ -293,9 +303,21 @@ impl NbdQueue {
         }
     }
 
-    /// Arms the timer for the end of the next quarantine.
+    /// Ends a TCP connection whose peer is dead.
+    fn check_peer(&mut self) {
+        let (Some(connection), Some(silence)) = (&self.connection, &mut self.silence) else { return };
+        let now = self.remote.now();
+        if stream::acknowledgement(&connection.socket).is_some_and(|state| silence.is_dead(&state, now)) {
+            self.hang_up(&io::Error::from_raw_os_error(libc::ETIMEDOUT));
+        }
+    }
+
+    /// Arms the timer for the end of the next quarantine, and for the next check of the peer.
     fn set_timer(&mut self) {
-        let deadline = self.client.deadline();
+        if self.silence.is_some() && self.check_at.is_none() && self.client.in_flight() > 0 {
+            self.check_at = Some(self.remote.now() + PEER_CHECK);
+        }
+        let deadline = self.client.deadline().into_iter().chain(self.check_at).min();
         if deadline != self.timer_at {
             let result = match deadline {
                 Some(at) => {
@@ -356,6 +378,11 @@ impl StoreQueue for NbdQueue {
             self.client.advance(self.remote.now());
         }
         self.exchange();
+        // After what has arrived: the worker may have been late.
+        if self.check_at.is_some_and(|at| at <= self.remote.now()) {
+            self.check_at = None;
+            self.check_peer();
+        }
         if self.is_connecting {
             self.poll_connection();
             self.exchange();

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use super::file::Segment;
+use super::poll::wait_readable;
 use super::retry_eintr;
 
 /// Idle seconds before the kernel probes a TCP connection, seconds between probes, and number of unanswered probes.
@@ -111,6 +112,9 @@ fn set(socket: &impl AsFd, level: libc::c_int, option: libc::c_int, value: libc:
 
 /// A descriptor of the process that listens at the other end of a Unix domain socket, readable once that process has
 /// ended; `None` if the kernel does not report it, or the process has ended.
+///
+/// => That is the process which has called listen(2). A server that becomes a daemon after that call continues in
+/// another one.
 pub fn peer_process(socket: impl AsFd) -> Option<OwnedFd> {
     let mut process: libc::c_int = -1;
     let mut len = libc::socklen_t::try_from(size_of_val(&process)).expect("four bytes");
@@ -118,15 +122,18 @@ pub fn peer_process(socket: impl AsFd) -> Option<OwnedFd> {
     // SAFETY: the call writes at most `len` bytes to `process`, whose size that is.
     retry_eintr(|| unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, SO_PEERPIDFD, value, &raw mut len) }).ok()?;
     // SAFETY: the kernel installed a new descriptor, which nothing else owns.
-    (process >= 0).then(|| unsafe { OwnedFd::from_raw_fd(process) })
+    let process = (process >= 0).then(|| unsafe { OwnedFd::from_raw_fd(process) })?;
+    // Since Linux 6.16 the kernel also reports a process that has ended.
+    (!wait_readable(process.as_raw_fd(), Duration::ZERO)).then_some(process)
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
 
     use super::*;
-    use crate::sys::poll::wait_readable;
 
     #[test]
     fn a_live_listening_process_is_recognised() {
@@ -139,5 +146,20 @@ mod tests {
         if let Some(process) = peer_process(&stream) {
             assert!(!wait_readable(process.as_raw_fd(), Duration::ZERO), "this process runs");
         }
+    }
+
+    #[test]
+    fn a_listening_process_that_has_ended_is_not_taken_for_the_server() {
+        let path = std::env::temp_dir().join(format!("genblk-peer-ended-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let fd = listener.as_raw_fd();
+        // A server that listens, forks, and exits: this process is its child.
+        let mut parent = Command::new("true");
+        // SAFETY: listen(2) is async-signal-safe.
+        unsafe { parent.pre_exec(move || retry_eintr(|| libc::listen(fd, 8)).map(drop)) };
+        assert!(parent.status().unwrap().success());
+        let stream = UnixStream::connect(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(peer_process(&stream).is_none());
     }
 }

@@ -11,6 +11,8 @@ use super::wire::Export;
 use crate::nbd_uri::{NbdUri, ServerAddress};
 use crate::sys::{poll, socket, stream};
 
+/// How long after its first connection the process that listened may end because it has become a daemon.
+const FORK_TIME: Duration = Duration::from_secs(1);
 /// How long each address of a host is tried.
 const ADDRESS_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -21,7 +23,7 @@ pub(super) struct Connection {
     pub export: Export,
     /// Changes that were completed on another connection may be lost, and that was not yet reported to the cache.
     pub may_have_lost: bool,
-    /// The process at the other end of a Unix domain socket.
+    /// The process that listens at the other end of a Unix domain socket.
     pub process: Option<OwnedFd>,
 }
 
@@ -33,6 +35,14 @@ impl LastServer {
     /// The server of a connection.
     pub fn of(connection: Option<&mut Connection>) -> Self {
         Self(connection.and_then(|connection| connection.process.take()))
+    }
+
+    /// Forgets the process if it ends within [`FORK_TIME`] although its connection lives, and if the connection breaks
+    /// earlier: `requester` is readable then. A server that becomes a daemon lives on in another process.
+    pub fn confirm(&mut self, requester: &UnixStream) {
+        if self.0.is_some() && (poll::wait_readable(requester.as_raw_fd(), FORK_TIME) || self.has_ended()) {
+            self.0 = None;
+        }
     }
 
     /// Whether the process is known to have ended: it no longer executes anything.
@@ -128,4 +138,46 @@ fn no_answer(timeout: Duration) -> io::Error {
     let seconds = timeout.as_secs();
     let why = format!("the server does not answer within {seconds} s (it may serve one client at a time: qemu-nbd -e)");
     io::Error::new(io::ErrorKind::TimedOut, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::FromRawFd;
+    use std::process::Command;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_server_counts_as_ended_only_if_its_process_ran_for_a_while_with_the_connection() {
+        let run = |seconds: &str| {
+            let child = Command::new("sleep").arg(seconds).spawn().unwrap();
+            // SAFETY: the call takes integers.
+            let process = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
+            // SAFETY: the kernel installed a new descriptor, which nothing else owns.
+            let process = unsafe { OwnedFd::from_raw_fd(i32::try_from(process).unwrap()) };
+            (LastServer(Some(process)), child)
+        };
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        // It has become a daemon.
+        let (mut last, mut child) = run("0.2");
+        last.confirm(&ours);
+        child.wait().unwrap();
+        assert!(!last.has_ended());
+        let (mut last, mut child) = run("600");
+        last.confirm(&ours);
+        assert!(!last.has_ended());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(last.has_ended());
+        // The connection breaks at once.
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut last, mut child) = run("600");
+        let breaks = thread::spawn(move || drop(theirs));
+        last.confirm(&ours);
+        breaks.join().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!last.has_ended());
+    }
 }

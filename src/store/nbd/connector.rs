@@ -128,6 +128,7 @@ fn attach(server: &Arc<ExportServer>, requester: &UnixStream) -> io::Result<()> 
 /// Body of a queue's thread.
 fn connect_queue(server: &ExportServer, requester: &UnixStream, mut last: LastServer, mut since: Instant) {
     let mut pause = Duration::ZERO;
+    last.confirm(requester);
     while let Ok(Some((ConnectorRequest::Connect { quarantined_ms }, _))) = receive(requester) {
         server.quarantine(Duration::from_millis(quarantined_ms));
         pause = ExportServer::pause_after(since.elapsed(), pause);
@@ -146,6 +147,7 @@ fn connect_queue(server: &ExportServer, requester: &UnixStream, mut last: LastSe
             debug!("{}: cannot send a connection to the disk process: {e}", server.remote.label);
             return;
         }
+        last.confirm(requester);
     }
 }
 

@@ -33,6 +33,8 @@ pub(super) struct Leftovers {
     pub(super) generation: u64,
     /// The record of the last tenure.
     pub(super) record: Option<Record>,
+    /// Whether a daemon may have died while it was changing the image, or an operator has set its cache aside since.
+    pub(super) may_have_died: bool,
     /// Whether the cache of the record's tenure was found, even if it is not used.
     is_recorded_cache_there: bool,
 }
@@ -63,6 +65,7 @@ impl Leftovers {
             guest: GuestState::FRESH,
             generation: 0,
             record: record.clone(),
+            may_have_died: false,
             is_recorded_cache_there: false,
         };
         left.generation = record.as_ref().map_or(0, |record| record.tenure.generation);
@@ -80,6 +83,7 @@ impl Leftovers {
         if candidate.match_strength == MatchStrength::OtherAccess {
             return take_other_access(name, read_only, image, &candidate);
         }
+        self.may_have_died |= candidate.header.is_set_aside || !candidate.header.last_seen.is_at_rest;
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
         self.generation = self.generation.max(generation);
         let recorded = self.record.as_ref().map(|record| record.tenure);

@@ -136,6 +136,9 @@ pub fn arena_for(
     if config.read_only {
         return arena_for_reading(config, image, [frames, frames_max], left);
     }
+    if left.may_have_died {
+        image.quarantine_earlier_writes();
+    }
     let new = NewCache { config, image, frames, frames_max, manager, facts: &facts, generation: left.generation + 1 };
     let guest = left.guest;
     let (found_at, file, header) = match left.usable {
@@ -157,9 +160,6 @@ pub fn arena_for(
     let (arena, tenure) = match decide(contents, found_at, config.cache.survive) {
         Decision::Attach => {
             let header = header.expect(HAS_HEADER);
-            if !header.last_seen.is_at_rest {
-                image.quarantine_earlier_writes();
-            }
             let arena = Arena::attach(file, &header)?;
             reserve(config, &arena, frames)?;
             arena.move_to(&header.image, &facts).map_err(|beyond| data_past_end(image, &arena, beyond))?;

@@ -133,6 +133,22 @@ fn only_a_death_during_a_change_quarantines_the_image() {
 }
 
 #[test]
+fn a_new_cache_waits_for_the_earlier_writes_of_the_one_that_was_dropped() {
+    for in_flight in [false, true] {
+        let world = World::new();
+        world.live_and_die(SectorMask::NONE, in_flight);
+        let image = world.open();
+        let LastTenure::Recorded(record) = image.last_tenure().unwrap() else { panic!("the image has a record") };
+        let tenure = TenureId::new(record.tenure.generation + 1).unwrap();
+        image.write_record(&Record { tenure, state: TenureState::Clean, ..record }).unwrap();
+        drop(image);
+        let image = SyncedImage::new(world.open(), false);
+        arena_for(&world.config, &image, [FRAMES; 2], &Arc::default()).unwrap();
+        assert_eq!(image.quarantines.load(Ordering::Relaxed), u32::from(in_flight));
+    }
+}
+
+#[test]
 fn a_tenure_counts_as_recorded_only_if_the_image_can_store_it() {
     let world = World::new();
     let is_recorded = |image: &dyn NamedImage| {

@@ -107,7 +107,7 @@ impl Backing for NbdBacking {
 
     fn change_token(&self) -> Option<ChangeToken> {
         // A server reports nothing else. The image is not at rest while the server may still change it.
-        let is_quarantined = self.remote.suspects.has_any(self.remote.now());
+        let is_quarantined = self.remote.shared.suspects.has_any(self.remote.now());
         (!is_quarantined).then(|| ChangeToken { size_bytes: self.limits.size_bytes.get(), ..ChangeToken::default() })
     }
 

@@ -5,19 +5,21 @@
 //! => An operation that was not completed when its connection broke is sent again on the next one. Its memory does not
 //!    change before its event is taken, so each repetition has the same bytes.
 //! => A connection that is not the first one may lead to a server that was restarted, which may have lost everything
-//!    that no FLUSH had made durable. So the first Sync on it fails with [`Fault::Lost`], and the receiver treats
-//!    everything that it had submitted before as lost. A later Sync is valid: the operations that it covers were
-//!    completed after the connection was established, by the same server.
+//!    that no FLUSH had made durable. So the first Sync after it fails with [`Fault::Lost`], and the receiver treats
+//!    everything that it had submitted before as lost: see `losses.rs`.
 //! => A change that was sent and not answered when its connection broke makes its range suspect: see `suspects.rs`.
 //! => If a server violates the protocol, only its connection ends.
 //! => Ranges written since the last FLUSH are data in every map: see `unflushed.rs`.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::losses::Losses;
 use super::memory;
+use super::notifier::Notifier;
 use super::slot::{Phase, Receiving, Slot, Violation};
 use super::suspects::{BreakId, EARLIER, Suspects};
 use super::unflushed::{Unflushed, with_data};
@@ -34,6 +36,8 @@ const PIECES_MAX: usize = 1024;
 const SLOT_BITS: u32 = 16;
 /// How often a change checks whether the quarantine that it waits for has begun.
 const HELD_CHECK: Duration = Duration::from_millis(100);
+/// How long a Sync lets other queues replace their obsolete connections before it fails.
+const SETTLE_TIME: Duration = Duration::from_millis(100);
 
 /// Whether the client has a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +46,14 @@ enum Link {
     Up,
     /// The connection has ended, and no other follows.
     Closed,
+}
+
+/// What the clients of an image share.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SharedLists {
+    pub suspects: Arc<Suspects>,
+    pub losses: Arc<Losses>,
+    pub unflushed: Arc<Unflushed>,
 }
 
 /// A request that is being sent.
@@ -68,8 +80,13 @@ pub(super) struct Client {
     pub(super) receiving: Receiving,
     requests: u64,
     submitted: u64,
-    /// The connection is not the first one, and that was not yet reported to the cache.
-    loss_unreported: bool,
+    losses: Arc<Losses>,
+    /// Its ID among the queues of the image.
+    member: u64,
+    /// The number of breaks when the connection was requested.
+    breaks: u64,
+    /// An event that was not taken yet tells the cache of this many losses.
+    telling: u64,
     events: Vec<Event>,
     in_flight: usize,
     held: usize,
@@ -80,8 +97,9 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// A client without a connection.
-    pub fn new(export: Export, suspects: Arc<Suspects>, unflushed: Arc<Unflushed>) -> Self {
+    /// A client without a connection. `wake` wakes the thread that uses it.
+    pub fn new(export: Export, shared: &SharedLists, wake: Option<Notifier>) -> Self {
+        let SharedLists { suspects, losses, unflushed } = shared.clone();
         Self {
             export,
             flushes: export.has(export_flag::SEND_FLUSH),
@@ -92,7 +110,10 @@ impl Client {
             receiving: Receiving::Header,
             requests: 0,
             submitted: 0,
-            loss_unreported: false,
+            member: losses.join(wake),
+            breaks: losses.breaks(),
+            losses,
+            telling: 0,
             events: Vec::new(),
             in_flight: 0,
             held: 0,
@@ -122,9 +143,24 @@ impl Client {
         self.export.is_structured
     }
 
-    /// Whether the next Sync fails in order to report a loss.
-    pub fn loss_unreported(&self) -> bool {
-        self.loss_unreported
+    /// Whether another queue's connection broke after this one's was requested: it may lead to a server that has lost
+    /// data since.
+    pub fn is_obsolete(&self) -> bool {
+        self.link == Link::Up && self.breaks != self.losses.breaks()
+    }
+
+    /// Whether a Sync must fail now.
+    fn must_tell(&self) -> bool {
+        self.losses.is_untold() || !self.losses.is_settled()
+    }
+
+    /// The failure of a Sync that reports the losses so far.
+    fn lost(&mut self, tag: u64) -> Event {
+        let count = self.losses.count();
+        if self.losses.is_settled() {
+            self.telling = count;
+        }
+        failed(tag, Fault::Lost, libc::ESTALE)
     }
 
     /// Whether there are events to take.
@@ -142,7 +178,7 @@ impl Client {
             }
             _ if !self.supports(request.op) => Some(failed(tag, Fault::Unsupported, libc::EOPNOTSUPP)),
             _ if self.link == Link::Closed => Some(failed(tag, Fault::Gone, libc::ENOTCONN)),
-            OpKind::Sync if self.loss_unreported => Some(failed(tag, Fault::Lost, libc::ESTALE)),
+            OpKind::Sync if self.losses.is_untold() && self.losses.is_settled() => Some(self.lost(tag)),
             OpKind::Sync if !self.flushes => Some(Event::Done { tag }),
             // Less than a block of the server.
             OpKind::Discard if self.whole_blocks(&request).is_none() => Some(Event::Done { tag }),
@@ -165,6 +201,7 @@ impl Client {
         let slot = Slot {
             request,
             flush,
+            losses: self.losses.count(),
             written,
             serial: self.submitted,
             phase: Phase::Waiting,
@@ -203,6 +240,9 @@ impl Client {
 
     /// Queues the next request of an operation, unless it has to wait.
     fn start(&mut self, index: usize, now: Duration) {
+        if self.settle(index, now) {
+            return;
+        }
         let slot = self.slots[index].as_mut().expect("an operation that starts has a slot");
         if slot.request.op.is_change() && !slot.was_sent && !planted(PlantedBug::SuspectsNotHeld) {
             let until = self.suspects.blocked_until(&slot.range(), now);
@@ -227,6 +267,28 @@ impl Client {
         let header = request(command, flags, slot.cookie, offset, len);
         let payload = if slot.request.op == OpKind::Write { slot.request.len } else { 0 };
         self.sending.push_back(Sending { header, slot: index, sent: 0, total: REQUEST_BYTES as u64 + payload });
+    }
+
+    /// Lets a Sync wait or fail if it must not be sent now; returns whether it does.
+    fn settle(&mut self, index: usize, now: Duration) -> bool {
+        let slot = self.slots[index].as_mut().expect("an operation that starts has a slot");
+        if slot.request.op != OpKind::Sync {
+            return false;
+        }
+        let (tag, waited) = (slot.request.tag, matches!(slot.phase, Phase::Held(_)));
+        slot.phase = Phase::Waiting;
+        self.held -= usize::from(waited);
+        if self.link != Link::Up || !self.must_tell() {
+            return false;
+        }
+        if waited || self.losses.is_settled() {
+            let event = self.lost(tag);
+            self.complete(index, event);
+        } else {
+            self.slots[index].as_mut().expect("it was just found").phase = Phase::Held(now + SETTLE_TIME);
+            self.held += 1;
+        }
+        true
     }
 
     /// Starts the operations whose quarantine has ended, and lets the others wait on.
@@ -351,6 +413,14 @@ impl Client {
             self.start(index, now);
             return Ok(());
         }
+        let losses = slot.losses;
+        if slot.request.op == OpKind::Sync && (losses != self.losses.count() || self.must_tell()) {
+            // A connection broke meanwhile.
+            let event = self.lost(tag);
+            self.complete(index, event);
+            return Ok(());
+        }
+        let slot = self.slots[index].as_mut().expect("a reply belongs to a slot");
         let event = match slot.request.op {
             OpKind::Map => {
                 let mut written = self.unflushed.within(&slot.range());
@@ -381,10 +451,7 @@ impl Client {
 
     /// Appends the pending events.
     pub fn take_events(&mut self, events: &mut Vec<Event>) {
-        if self.loss_unreported {
-            let tells = |event: &Event| matches!(event, Event::Failed { fault: Fault::Lost, .. });
-            self.loss_unreported = !self.events.iter().any(tells);
-        }
+        self.losses.tell(mem::take(&mut self.telling));
         self.in_flight -= self.events.len();
         events.append(&mut self.events);
     }
@@ -393,6 +460,8 @@ impl Client {
     /// requests that were sent.
     pub fn disconnected(&mut self, cause: BreakId, quarantine: Duration, now: Duration) {
         self.last_break = Some(cause);
+        self.losses.broken(self.member);
+        self.breaks = self.losses.breaks();
         self.link = if self.link == Link::Closed { Link::Closed } else { Link::Down };
         self.sending.clear();
         self.receiving = Receiving::Header;
@@ -408,20 +477,18 @@ impl Client {
     /// completed on another connection.
     pub fn connected(&mut self, found: &Export, may_have_lost: bool, now: Duration) {
         self.link = Link::Up;
-        self.last_break.take().into_iter().chain([EARLIER]).for_each(|cause| self.suspects.answered(cause, now));
+        let broken = self.last_break.take();
+        broken.into_iter().chain([EARLIER]).for_each(|cause| self.suspects.answered(cause, now));
+        self.losses.connected(self.member, self.breaks);
+        if may_have_lost && broken.is_none() {
+            self.losses.add();
+        }
         self.export.is_structured = found.is_structured;
         if self.export.allocation.is_some() {
             self.export.allocation = found.allocation;
         }
-        self.loss_unreported |= may_have_lost && !planted(PlantedBug::RestartNotReported);
         for index in self.in_order(|slot| slot.phase == Phase::Waiting) {
-            let request = &self.slots[index].as_ref().expect("it was just found").request;
-            if request.op == OpKind::Sync && self.loss_unreported {
-                let event = failed(request.tag, Fault::Lost, libc::ESTALE);
-                self.complete(index, event);
-            } else {
-                self.start(index, now);
-            }
+            self.start(index, now);
         }
         self.retry_held(now);
     }
@@ -429,6 +496,7 @@ impl Client {
     /// No further connection follows: every operation fails from now on.
     pub fn close(&mut self) {
         self.link = Link::Closed;
+        self.losses.leave(self.member);
         self.sending.clear();
         for index in self.in_order(|_| true) {
             let tag = self.slots[index].as_ref().expect("it was just found").request.tag;
@@ -439,6 +507,7 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
+        self.losses.leave(self.member);
         if let Some(cause) = self.last_break {
             self.suspects.disown(cause);
         }

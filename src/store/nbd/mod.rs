@@ -2,10 +2,11 @@
 //!
 //! The layers, from the wire up: `wire` (numbers), `handshake` and `client` with `receive` and `slot` (state machines
 //! without I/O), `memory` (copies into an operation's memory), `suspects` (writes that dead connections may still carry
-//! out), `unflushed` (ranges that maps must not report as holes), `remote` (the state that queues share), `connect` and
-//! `server` (connections, established on threads that may wait), `connector` (connections for queues in another
-//! process), `queue` (a worker's socket), `silence` (when its peer is dead), `backing` (the image in the process that
-//! serves it), `host_lock`, and here the image in the process that opens it.
+//! out), `losses` (breaks of which the cache must be told), `unflushed` (ranges that maps must not report as holes),
+//! `notifier` (wakes a worker), `remote` (the state that queues share), `connect` and `server` (connections,
+//! established on threads that may wait), `connector` (connections for queues in another process), `queue` (a worker's
+//! socket), `silence` (when its peer is dead), `backing` (the image in the process that serves it), `host_lock`, and
+//! here the image in the process that opens it.
 
 mod backing;
 mod client;
@@ -13,7 +14,9 @@ mod connect;
 mod connector;
 mod handshake;
 mod host_lock;
+mod losses;
 mod memory;
+mod notifier;
 mod queue;
 mod receive;
 mod remote;

@@ -18,8 +18,9 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::client::Client;
 use super::connect::Connection;
 use super::connector::Reconnector;
+use super::notifier::Notifier;
 use super::receive::LOOK_AHEAD;
-use super::remote::{Notifier, Remote, is_timeout};
+use super::remote::{Remote, is_timeout};
 use super::server::ServerAttempt;
 use super::silence::Silence;
 use super::slot::Violation;
@@ -81,12 +82,13 @@ impl NbdQueue {
         connection: Option<Connection>,
         reconnector: Option<Reconnector>,
     ) -> io::Result<Self> {
-        let client = Client::new(remote.promised, Arc::clone(&remote.suspects), Arc::clone(&remote.unflushed));
+        let wake = Notifier::new()?;
+        let client = Client::new(remote.promised, &remote.shared, Some(wake.clone()));
         let mut queue = Self {
             limits,
             client,
             epoll: Epoll::new()?,
-            wake: Notifier::new()?,
+            wake,
             timer: TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?,
             timer_at: None,
             check_at: None,
@@ -124,7 +126,7 @@ impl NbdQueue {
         if self.client.in_flight() > 0 {
             return None;
         }
-        let may_have_lost = self.client.loss_unreported();
+        let may_have_lost = self.remote.shared.losses.is_untold();
         self.connection.take().map(|connection| Connection { may_have_lost, ..connection })
     }
 
@@ -217,6 +219,9 @@ impl NbdQueue {
 
     /// Sends and receives; a connection that breaks meanwhile is replaced.
     fn exchange(&mut self) {
+        if self.client.is_obsolete() {
+            self.hang_up(&io::Error::other("another connection to it broke"));
+        }
         if let Err(e) = self.send().and_then(|()| self.receive()).and_then(|()| self.send()) {
             self.hang_up(&e);
         }
@@ -293,7 +298,7 @@ impl NbdQueue {
             info!("{label}: reconnected after {away:.1} s; repeating {}", counted(open, "operation"));
             if is_server_new {
                 // The process that had received the requests has ended, with all its threads.
-                self.remote.suspects.release(cause);
+                self.remote.shared.suspects.release(cause);
             }
         }
         let may_have_lost = self.last_break.is_some() || self.remote.has_changed();

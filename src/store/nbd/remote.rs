@@ -1,15 +1,12 @@
 //! The state that the queues of one export share: its name, the export as it was opened, and broken connections.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::suspects::{BreakId, EARLIER, Suspects};
-use super::unflushed::Unflushed;
+use super::client::SharedLists;
+use super::suspects::{BreakId, EARLIER};
 use super::wire::Export;
-use crate::store::wake::WakeFd;
 
 /// After a timeout the network may still hold requests: their quarantine is longer by this factor.
 const TIMEOUT_FACTOR: u32 = 6;
@@ -23,8 +20,7 @@ pub(super) struct Remote {
     pub promised: Export,
     /// How long a server that answers again may still execute requests of a connection that has broken.
     pub quarantine: Duration,
-    pub suspects: Arc<Suspects>,
-    pub unflushed: Arc<Unflushed>,
+    pub shared: SharedLists,
     opened: Instant,
     breaks: AtomicU64,
     /// A change was submitted on any connection.
@@ -37,8 +33,7 @@ impl Remote {
             label,
             promised,
             quarantine,
-            suspects: Arc::default(),
-            unflushed: Arc::default(),
+            shared: SharedLists::default(),
             opened: Instant::now(),
             breaks: AtomicU64::new(0),
             has_changed: AtomicBool::new(false),
@@ -71,12 +66,12 @@ impl Remote {
 
     /// For this long after it answers, the server may execute requests of an earlier process, on any range.
     pub fn quarantine_earlier_writes(&self, for_how_long: Duration) {
-        self.suspects.add(0..self.promised.size_bytes, for_how_long, EARLIER, self.now());
+        self.shared.suspects.add(0..self.promised.size_bytes, for_how_long, EARLIER, self.now());
     }
 
     /// For how long after the server's next answer it may execute requests of broken connections.
     pub fn quarantined_for(&self) -> Duration {
-        self.suspects.longest(self.now())
+        self.shared.suspects.longest(self.now())
     }
 }
 
@@ -84,36 +79,4 @@ impl Remote {
 pub(super) fn is_timeout(error: &io::Error) -> bool {
     let timed_out = [libc::ETIMEDOUT, libc::EHOSTUNREACH, libc::ENETUNREACH, libc::EHOSTDOWN];
     error.raw_os_error().is_some_and(|errno| timed_out.contains(&errno))
-}
-
-/// The eventfd that wakes a queue's worker, with a flag that avoids a system call when it is not notified.
-#[derive(Clone, Debug)]
-pub(super) struct Notifier {
-    wake: WakeFd,
-    /// Set after the descriptor was made readable: a worker that sees it too late is woken again.
-    is_notified: Arc<AtomicBool>,
-}
-
-impl Notifier {
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { wake: WakeFd::new()?, is_notified: Arc::default() })
-    }
-
-    pub fn notify(&self) {
-        self.wake.notify();
-        self.is_notified.store(true, Ordering::Release);
-    }
-
-    /// Makes the descriptor unreadable, if it was readable.
-    pub fn clear(&self) {
-        if self.is_notified.swap(false, Ordering::AcqRel) {
-            self.wake.clear();
-        }
-    }
-}
-
-impl AsRawFd for Notifier {
-    fn as_raw_fd(&self) -> RawFd {
-        self.wake.as_raw_fd()
-    }
 }

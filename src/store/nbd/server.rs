@@ -134,7 +134,7 @@ impl ExportServer {
 
     /// The server has answered.
     pub fn answered(&self) {
-        for suspects in [&self.suspects, &*self.remote.suspects] {
+        for suspects in [&self.suspects, &*self.remote.shared.suspects] {
             suspects.answered(EARLIER, self.remote.now());
         }
     }

@@ -1,6 +1,6 @@
 //! Random schedules of the client against a model of a server: connections that are cut while the server keeps running
-//! and executes the requests that it had received, servers that are killed and lose data, replies in pieces. Each run
-//! follows from a seed.
+//! and executes the requests that it had received, servers that are stopped, servers that are killed and lose data (all
+//! or one of several at one address), replies in pieces. Each run follows from a seed.
 //!
 //! The model of the cache observes its contract: it writes a block again only when the last write of it has completed,
 //! it treats everything that it had submitted before a reported loss as lost, and it reads only durable blocks. The
@@ -11,13 +11,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
-use super::client::Client;
+use super::client::{Client, SharedLists};
 use super::memory;
 use super::slot::Violation;
-use super::suspects::Suspects;
 use super::wire::{Export, REQUEST_BYTES, REQUEST_MAGIC, be16, be32, be64, chunk, command, export_flag};
 use crate::fault_injection::{PlantedBug, run_with};
 use crate::prng::Prng;
@@ -27,7 +25,7 @@ use crate::units::{Fault, OpKind, Unmap, Urgency};
 const BLOCKS: usize = 8;
 const BLOCK: usize = 512;
 const STEPS: usize = 3000;
-const SEEDS: u64 = 300;
+const SEEDS: u64 = 1000;
 const QUARANTINE: Duration = Duration::from_millis(100);
 
 /// A request that the server has received.
@@ -44,6 +42,8 @@ struct Received {
 #[derive(Debug, Default)]
 struct Wire {
     is_up: bool,
+    /// Its server was killed, which its client has not noticed.
+    is_dead: bool,
     /// The server is stopped until then.
     back_at: Duration,
     to_server: Vec<u8>,
@@ -56,6 +56,8 @@ struct Wire {
 struct Server {
     current: [u64; BLOCKS],
     durable: [u64; BLOCKS],
+    /// The client whose process holds the newest version of each block, until it is durable.
+    holder: [usize; BLOCKS],
     zombies: Vec<Zombie>,
 }
 
@@ -105,7 +107,7 @@ struct World {
     clients: Vec<Client>,
     wires: Vec<Wire>,
     breaks: u64,
-    suspects: Arc<Suspects>,
+    shared: SharedLists,
     blocks: [Block; BLOCKS],
     versions: u64,
     doubts: u32,
@@ -130,16 +132,16 @@ fn export() -> Export {
 impl World {
     fn new(seed: u64) -> Self {
         let mut prng = Prng::new(seed);
-        let suspects: Arc<Suspects> = Arc::default();
+        let shared = SharedLists::default();
         let queues = prng.pick(&[1, 1, 2]);
         let mut world = Self {
-            clients: (0..queues).map(|_| Client::new(export(), Arc::clone(&suspects), Arc::default())).collect(),
+            clients: (0..queues).map(|_| Client::new(export(), &shared, None)).collect(),
             wires: (0..queues).map(|_| Wire { is_up: true, ..Wire::default() }).collect(),
             prng,
             now: Duration::from_secs(1),
             server: Server::default(),
             breaks: 0,
-            suspects,
+            shared,
             blocks: [Block::default(); BLOCKS],
             versions: 0,
             doubts: 0,
@@ -260,8 +262,11 @@ impl World {
 
     /// Moves bytes between a client and its server.
     fn exchange(&mut self, at: usize) {
+        if self.clients[at].is_obsolete() || self.wires[at].is_dead && self.prng.percent(3) {
+            return self.cut(at);
+        }
         let (client, wire) = (&mut self.clients[at], &mut self.wires[at]);
-        if !wire.is_up {
+        if !wire.is_up || wire.is_dead {
             return;
         }
         let mut pieces = Vec::new();
@@ -295,7 +300,7 @@ impl World {
         }
         let index = self.prng.below(wire.received.len() as u64) as usize;
         let request = wire.received.swap_remove(index);
-        self.server.execute(&request);
+        self.server.execute(&request, at);
         match request.command {
             command::READ => {
                 let mut bytes = vec![0; BLOCK];
@@ -341,11 +346,30 @@ impl World {
         for at in 0..self.wires.len() {
             if self.wires[at].is_up {
                 self.wires[at].received.clear();
+                // A network that fails at the same time hides its end.
+                if self.prng.percent(30) {
+                    self.wires[at].is_dead = true;
+                    continue;
+                }
                 self.cut(at);
-                self.suspects.release(self.breaks);
+                self.shared.suspects.release(self.breaks);
                 self.clients[at].retry_held(self.now);
             }
         }
+    }
+
+    /// The process that serves one client is killed. Another one answers at its address.
+    fn kill_one(&mut self, at: usize) {
+        self.server.zombies.retain(|zombie| zombie.client != at);
+        for block in (0..BLOCKS).filter(|block| self.server.holder[*block] == at) {
+            if self.prng.percent(50) {
+                self.server.current[block] = self.server.durable[block];
+            }
+        }
+        self.wires[at].received.clear();
+        self.cut(at);
+        self.shared.suspects.release(self.breaks);
+        self.clients[at].retry_held(self.now);
     }
 
     fn step(&mut self, faults: bool) {
@@ -353,6 +377,9 @@ impl World {
         match self.prng.below(100) {
             0 if faults && self.wires[at].is_up => self.cut(at),
             1 if faults && self.prng.percent(30) => self.kill(),
+            1 if faults && self.wires[at].is_up && !self.wires[at].is_dead && self.prng.percent(30) => {
+                self.kill_one(at);
+            }
             2..10 if !self.wires[at].is_up && self.now >= self.wires[at].back_at => {
                 self.wires[at].is_up = true;
                 for zombie in self.server.zombies.iter_mut().filter(|zombie| zombie.client == at) {
@@ -366,7 +393,7 @@ impl World {
                 if self.now >= self.wires[self.server.zombies[index].client].back_at {
                     let zombie = self.server.zombies.swap_remove(index);
                     if zombie.can_execute(self.now) {
-                        self.server.execute(&zombie.request);
+                        self.server.execute(&zombie.request, zombie.client);
                     }
                 }
             }
@@ -396,7 +423,7 @@ impl World {
         }
         assert!(is_settled(&self), "an operation never completes: {:?} {:?}", self.ops, self.clients);
         for zombie in std::mem::take(&mut self.server.zombies) {
-            self.server.execute(&zombie.request);
+            self.server.execute(&zombie.request, zombie.client);
         }
         for (at, block) in self.blocks.iter().enumerate() {
             assert_eq!(self.server.current[at], block.version, "block {at} has another version in the end");
@@ -406,7 +433,8 @@ impl World {
 }
 
 impl Server {
-    fn execute(&mut self, request: &Received) {
+    fn execute(&mut self, request: &Received, client: usize) {
+        self.holder[request.blocks.clone()].fill(client);
         match request.command {
             command::WRITE => self.current[request.blocks.clone()].copy_from_slice(&request.versions),
             command::WRITE_ZEROES => self.current[request.blocks.clone()].fill(0),

@@ -10,7 +10,8 @@ use crate::store::{Extent, IoRequest};
 pub(super) enum Phase {
     /// It waits to be sent, or for a connection.
     Waiting,
-    /// A request of an earlier connection may still change its range: it waits at least until this time.
+    /// It waits at least until this time: a request of an earlier connection may still change its range, or, if it is
+    /// a Sync, another queue has an obsolete connection.
     Held(Duration),
     /// It is being sent, or waits for its reply.
     Sent,
@@ -43,6 +44,8 @@ pub(super) struct Slot {
     pub written: Vec<u64>,
     /// For a Sync: its number.
     pub flush: u64,
+    /// The number of possible losses when it was submitted.
+    pub losses: u64,
 }
 
 impl Slot {

@@ -34,8 +34,18 @@ fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
+/// The flags of an export with FLUSH, TRIM, WRITE_ZEROES and multi-conn.
+pub const FLAGS: u16 = 1 | 1 << 2 | FLAG_TRIM | 1 << 6 | FLAG_MULTI_CONN;
+pub const FLAG_TRIM: u16 = 1 << 5;
+pub const FLAG_MULTI_CONN: u16 = 1 << 8;
+
 /// Negotiates with structured replies and base:allocation for an export of `size` bytes.
 pub fn negotiate(stream: &mut UnixStream, size: u64) -> io::Result<()> {
+    negotiate_as(stream, size, FLAGS, true)
+}
+
+/// The same with these flags, and without base:allocation unless `has_extents`.
+pub fn negotiate_as(stream: &mut UnixStream, size: u64, flags_of_export: u16, has_extents: bool) -> io::Result<()> {
     stream.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
     let mut flags = [0; 4];
     stream.read_exact(&mut flags)?;
@@ -58,13 +68,13 @@ pub fn negotiate(stream: &mut UnixStream, size: u64) -> io::Result<()> {
             8 => reply(1, &[])?,
             // A context, and it is base:allocation.
             10 => {
-                reply(4, &[&1u32.to_be_bytes()[..], b"base:allocation"].concat())?;
+                if has_extents {
+                    reply(4, &[&1u32.to_be_bytes()[..], b"base:allocation"].concat())?;
+                }
                 reply(1, &[])?;
             }
             7 => {
-                // FLUSH, TRIM, WRITE_ZEROES, multi-conn.
-                let flags: u16 = 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8;
-                reply(3, &[&[0, 0][..], &size.to_be_bytes(), &flags.to_be_bytes()].concat())?;
+                reply(3, &[&[0, 0][..], &size.to_be_bytes(), &flags_of_export.to_be_bytes()].concat())?;
                 return reply(1, &[]);
             }
             _ => reply(1 << 31 | 1, &[])?,

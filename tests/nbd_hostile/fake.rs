@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 pub use super::nbd_protocol::{BLOCK_STATUS, chunk};
-use super::nbd_protocol::{READ, Request, WRITE, WRITE_ZEROES, negotiate, receive};
+use super::nbd_protocol::{FLAGS, READ, Request, WRITE, WRITE_ZEROES, negotiate_as, receive};
 
 /// What the server does with a request.
 #[derive(Clone, Debug)]
@@ -36,13 +36,21 @@ pub enum Act {
     Ignore,
 }
 
+/// An export as the server describes it.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer {
+    pub size: u64,
+    pub flags: u16,
+    pub has_extents: bool,
+}
+
 type Script = dyn Fn(Request) -> Act + Send + Sync;
 
 /// See the module.
 pub struct FakeServer {
     pub memory: Arc<Mutex<Vec<u8>>>,
-    /// Size that connections after the first one are told.
-    pub size_later: Arc<Mutex<u64>>,
+    /// The export that connections after the first one are told of.
+    pub later: Arc<Mutex<Offer>>,
     /// The number of connections so far.
     pub connections: Arc<AtomicUsize>,
     uri: String,
@@ -51,6 +59,10 @@ pub struct FakeServer {
 
 pub fn is_write(request: &Request) -> bool {
     request.command == WRITE
+}
+
+pub fn is_status(request: &Request) -> bool {
+    request.command == BLOCK_STATUS
 }
 
 pub fn is_read(request: &Request) -> bool {
@@ -85,20 +97,21 @@ impl FakeServer {
         script: impl Fn(Request) -> Act + Send + Sync + 'static,
     ) -> Self {
         let memory = Arc::new(Mutex::new(vec![0; usize::try_from(size).unwrap()]));
-        let (size_later, connections) = (Arc::new(Mutex::new(size)), Arc::new(AtomicUsize::new(0)));
+        let first = Offer { size, flags: FLAGS, has_extents: true };
+        let (later, connections) = (Arc::new(Mutex::new(first)), Arc::new(AtomicUsize::new(0)));
         let script: Arc<Script> = Arc::new(script);
-        let (shared, sizes, count) = (Arc::clone(&memory), Arc::clone(&size_later), Arc::clone(&connections));
+        let (shared, offers, count) = (Arc::clone(&memory), Arc::clone(&later), Arc::clone(&connections));
         // It ends with the process, or when its socket is shut down.
         thread::spawn(move || {
             loop {
                 let Ok(stream) = accept() else { return };
                 let number = count.fetch_add(1, Ordering::Relaxed);
                 let (memory, script) = (Arc::clone(&shared), Arc::clone(&script));
-                let size = if number == 0 { size } else { *sizes.lock().unwrap() };
-                thread::spawn(move || drop(serve(stream, size, &memory, &*script)));
+                let offer = if number == 0 { first } else { *offers.lock().unwrap() };
+                thread::spawn(move || drop(serve(stream, offer, &memory, &*script)));
             }
         });
-        Self { memory, size_later, connections, uri, socket: None }
+        Self { memory, later, connections, uri, socket: None }
     }
 
     pub fn uri(&self) -> String {
@@ -131,8 +144,8 @@ fn execute(memory: &Mutex<Vec<u8>>, request: Request, payload: &[u8]) -> Vec<u8>
     chunk(1, 0, request.cookie, &[])
 }
 
-fn serve(mut stream: UnixStream, size: u64, memory: &Arc<Mutex<Vec<u8>>>, script: &Script) -> std::io::Result<()> {
-    negotiate(&mut stream, size)?;
+fn serve(mut stream: UnixStream, offer: Offer, memory: &Arc<Mutex<Vec<u8>>>, script: &Script) -> std::io::Result<()> {
+    negotiate_as(&mut stream, offer.size, offer.flags, offer.has_extents)?;
     loop {
         let Some((request, payload)) = receive(&mut stream)? else { return Ok(()) };
         match script(request) {

@@ -19,8 +19,8 @@ use genblk::store::nbd::NbdImage;
 use genblk::store::{Backing, Event, Extent, IoRequest};
 use genblk::units::{ExtentKind, Fault, OpKind, Urgency};
 
-use fake::{Act, BLOCK_STATUS, FakeServer, chunk, is_read, is_write};
-use nbd_protocol::Request;
+use fake::{Act, BLOCK_STATUS, FakeServer, Offer, chunk, is_read, is_status, is_write};
+use nbd_protocol::{FLAG_MULTI_CONN, FLAG_TRIM, FLAGS, Request};
 use store_kit::{Buffer, Driver, pattern};
 
 const SIZE: u64 = 1 << 20;
@@ -258,7 +258,7 @@ fn a_silent_server_blocks_no_call() {
 /// More data than the kernel holds is in flight, so the server accepts none for longer than a dead one would be given.
 #[test]
 fn a_server_that_is_slow_to_accept_data_keeps_its_tcp_connection() {
-    const BYTES: u64 = 256 << 10;
+    const BYTES: usize = 256 << 10;
     let is_slow = AtomicBool::new(true);
     let script = move |request: Request| {
         if is_write(&request) && is_slow.swap(false, Ordering::Relaxed) {
@@ -269,13 +269,11 @@ fn a_server_that_is_slow_to_accept_data_keeps_its_tcp_connection() {
     let server = FakeServer::start_tcp(32 << 20, script);
     let image = open(&server, NbdOptions::default());
     let mut queue = image.attach().unwrap();
-    let mut buffers: Vec<Buffer> = (0..128).map(|_| Buffer::filled(BYTES as usize, 3)).collect();
+    let mut buffers: Vec<Buffer> = (0..128).map(|_| Buffer::filled(BYTES, 3)).collect();
     for (n, buffer) in (0..).zip(&mut buffers) {
-        let segments = vec![buffer.segment(0, BYTES as usize)];
-        let urgency = Urgency::Demand;
-        queue
-            .submit(IoRequest { tag: n, op: OpKind::Write, offset: n * BYTES, len: BYTES, urgency, segments })
-            .unwrap();
+        let segments = vec![buffer.segment(0, BYTES)];
+        let (offset, len, urgency) = (n * BYTES as u64, BYTES as u64, Urgency::Demand);
+        queue.submit(IoRequest { tag: n, op: OpKind::Write, offset, len, urgency, segments }).unwrap();
     }
     assert!(queue.drain(Duration::from_secs(60)), "the server executes them in the end");
     assert_eq!(server.connections.load(Ordering::Relaxed), 1, "a slow server is never disconnected");
@@ -283,10 +281,53 @@ fn a_server_that_is_slow_to_accept_data_keeps_its_tcp_connection() {
 }
 
 #[test]
+fn an_export_may_lose_what_is_not_needed() {
+    let socket = socket_named("nbd-lost-unneeded");
+    let server = FakeServer::start(&socket, SIZE, once(is_status, |_| Act::SendAndClose(vec![])));
+    *server.later.lock().unwrap() = Offer { size: SIZE, flags: FLAGS & !FLAG_MULTI_CONN, has_extents: false };
+    let image = open(&server, NbdOptions::default());
+    let mut driver = Driver::new(&image);
+    for _ in 0..2 {
+        let event = driver.try_run(OpKind::Map, 128 << 10, 64 << 10, Vec::new());
+        let Event::Mapped { extents, .. } = event else { panic!("{event:?}") };
+        assert_eq!(extents, [Extent { len: 64 << 10, kind: ExtentKind::Data }]);
+    }
+    driver.write(128 << 10, &mut Buffer::filled(4096, 1));
+}
+
+#[test]
+fn requests_wait_while_an_export_lacks_what_its_guest_needs() {
+    let socket = socket_named("nbd-lost-needed");
+    let server = FakeServer::start(&socket, SIZE, once(is_read, |_| Act::SendAndClose(vec![])));
+    server.later.lock().unwrap().flags = FLAGS & !FLAG_TRIM;
+    let image = open(&server, NbdOptions::default());
+    let later = Arc::clone(&server.later);
+    let restored = Duration::from_millis(500);
+    let restarts = std::thread::spawn(move || {
+        std::thread::sleep(restored);
+        later.lock().unwrap().flags = FLAGS;
+    });
+    let started = Instant::now();
+    assert_eq!(Driver::new(&image).read(128 << 10, 4096), [0; 4096]);
+    assert!(started.elapsed() >= restored, "{:?}", started.elapsed());
+    restarts.join().unwrap();
+}
+
+#[test]
+fn queues_may_come_and_go_without_limit() {
+    let socket = socket_named("nbd-queues");
+    let server = FakeServer::start(&socket, SIZE, |_| Act::Serve);
+    let image = open(&server, NbdOptions::default());
+    for n in 0..1100 {
+        drop(image.attach().unwrap_or_else(|e| panic!("queue {n}: {e}")));
+    }
+}
+
+#[test]
 fn an_export_that_shrank_fails_all_operations() {
     let socket = socket_named("nbd-shrunk");
     let server = FakeServer::start(&socket, SIZE, once(is_read, |_| Act::SendAndClose(vec![])));
-    *server.size_later.lock().unwrap() = SIZE / 2;
+    server.later.lock().unwrap().size = SIZE / 2;
     let image = open(&server, NbdOptions::default());
     let mut driver = Driver::new(&image);
     let mut buffer = Buffer::filled(4096, 0);

@@ -71,6 +71,8 @@ struct Sending {
 pub(super) struct Client {
     /// The export when the image was opened; a server that comes back must have at least its properties.
     export: Export,
+    /// The server described the extents of the export when it was opened. Where it no longer does, all of it is data.
+    has_extents: bool,
     /// The server supports FLUSH. Otherwise it is trusted to have no volatile cache.
     flushes: bool,
     link: Link,
@@ -102,6 +104,7 @@ impl Client {
         let SharedLists { suspects, losses, unflushed } = shared.clone();
         Self {
             export,
+            has_extents: export.allocation.is_some(),
             flushes: export.has(export_flag::SEND_FLUSH),
             link: Link::Down,
             slots: Vec::new(),
@@ -173,9 +176,7 @@ impl Client {
         self.in_flight += 1;
         let tag = request.tag;
         let event = match request.op {
-            OpKind::Map if self.export.allocation.is_none() => {
-                Some(Event::Mapped { tag, extents: vec![Extent { len: request.len, kind: ExtentKind::Data }] })
-            }
+            OpKind::Map if self.export.allocation.is_none() => Some(all_data(&request)),
             _ if !self.supports(request.op) => Some(failed(tag, Fault::Unsupported, libc::EOPNOTSUPP)),
             _ if self.link == Link::Closed => Some(failed(tag, Fault::Gone, libc::ENOTCONN)),
             OpKind::Sync if self.losses.is_untold() && self.losses.is_settled() => Some(self.lost(tag)),
@@ -429,7 +430,7 @@ impl Client {
             }
             op => {
                 match op {
-                    OpKind::Write if self.flushes && self.export.allocation.is_some() => {
+                    OpKind::Write if self.flushes && self.has_extents => {
                         self.unflushed.note_write(&slot.range());
                     }
                     OpKind::Sync => self.unflushed.flushed(slot.flush),
@@ -484,11 +485,15 @@ impl Client {
             self.losses.add();
         }
         self.export.is_structured = found.is_structured;
-        if self.export.allocation.is_some() {
-            self.export.allocation = found.allocation;
-        }
+        self.export.allocation = found.allocation.filter(|_| self.has_extents);
         for index in self.in_order(|slot| slot.phase == Phase::Waiting) {
-            self.start(index, now);
+            let request = &self.slots[index].as_ref().expect("it was just found").request;
+            if request.op == OpKind::Map && self.export.allocation.is_none() {
+                let event = all_data(request);
+                self.complete(index, event);
+            } else {
+                self.start(index, now);
+            }
         }
         self.retry_held(now);
     }
@@ -512,6 +517,11 @@ impl Drop for Client {
             self.suspects.disown(cause);
         }
     }
+}
+
+/// The reply to a map where the server describes nothing.
+fn all_data(request: &IoRequest) -> Event {
+    Event::Mapped { tag: request.tag, extents: vec![Extent { len: request.len, kind: ExtentKind::Data }] }
 }
 
 fn failed(tag: u64, fault: Fault, errno: i32) -> Event {

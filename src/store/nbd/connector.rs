@@ -29,7 +29,7 @@ const BYTES_MAX: usize = 4096;
 const TEXT_MAX: usize = 500;
 /// Most descriptors of a message.
 const FILES_MAX: usize = 3;
-/// Most queues, and thus threads, of one process: more than any valid configuration needs.
+/// Most queues, and thus threads, of an image: more than any valid configuration needs.
 const QUEUES_MAX: usize = 1024;
 
 /// A request of the process that serves an image.
@@ -85,11 +85,11 @@ pub(super) fn spawn(server: &Arc<ExportServer>) -> io::Result<UnixStream> {
     server.begin_service();
     let server = Arc::clone(server);
     let serve = move || {
-        let mut queues = 0;
         while let Ok(Some((ConnectorRequest::Attach, _))) = receive(&ours) {
-            queues += 1;
-            let attached =
-                if queues > QUEUES_MAX { Err(io::Error::other("too many queues")) } else { attach(&server, &ours) };
+            let attached = match server.queues() {
+                QUEUES_MAX.. => Err(io::Error::other("too many queues")),
+                _ => attach(&server, &ours),
+            };
             if let Err(e) = attached
                 && send(&ours, &ConnectorReply::Failed { why: text_of(&e) }, &[]).is_err()
             {
@@ -110,10 +110,11 @@ fn attach(server: &Arc<ExportServer>, requester: &UnixStream) -> io::Result<()> 
         server.answered();
     }
     let last = LastServer::of(idle.as_mut());
-    let (of_queue, since) = (Arc::clone(server), Instant::now());
-    thread::Builder::new()
-        .name("nbd connect".to_owned())
-        .spawn(move || connect_queue(&of_queue, &ours, last, since))?;
+    let (of_queue, since, count) = (Arc::clone(server), Instant::now(), server.count_queue());
+    thread::Builder::new().name("nbd connect".to_owned()).spawn(move || {
+        connect_queue(&of_queue, &ours, last, since);
+        drop(count);
+    })?;
     let reply = ConnectorReply::Attached {
         has_lock: server.lock.is_some(),
         export: idle.as_ref().map(|idle| idle.export),

@@ -34,6 +34,15 @@ pub(super) enum ServerAttempt {
     Gone(String),
 }
 
+/// Why an export cannot be served as it is now.
+#[derive(Debug)]
+enum ExportChange {
+    /// Data is gone.
+    Shrunk(String),
+    /// It lacks a property.
+    Lacking(String),
+}
+
 /// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct ExportServer {
@@ -44,6 +53,8 @@ pub(super) struct ExportServer {
     /// How long to try to reconnect; `None`: forever.
     pub give_up: Option<Duration>,
     pub lock: Option<HostLock>,
+    /// Each thread that connects a queue has a clone, to be counted.
+    queues: Arc<()>,
     /// Requests of the broken connections of the processes that serve the image.
     suspects: Suspects,
     state: Mutex<ExportServerState>,
@@ -69,7 +80,17 @@ impl ExportServer {
     ) -> Self {
         let state = Mutex::new(ExportServerState { idle: Some(connection), has_served: false });
         let (read_only, io_max) = access;
-        Self { uri, remote, read_only, io_max, give_up, lock, suspects: Suspects::default(), state }
+        Self {
+            uri,
+            remote,
+            read_only,
+            io_max,
+            give_up,
+            lock,
+            queues: Arc::default(),
+            suspects: Suspects::default(),
+            state,
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, ExportServerState> {
@@ -100,13 +121,25 @@ impl ExportServer {
             return Ok(idle);
         }
         let connection = connect(&self.uri, HANDSHAKE_TIMEOUT)?;
-        self.check(&connection.export).map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))?;
+        self.check(&connection.export).map_err(|(ExportChange::Shrunk(why) | ExportChange::Lacking(why))| {
+            io::Error::new(io::ErrorKind::InvalidData, why)
+        })?;
         Ok(Connection { may_have_lost: has_changed, ..connection })
     }
 
     /// Keeps a connection for the next use.
     pub fn put_back(&self, connection: Connection) {
         self.state().idle = Some(connection);
+    }
+
+    /// A value that counts as a queue while it lives.
+    pub fn count_queue(&self) -> Arc<()> {
+        Arc::clone(&self.queues)
+    }
+
+    /// Number of queues.
+    pub fn queues(&self) -> usize {
+        Arc::strong_count(&self.queues) - 1
     }
 
     /// A process will serve the image.
@@ -144,16 +177,16 @@ impl ExportServer {
         self.suspects.longest(self.remote.now()).max(self.remote.quarantined_for())
     }
 
-    /// Checks that an export still has the properties that it had when the image was opened.
+    /// Checks that an export still has the properties that it had when the image was opened, as far as they are needed.
     ///
     /// # Errors
-    /// The missing property.
-    fn check(&self, found: &Export) -> Result<(), String> {
+    /// What has changed.
+    fn check(&self, found: &Export) -> Result<(), ExportChange> {
         let promised = &self.remote.promised;
         let lost = |flag: u16| promised.has(flag) && !found.has(flag);
         let (size, was) = (found.size_bytes, promised.size_bytes);
         if size < was {
-            return Err(format!("the export has shrunk from {was} to {size} bytes"));
+            return Err(ExportChange::Shrunk(format!("the export has shrunk from {was} to {size} bytes")));
         }
         if size > was {
             let label = &self.remote.label;
@@ -165,10 +198,8 @@ impl ExportServer {
             "TRIM"
         } else if promised.can_zero() && !found.can_zero() {
             "WRITE_ZEROES"
-        } else if lost(export_flag::CAN_MULTI_CONN) {
+        } else if lost(export_flag::CAN_MULTI_CONN) && self.queues() > 1 && !self.read_only {
             "multi-conn"
-        } else if promised.allocation.is_some() && found.allocation.is_none() {
-            "base:allocation"
         } else if found.block_min > promised.block_min || found.block_max < self.io_max {
             "its block sizes"
         } else if found.has(export_flag::READ_ONLY) && !self.read_only {
@@ -176,7 +207,7 @@ impl ExportServer {
         } else {
             return Ok(());
         };
-        Err(format!("the export has lost {what}, on which its guest relies"))
+        Err(ExportChange::Lacking(format!("the export has lost {what}, on which its guest relies")))
     }
 
     /// Reconnects after `pause`, with as many attempts as needed; `None` once the other end of `requester` is closed.
@@ -193,12 +224,14 @@ impl ExportServer {
                 return None;
             }
             let error = match connect(&self.uri, HANDSHAKE_TIMEOUT) {
-                Ok(connection) => {
-                    return Some(match self.check(&connection.export) {
-                        Ok(()) => ServerAttempt::Connected { connection, is_server_new: last.has_ended() },
-                        Err(why) => ServerAttempt::Gone(why),
-                    });
-                }
+                Ok(connection) => match self.check(&connection.export) {
+                    Ok(()) => {
+                        return Some(ServerAttempt::Connected { connection, is_server_new: last.has_ended() });
+                    }
+                    Err(ExportChange::Shrunk(why)) => return Some(ServerAttempt::Gone(why)),
+                    // Its operator can restart it as it was.
+                    Err(ExportChange::Lacking(why)) => io::Error::new(io::ErrorKind::InvalidData, why),
+                },
                 Err(error) => error,
             };
             let away = down_since.elapsed();

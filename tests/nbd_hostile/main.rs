@@ -324,6 +324,16 @@ fn queues_may_come_and_go_without_limit() {
 }
 
 #[test]
+fn opening_an_export_whose_server_answers_no_read_fails_in_time() {
+    let socket = socket_named("nbd-mute");
+    let server = FakeServer::start(&socket, SIZE, |_| Act::Ignore);
+    let started = Instant::now();
+    let error = NbdImage::open(None, Path::new(&server.uri()), &OpenOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("has not answered a Read for 30 s"), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+}
+
+#[test]
 fn an_export_that_shrank_fails_all_operations() {
     let socket = socket_named("nbd-shrunk");
     let server = FakeServer::start(&socket, SIZE, once(is_read, |_| Act::SendAndClose(vec![])));

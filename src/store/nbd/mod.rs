@@ -31,10 +31,11 @@ mod wire;
 
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
@@ -67,6 +68,11 @@ const IO_BYTES_MAX: u32 = 4 << 20;
 const STEP_BYTES: u64 = 1 << 20;
 /// The device number in the identity of every export, which no real device has.
 const NBD_DEVICE: u64 = u64::from_be_bytes(*b"\0\0\0\0\0nbd");
+/// How long a read without a worker may take, and any other operation: a FLUSH may write what the server has cached.
+const READ_MAX: Duration = Duration::from_secs(30);
+const CHANGE_MAX: Duration = Duration::from_secs(300);
+/// When the log reports that such an operation takes long.
+const REPORT_AFTER: Duration = Duration::from_secs(5);
 /// How often a thread that waits for the server checks it, if nothing wakes the thread.
 const CHECK_PERIOD: Duration = Duration::from_secs(1);
 
@@ -170,10 +176,18 @@ fn lock(uri: &NbdUri, options: &OpenOptions) -> Result<Option<HostLock>> {
 }
 
 /// Runs one operation on a queue and waits for it.
+///
+/// # Errors
+/// [`io::ErrorKind::TimedOut`] if the server does not answer: an operation without a worker delays the start of a
+/// daemon, or a command. The server may still execute it.
 fn run_on(queue: &mut NbdQueue, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> io::Result<()> {
     let request = IoRequest { tag: 0, op, offset, len, urgency: Urgency::Demand, segments };
     queue.submit(request).map_err(|refused| io::Error::new(io::ErrorKind::InvalidInput, refused.to_string()))?;
     let mut events = Vec::new();
+    // A change may have to wait for a quarantine first.
+    let (started, quarantine) = (Instant::now(), queue.remote().quarantined_for());
+    let limit = quarantine + if op == OpKind::Read { READ_MAX } else { CHANGE_MAX };
+    let mut is_reported = false;
     loop {
         queue.kick();
         queue.reap(&mut events);
@@ -182,6 +196,15 @@ fn run_on(queue: &mut NbdQueue, op: OpKind, offset: u64, len: u64, segments: Vec
             Some(Event::Failed { errno, .. }) => return Err(io::Error::from_raw_os_error(errno)),
             Some(_) => return Ok(()),
             None => drop(sys::poll::wait_readable(queue.wake_fd(), CHECK_PERIOD)),
+        }
+        let waited = started.elapsed();
+        if waited >= limit {
+            queue.abandon();
+            let why = format!("the server has not answered a {op:?} for {} s", limit.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+        }
+        if waited >= quarantine + REPORT_AFTER && !mem::replace(&mut is_reported, true) {
+            warn!("{}: waiting for the server to answer a {op:?}", queue.remote().label);
         }
     }
 }

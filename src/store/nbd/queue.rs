@@ -121,6 +121,15 @@ impl NbdQueue {
         self
     }
 
+    pub fn remote(&self) -> &Remote {
+        &self.remote
+    }
+
+    /// Gives up the operations in flight. Their memory is no longer accessed once the queue is dropped.
+    pub fn abandon(&mut self) {
+        self.drained = true;
+    }
+
     /// The queue's connection, if nothing is in flight on it.
     pub fn into_connection(mut self) -> Option<Connection> {
         if self.client.in_flight() > 0 {

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use genblk::error::ErrorKind;
 use genblk::store::file::{NbdOptions, OpenOptions};
 use genblk::store::nbd::NbdImage;
 use genblk::store::{Backing, Event, Extent, IoRequest};
@@ -331,6 +332,19 @@ fn opening_an_export_whose_server_answers_no_read_fails_in_time() {
     let error = NbdImage::open(None, Path::new(&server.uri()), &OpenOptions::default()).unwrap_err();
     assert!(error.to_string().contains("has not answered a Read for 30 s"), "{error}");
     assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+}
+
+#[test]
+fn the_lock_of_an_export_does_not_depend_on_the_path_to_its_socket() {
+    let (socket, link) = (socket_named("nbd-linked"), socket_named("nbd-link"));
+    std::os::unix::fs::symlink(socket.parent().unwrap(), &link).unwrap();
+    let server = FakeServer::start(&socket, SIZE, |_| Act::Serve);
+    let image = open(&server, NbdOptions::default());
+    let uri = format!("nbd+unix:///?socket={}", link.join(socket.file_name().unwrap()).display());
+    let error = NbdImage::open(None, Path::new(&uri), &OpenOptions::default()).unwrap_err();
+    std::fs::remove_file(&link).unwrap();
+    assert_eq!(error.kind(), ErrorKind::Locked, "{error}");
+    drop(image);
 }
 
 #[test]

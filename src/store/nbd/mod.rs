@@ -46,7 +46,7 @@ use super::options::OpenOptions;
 use super::{Backing, Event, IoRequest, Limits, Segment, StoreQueue};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::nbd_uri::NbdUri;
+use crate::nbd_uri::{NbdUri, ServerAddress};
 use crate::sys;
 use crate::tenure::token::ChangeToken;
 use crate::units::{Fault, ImageHoles, OpKind, PAGE_BYTES, PageNo, SECTOR_BYTES, SectorSpan, Unmap, Urgency};
@@ -163,7 +163,14 @@ impl NbdImage {
 
 /// Takes the lock of an export, or checks that it is free.
 fn lock(uri: &NbdUri, options: &OpenOptions) -> Result<Option<HostLock>> {
-    let [high, low] = hashes(&uri.to_string());
+    let mut canonical = uri.clone();
+    if let ServerAddress::Unix(path) = &mut canonical.server
+        && let (Some(directory), Some(socket)) = (path.parent(), path.file_name())
+        && let Ok(directory) = directory.canonicalize()
+    {
+        *path = directory.join(socket);
+    }
+    let [high, low] = hashes(&canonical.to_string());
     let name = format!("genblk/nbd/{high:016x}{low:016x}");
     let result = match options.read_only {
         true => HostLock::check_free(&name, options.lock_timeout).map(|()| None),

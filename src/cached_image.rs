@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use crate::arena::{Arena, ArenaFile, RANGE_SLOTS};
+use crate::arena::{Arena, RANGE_SLOTS};
 use crate::cache::{FrameMemory, Notice, PageCache, Settings, Stats};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Backing, Limits};
@@ -245,23 +245,25 @@ impl CachedImage {
         let is_over = is_written && !self.arena.has_data_loss();
         match is_over.then(|| self.backing.end_tenure()) {
             // This process has no capabilities. The supervisor wrote the record of the tenure's start, and ends the
-            // tenure before it removes the cache's file.
-            Some(Err(e)) if e.kind() == io::ErrorKind::PermissionDenied && self.is_file_received() => {}
+            // tenure when it learns that the cache is released.
+            Some(Err(e)) if e.kind() == io::ErrorKind::PermissionDenied && self.arena.is_kept_elsewhere() => {
+                self.arena.release();
+            }
             Some(Err(e)) => {
                 warn!("{}: cannot mark the image clean ({e}); its cache is kept", self.name);
                 self.arena.keep_on_drop(true);
             }
-            Some(Ok(true)) => self.arena.set_recorded(true, true),
-            _ => {}
+            Some(Ok(is_recorded)) => {
+                if is_recorded {
+                    self.arena.set_recorded(true, true);
+                }
+                self.arena.release();
+            }
+            None => {}
         }
         if let Some(token) = self.backing.change_token() {
             self.arena.record_token_now(token);
         }
-    }
-
-    /// Whether the supervisor removes the cache's file.
-    fn is_file_received(&self) -> bool {
-        self.arena.file().is_some_and(ArenaFile::is_received)
     }
 
     fn lock(&self) -> MutexGuard<'_, PageCache> {

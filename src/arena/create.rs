@@ -161,6 +161,7 @@ impl Arena {
             is_unmarked,
             keep_on_drop,
             token,
+            is_released: None,
         }
     }
 

@@ -422,11 +422,6 @@ impl ArenaFile {
         Ok(Some(file))
     }
 
-    /// Whether another process of the daemon has the file's name, and removes it on request.
-    pub fn is_received(&self) -> bool {
-        matches!(self.location, Location::Received(_))
-    }
-
     /// Whether the file is in the service manager's fd store.
     pub fn is_in_fdstore(&self) -> bool {
         match &self.location {

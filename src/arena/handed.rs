@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -63,7 +63,8 @@ fn is_zero(reserved: &usize) -> bool {
 pub struct ReceivedArena {
     /// The arena.
     pub arena: Arena,
-    /// Set when the arena is dropped and its file, or the loss marker that replaced it, is to be removed.
+    /// Set when the arena is dropped and its file, or the loss marker that replaced it, is to be removed; for an arena
+    /// without a file, when everything in it is on the image.
     pub is_removed: Arc<AtomicBool>,
 }
 
@@ -88,7 +89,7 @@ impl ReceivedArena {
             write_through: parts.write_through,
             formats: parts.formats,
         };
-        let arena = match parts.kind {
+        let mut arena = match parts.kind {
             ArenaKind::Persistent => {
                 let file = named(first);
                 let header = file.header()?.ok_or_else(|| Error::new(ErrorKind::Ledger, format!("{file} is empty")))?;
@@ -116,6 +117,7 @@ impl ReceivedArena {
             // A new arena has no substitute yet.
             let _ = arena.substitute.set(LossMarker { marker, file });
         }
+        arena.is_released = Some(Arc::clone(&is_removed));
         Ok(Self { arena, is_removed })
     }
 }
@@ -141,6 +143,18 @@ impl Arena {
             Persistence::LossMarker(LossMarker { file, .. }) | Persistence::Full { file, .. } => file,
         };
         lost.replace_received(file)
+    }
+
+    /// Whether another process of the daemon keeps the arena, and ends its tenure when it is released.
+    pub fn is_kept_elsewhere(&self) -> bool {
+        self.is_released.is_some()
+    }
+
+    /// Everything in the arena is on the image. An arena with a file reports that by the removal of the file.
+    pub fn release(&self) {
+        if let (Persistence::None, Some(is_released)) = (&self.persistence, &self.is_released) {
+            is_released.store(true, Ordering::Release);
+        }
     }
 
     /// The arena as kept by the process that does not use it. It is no longer mapped.
@@ -245,15 +259,42 @@ impl KeptArena {
     /// # Errors
     /// As [`Arena::attach`].
     pub fn record_token(&mut self, token: ChangeToken) -> Result<()> {
-        if self.kind != ArenaKind::Persistent {
-            return Ok(());
-        }
-        let Some(file) = self.file.take() else { return Ok(()) };
-        let Some(header) = file.header()? else { return Ok(()) };
-        let arena = Arena::attach(file, &header)?;
+        let Some(arena) = self.attach()? else { return Ok(()) };
         arena.record_token_now(token);
         self.file = arena.into_file();
         Ok(())
+    }
+
+    /// Records that its tenure has ended, although its file stays.
+    ///
+    /// => No process changes the image or uses the arena.
+    ///
+    /// # Errors
+    /// As [`Arena::attach`].
+    pub fn record_end(&mut self) -> Result<()> {
+        let Some(arena) = self.attach()? else { return Ok(()) };
+        arena.set_recorded(true, true);
+        self.file = arena.into_file();
+        Ok(())
+    }
+
+    /// The arena with its pages; `None` if its pages are not in its file.
+    fn attach(&mut self) -> Result<Option<Arena>> {
+        let Some(file) = self.file.take_if(|_| self.kind == ArenaKind::Persistent) else { return Ok(None) };
+        match file.header()? {
+            Some(header) => Arena::attach(file, &header).map(Some),
+            None => {
+                self.file = Some(file);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether the arena has a file that the next daemon will find, in which nothing is missing on the image.
+    ///
+    /// => No process uses the arena.
+    pub fn is_written(&self) -> bool {
+        self.file().is_some() && self.holds_unwritten().is_ok_and(|holds| !holds)
     }
 
     /// Whether the arena holds data that is nowhere else, according to its file.

@@ -35,7 +35,7 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::tenure::record::CacheLocation;
@@ -90,6 +90,8 @@ pub struct Arena {
     keep_on_drop: AtomicBool,
     /// Held while the image's change token is stored.
     token: Mutex<()>,
+    /// For an arena that another process keeps: tells it that nothing in the arena is needed any more.
+    is_released: Option<Arc<AtomicBool>>,
 }
 
 /// The contents of a cache that lie past the end of an image.

@@ -426,16 +426,25 @@ fn the_tenure_of_an_image_of_another_user_ends_cleanly() {
         eprintln!("skipped: only root can act as several users");
         return;
     }
-    let mut daemon = start(DEVICE);
-    chown(daemon.image(), Some(4321), None).expect("root can change owners");
-    let bytes = pattern(1, AT, BYTES);
-    Session::open(&daemon.socket(), &SessionOptions::default()).write(AT, &bytes);
-    daemon.stop();
-    assert!(record(&daemon.image()).contains("state clean"), "{}", record(&daemon.image()));
-    assert!(daemon.directory().left().is_empty() && daemon.image_bytes(AT * 512, BYTES) == bytes);
-    daemon.restart();
-    daemon.stop();
-    assert!(!daemon.log().contains("WARN") && !daemon.log().contains("ERROR"), "{}", daemon.log());
+    for (survive, has_marker) in [("auto", true), ("never", true), ("auto", false)] {
+        let directory = TempDir::new("foreign");
+        super::make_image(&directory);
+        let in_the_way = directory.path().join("in-the-way");
+        fs::write(&in_the_way, "not a directory").expect("a file can be created");
+        let memory_dir = if has_marker { directory.memory() } else { in_the_way };
+        let device = format!("{DEVICE}\ncache.survive = {survive:?}\ncache.memory_dir = {memory_dir:?}");
+        let mut daemon = Daemon::start_configured(directory, &[&device]);
+        chown(daemon.image(), Some(4321), None).expect("root can change owners");
+        let bytes = pattern(1, AT, BYTES);
+        Session::open(&daemon.socket(), &SessionOptions::default()).write(AT, &bytes);
+        daemon.stop();
+        assert!(record(&daemon.image()).contains("state clean"), "{}", record(&daemon.image()));
+        assert!(daemon.directory().left().is_empty() && daemon.image_bytes(AT * 512, BYTES) == bytes);
+        daemon.restart();
+        daemon.stop();
+        let log = daemon.log();
+        assert!(!log.contains("cannot mark") && !log.contains("reset") && !log.contains("ERROR"), "{log}");
+    }
 }
 
 #[test]

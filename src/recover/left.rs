@@ -196,7 +196,7 @@ impl Leftovers {
         }
         record.state = TenureState::Clean;
         if let Err(e) = image.write_record(record) {
-            warn!("{name}: cannot mark the image as released in its extended attributes: {e}");
+            warn!("{name}: cannot record that the image was released: {e}");
         }
     }
 

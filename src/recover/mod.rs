@@ -326,7 +326,7 @@ impl NewCache<'_> {
         if found_at == FoundAt::Configured { Ok(None) } else { self.create_file().map(Some) }
     }
 
-    /// Records in the image's attributes that the tenure of the found cache has ended: everything is on the image.
+    /// Records that the tenure of the found cache has ended: everything is on the image.
     ///
     /// => If this daemon dies, or cannot create a cache, the next one does not report the old cache as missing.
     fn close_last_tenure(&self, record: Option<&Record>, tenure: Option<TenureId>) {
@@ -335,7 +335,7 @@ impl NewCache<'_> {
             return;
         };
         if let Err(e) = self.image.write_record(&Record { state: TenureState::Clean, ..record.clone() }) {
-            warn!("{}: cannot mark the image as released in its extended attributes: {e}", self.config.name);
+            warn!("{}: cannot record that the image was released: {e}", self.config.name);
         }
     }
 
@@ -412,7 +412,7 @@ impl NewCache<'_> {
         arena.add_guest_formats(guest.formats);
         if !self.begin_tenure(&arena, self.new_tenure()?) {
             warn!(
-                "{}: no crash marker can be written in memory_dir or to the image: if the daemon is killed, a loss of \
+                "{}: no crash marker can be written in memory_dir, and no record of the image: if the daemon is killed, a loss of \
                  completed writes would go undetected",
                 self.config.name
             );
@@ -449,7 +449,11 @@ impl NewCache<'_> {
         // The ledger first: a cache with an open tenure must not look like one that can be removed without loss.
         arena.set_recorded(tenure.is_recorded, false);
         let is_recorded = self.image.begin_tenure(record).unwrap_or_else(|e| {
-            warn!("{}: cannot record in the image's attributes that a cache holds writes ({e})", self.config.name);
+            warn!(
+                "{}: cannot record for other daemons that a cache holds writes of the image ({e}): one with another \
+                 memory_dir or another user would not find the cache",
+                self.config.name
+            );
             false
         });
         arena.set_recorded(is_recorded, false);

@@ -13,7 +13,7 @@ use super::write_back::Unwritten;
 use crate::arena::{Arena, ArenaFile, Header, TenureFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::file::LastTenure;
+use crate::store::file::{LastTenure, end_recorded_tenure};
 use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::record::{Record, TenureState};
@@ -93,11 +93,14 @@ pub(super) fn end_tenure(
             match image.write_record(&Record { state, ..record }) {
                 Ok(()) => Ok(()),
                 Err(e) => {
-                    warn!("cannot mark image {} as released in its extended attributes: {e}", image.path().display());
+                    warn!("cannot record that image {} was released: {e}", image.path().display());
                     file.record_tenure_end(tenure.id, state)
                 }
             }
         }
-        _ => file.record_tenure_end(tenure.id, state),
+        _ => match end_recorded_tenure(tenure.id, state) {
+            Ok(true) => Ok(()),
+            _ => file.record_tenure_end(tenure.id, state),
+        },
     }
 }

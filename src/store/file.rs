@@ -13,6 +13,7 @@ use super::handed::FileParts;
 pub use super::handed::{ImageParts, IoLock};
 use super::history;
 pub use super::history::LastTenure;
+use super::host_record::{self, HostRecord};
 use super::image::OpenImage;
 use super::named::{BlockWriter, ImageKind, NamedImage};
 pub use super::named::{KnownRaw, PageBytes};
@@ -25,6 +26,7 @@ use super::{Backing, Limits, StoreQueue, blocking};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys;
+use crate::tenure::TenureId;
 use crate::tenure::record::{CacheLocation, Record, TenureState};
 use crate::tenure::token::ChangeToken;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorSpan, Unmap};
@@ -42,6 +44,15 @@ pub fn identity_and_token(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
 /// opened. `None` also if the record cannot be read.
 pub fn recorded_tenure(path: &Path) -> Option<Record> {
     open_checks::recorded_tenure(path)
+}
+
+/// Ends the open tenure with this ID in this state, if a record of this host has it: for an image that cannot be opened.
+/// Returns whether there is one.
+///
+/// # Errors
+/// Errors of writing a file of this host.
+pub fn end_recorded_tenure(tenure: TenureId, state: TenureState) -> io::Result<bool> {
+    host_record::end(tenure, state)
 }
 
 /// Whether a block device is a partition.
@@ -74,6 +85,11 @@ pub struct FileImage {
     fallback_warning: Once,
     /// The record of the current tenure.
     tenure: Mutex<Option<Record>>,
+    /// Whether the image cannot carry the record of its tenure, so that this host has it.
+    is_recorded_on_host: bool,
+    /// The place of the image among the records of this host; `None` if another process opened the image, and so writes
+    /// its record.
+    host_record: Option<HostRecord>,
 }
 
 impl FileImage {
@@ -97,11 +113,17 @@ impl FileImage {
 
     fn open_labelled(label: String, path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
         let image = OpenImage::open(label, path, options)?;
+        let is_recorded_on_host =
+            image.is_device() || matches!(history::last_tenure(&image.file), Ok(LastTenure::NoRecords));
+        let host_record = HostRecord::of(&image.file, image.identity());
+        let host_record = host_record.inspect_err(|e| log::warn!("{}: {e}", image.label())).ok();
         Ok(Arc::new(Self {
             image: Arc::new(image),
             engine: options.engine,
             fallback_warning: Once::new(),
             tenure: Mutex::default(),
+            is_recorded_on_host,
+            host_record,
         }))
     }
 
@@ -114,12 +136,14 @@ impl FileImage {
         let record = record.map_err(|why| {
             Error::new(ErrorKind::System, format!("cannot read the record of the last daemon: {why}"))
         })?;
-        let engine = parts.engine;
+        let (engine, is_recorded_on_host) = (parts.engine, parts.is_recorded_on_host);
         Ok(Arc::new(Self {
             image: Arc::new(OpenImage::received(file, parts)),
             engine,
             fallback_warning: Once::new(),
             tenure: Mutex::new(record),
+            is_recorded_on_host,
+            host_record: None,
         }))
     }
 
@@ -221,35 +245,45 @@ impl FileImage {
         Ok(bytes)
     }
 
-    /// The state of the last tenure that the image records.
+    /// The record of the last tenure: at the image, or on this host if the image cannot carry one.
     ///
     /// # Errors
     /// Errors of fgetxattr(2).
     pub fn last_tenure(&self) -> io::Result<LastTenure> {
-        if self.image.is_device() { Ok(LastTenure::NoRecords) } else { history::last_tenure(&self.image.file) }
+        if self.is_recorded_on_host {
+            return Ok(self.host_record.as_ref().map_or(LastTenure::NoRecords, HostRecord::last));
+        }
+        history::last_tenure(&self.image.file)
     }
 
-    /// Starts a tenure: writes its record to the image. `false` if the image cannot carry one.
+    /// Starts a tenure: writes its record, and syncs the image. `false` if there is no place for it.
     ///
     /// # Errors
-    /// Errors of fsetxattr(2) and fsync(2).
+    /// Errors of fsetxattr(2) and fsync(2); errors of writing a file of this host.
     pub fn begin_tenure(&self, record: Record) -> io::Result<bool> {
-        if self.last_tenure()? == LastTenure::NoRecords {
+        let last = self.last_tenure()?;
+        if last == LastTenure::NoRecords {
             return Ok(false);
         }
-        if self.last_tenure()? != LastTenure::Recorded(record.clone()) {
-            history::write_record(&self.image.file, &record)?;
+        if last != LastTenure::Recorded(record.clone()) {
+            self.write_record(&record)?;
+            if self.is_recorded_on_host {
+                self.image.file.sync_all()?;
+            }
         }
         *self.tenure() = Some(record);
         Ok(true)
     }
 
-    /// Writes a record of a tenure that has ended.
+    /// Writes a record of a tenure, and makes it durable if it is at the image.
     ///
     /// # Errors
-    /// Errors of fsetxattr(2) and fsync(2).
+    /// As [`FileImage::begin_tenure`].
     pub fn write_record(&self, record: &Record) -> io::Result<()> {
-        history::write_record(&self.image.file, record)
+        if !self.is_recorded_on_host {
+            return history::write_record(&self.image.file, record);
+        }
+        self.host_record.as_ref().ok_or(io::ErrorKind::Unsupported)?.write(record)
     }
 
     fn tenure(&self) -> MutexGuard<'_, Option<Record>> {
@@ -327,14 +361,21 @@ impl NamedImage for FileImage {
         self.write_record(record)
     }
 
+    fn is_recorded_on_host(&self) -> bool {
+        self.is_recorded_on_host
+    }
+
     fn found_token(&self) -> ChangeToken {
         self.found_token()
     }
 
     fn reopen_for_process(&self, io_lock: IoLock) -> io::Result<(File, ImageParts)> {
         let (file, known) = self.image.reopen(io_lock)?;
-        let record = self.tenure().as_ref().map(Record::encode);
-        Ok((file, ImageParts::File(self.image.parts(known, self.engine, record))))
+        // The process that serves the image writes no files of this host.
+        let is_recorded_on_host = self.is_recorded_on_host;
+        let record = self.tenure().as_ref().filter(|_| !is_recorded_on_host).map(Record::encode);
+        let parts = self.image.parts(known, self.engine, record);
+        Ok((file, ImageParts::File(FileParts { is_recorded_on_host, ..parts })))
     }
 
     fn is_io_locked(&self, io_lock: IoLock) -> bool {
@@ -424,14 +465,14 @@ impl Backing for FileImage {
 
     fn end_tenure(&self) -> io::Result<bool> {
         let Some(record) = self.tenure().take() else { return Ok(false) };
-        history::write_record(&self.image.file, &Record { state: TenureState::Clean, ..record }).map(|()| true)
+        self.write_record(&Record { state: TenureState::Clean, ..record }).map(|()| true)
     }
 
     fn lose_cache(&self) -> io::Result<bool> {
         let mut tenure = self.tenure();
-        let Some(record) = tenure.as_mut() else { return Ok(false) };
+        let Some(record) = tenure.as_mut() else { return Ok(self.is_recorded_on_host) };
         record.cache = CacheLocation::Memory;
-        history::write_record(&self.image.file, record).map(|()| true)
+        self.write_record(record).map(|()| true)
     }
 
     fn data_runs(&self) -> Vec<Range<u64>> {

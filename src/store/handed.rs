@@ -45,8 +45,17 @@ pub struct FileParts {
     /// Its first and last bytes, and the formats that the guest is known to have written.
     pub(super) known: Known,
     pub(super) engine: IoEngine,
-    /// The record of the current tenure.
+    /// The record of the current tenure, if the image carries it.
     pub(super) tenure: Option<Vec<u8>>,
+    /// Whether this host has that record, which the process that opened the image writes.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub(super) is_recorded_on_host: bool,
+}
+
+/// A message without the word means no.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_false(word: &bool) -> bool {
+    !*word
 }
 
 /// The properties of an export of an NBD server.

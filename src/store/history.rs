@@ -3,9 +3,10 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::sys::block::LoopFile;
 use crate::sys::{self, xattr};
 use crate::tenure::record::{ATTRIBUTE, BYTES_MAX, Record};
 use crate::tenure::token::{ChangeToken, MAY_MISS_WRITES};
@@ -18,7 +19,8 @@ const DELETED: &str = " (deleted)";
 /// The record of an image's last tenure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LastTenure {
-    /// The image cannot carry a record: it is a block device, or its file system has no attributes.
+    /// The image cannot carry a record (it is a block device, or its file system has no attributes), and this host has
+    /// no place for it.
     NoRecords,
     /// No tenure was ever recorded.
     None,
@@ -100,23 +102,43 @@ pub(super) fn token_of_file(metadata: &fs::Metadata) -> ChangeToken {
 
 /// A name that a block device keeps when it is attached again, under another number; empty if none is known.
 pub(super) fn alias(device: u64) -> String {
+    let partition = partition(device).map_or_else(String::new, |number| format!(":{number}"));
     if let Some(path) = loop_file(device) {
-        let partition = attribute(device, "partition").map_or_else(String::new, |number| format!(":{number}"));
         let offset = attribute(device, "loop/offset").unwrap_or_default();
         return format!("loop:{}:{offset}{partition}", path.display());
     }
-    if let Some(uuid) = attribute(device, "dm/uuid").filter(|uuid| !uuid.is_empty()) {
-        return format!("dm:{uuid}");
-    }
-    let names = ["wwid", "device/wwid", "../wwid", "../device/wwid"];
-    let partition = attribute(device, "partition").map_or_else(String::new, |number| format!(":{number}"));
-    let wwid = names.iter().find_map(|name| attribute(device, name)).filter(|wwid| !wwid.is_empty());
-    wwid.map_or_else(String::new, |wwid| format!("wwid:{wwid}{partition}"))
+    stable_name(device).map_or_else(String::new, |name| format!("{name}{partition}"))
+}
+
+/// The name that a block device which is not a loop device, or the disk of a partition, keeps when it is attached again:
+/// the UUID of a device-mapper device or an MD array, or the WWID of a disk.
+pub(super) fn stable_name(device: u64) -> Option<String> {
+    let first = |names: &[&str]| names.iter().find_map(|name| attribute(device, name)).filter(|name| !name.is_empty());
+    let uuid = |kind: &str, uuid: String| format!("{kind}:{uuid}");
+    first(&["dm/uuid"])
+        .map(|found| uuid("dm", found))
+        .or_else(|| first(&["md/uuid", "../md/uuid"]).map(|found| uuid("md", found)))
+        .or_else(|| first(&["wwid", "device/wwid", "../wwid", "../device/wwid"]).map(|found| uuid("wwid", found)))
+}
+
+/// The number of a partition; `None` for any other block device.
+pub(super) fn partition(device: u64) -> Option<String> {
+    attribute(device, "partition")
 }
 
 /// Whether a block device is a partition.
 pub(super) fn is_partition(device: u64) -> bool {
-    attribute(device, "partition").is_some()
+    partition(device).is_some()
+}
+
+/// The creation time of the file behind a loop device, or a partition of one, in nanoseconds since 1970; 0 if its file
+/// system does not record it. `None` if no path leads to that file.
+pub(super) fn birth_of_file_behind(device: u64, on: LoopFile) -> Option<u64> {
+    // O_PATH does not really open it: it may be on a server that does not respond.
+    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(loop_file(device)?).ok()?;
+    let metadata = file.metadata().ok()?;
+    let is_same = (metadata.dev(), metadata.ino()) == (on.device, on.inode);
+    is_same.then(|| sys::file::birth_ns(&file))
 }
 
 /// The file behind a loop device or a partition of one.

@@ -194,6 +194,7 @@ impl OpenImage {
             is_on_local_fs: self.is_on_local_fs,
             known,
             engine,
+            is_recorded_on_host: false,
             tenure,
         }
     }

@@ -100,6 +100,11 @@ pub trait NamedImage: Backing {
         Ok(())
     }
 
+    /// Whether the record of its tenure is a file of this host, which only the process that opened the image writes.
+    fn is_recorded_on_host(&self) -> bool {
+        false
+    }
+
     /// The change token of the image when it was opened, before this daemon changed anything. Does not wait.
     fn found_token(&self) -> ChangeToken;
 

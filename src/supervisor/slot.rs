@@ -273,7 +273,14 @@ impl ImageSlot {
         let lost = |unmarked| ToDisk::CacheFileLost { image_of: self.image_of, unmarked };
         let told = match cache.replace_lost_file() {
             Ok(marker) => process.send(&lost(None), marker.as_slice()),
-            Err(e) => process.send(&lost(Some(e.to_string())), &[]),
+            Err(e) => {
+                let is_recorded =
+                    !state.image.is_recorded_on_host() || state.image.lose_cache().is_ok_and(|known| known);
+                if !is_recorded {
+                    error!("{name}: a crash of the daemon would lose writes unnoticed");
+                }
+                process.send(&lost(Some(e.to_string())), &[])
+            }
         };
         if let Err(e) = told {
             error!(
@@ -401,21 +408,42 @@ impl Drop for ImageSlot {
                 Ok(()) => cache.remove(),
                 Err(e) => warn!("{name}: cannot mark the image clean ({e}); its cache is kept"),
             },
-            // The counters of a block device are read through a path, which only this process may use. The image no
-            // longer changes once the kernel has released the process's descriptor.
-            Some((io_lock, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {
-                let until = Instant::now() + CLOSE_TIMEOUT;
-                while state.image.is_io_locked(io_lock) && Instant::now() < until {
-                    thread::sleep(FENCE_POLL);
+            Some((io_lock, exit)) => {
+                if state.image.kind() == ImageKind::Device {
+                    record_device_token(name, &*state.image, &mut cache, io_lock);
                 }
-                if !state.image.is_io_locked(io_lock)
-                    && let Some(token) = state.image.change_token()
-                    && let Err(e) = cache.record_token(token)
+                // The process has not ended the tenure in a record that only this process writes.
+                if exit.is_clean()
+                    && state.image.is_recorded_on_host()
+                    && cache.is_written()
+                    && let Err(e) = end_tenure_of_kept(&*state.image, &mut cache)
                 {
-                    warn!("{name}: {e}");
+                    warn!("{name}: cannot record that the image was released: {e}");
                 }
             }
-            _ => {}
+            None => {}
         }
     }
+}
+
+/// Records the change token of a block device. Its counters are read through a path, which only this process may use.
+///
+/// => The image no longer changes once the kernel has released the process's descriptor.
+fn record_device_token(name: &str, image: &dyn NamedImage, cache: &mut KeptArena, io_lock: IoLock) {
+    let until = Instant::now() + CLOSE_TIMEOUT;
+    while image.is_io_locked(io_lock) && Instant::now() < until {
+        thread::sleep(FENCE_POLL);
+    }
+    if !image.is_io_locked(io_lock)
+        && let Some(token) = image.change_token()
+        && let Err(e) = cache.record_token(token)
+    {
+        warn!("{name}: {e}");
+    }
+}
+
+/// Ends the tenure of a cache that stays, although all its data is on the image.
+fn end_tenure_of_kept(image: &dyn NamedImage, cache: &mut KeptArena) -> io::Result<()> {
+    recover::end_open_tenure(image)?;
+    cache.record_end().map_err(io::Error::other)
 }

@@ -11,6 +11,9 @@ const BLKGETDISKSEQ: libc::Ioctl = 0x8008_1280;
 const BLKROGET: libc::Ioctl = 0x125e;
 const BLKDISCARD: libc::Ioctl = 0x1277;
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+const LOOP_GET_STATUS64: libc::Ioctl = 0x4c05;
+/// Size of struct loop_info64: 232 bytes.
+const LOOP_INFO_WORDS: usize = 29;
 
 /// Sizes that a block device reports, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,4 +69,27 @@ pub fn disk_sequence(file: &File) -> u64 {
     // SAFETY: BLKGETDISKSEQ stores one u64 at the address given, and `number` is one.
     let known = retry_eintr(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKGETDISKSEQ, &raw mut number) });
     known.map_or(0, |_| number)
+}
+
+/// The file behind a loop device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoopFile {
+    /// Device number of its file system.
+    pub device: u64,
+    /// Its inode number.
+    pub inode: u64,
+    /// Where in the file the device begins, in bytes.
+    pub offset: u64,
+    /// Most bytes of the device; 0: up to the end of the file.
+    pub size_limit: u64,
+}
+
+/// The file behind a loop device or a partition of one; `None` for any other device.
+pub fn loop_file(file: &File) -> Option<LoopFile> {
+    // struct loop_info64 of <linux/loop.h>: lo_device, lo_inode, lo_rdevice, lo_offset, lo_sizelimit, and more.
+    let mut info = [0u64; LOOP_INFO_WORDS];
+    // SAFETY: LOOP_GET_STATUS64 stores one struct loop_info64 at the address given, and `info` has its size.
+    retry_eintr(|| unsafe { libc::ioctl(file.as_raw_fd(), LOOP_GET_STATUS64, info.as_mut_ptr()) }).ok()?;
+    let [device, inode, _, offset, size_limit, ..] = info;
+    Some(LoopFile { device, inode, offset, size_limit })
 }

@@ -20,6 +20,7 @@ mod remounts;
 mod systemd;
 mod tenures;
 mod tools;
+mod unrecorded;
 mod zeroes;
 
 use std::fs::File;

@@ -21,18 +21,18 @@ const AT: u64 = 80;
 const BYTES: usize = 16 << 10;
 
 /// Runs a command; its output, or `None` if it fails or is not installed.
-fn run(command: &str, arguments: &[&str]) -> Option<String> {
+pub fn run(command: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new(command).args(arguments).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// A file on a loop device, detached on drop.
-struct Loop {
-    device: String,
+pub struct Loop {
+    pub device: String,
 }
 
 impl Loop {
-    fn attach(file: &Path) -> Option<Self> {
+    pub fn attach(file: &Path) -> Option<Self> {
         run("losetup", &["-f", "--show", file.to_str()?]).map(|device| Self { device })
     }
 }
@@ -70,7 +70,8 @@ impl Drop for Mount {
     }
 }
 
-fn sparse_file(path: &Path, bytes: u64) {
+/// Creates a file of zeros.
+pub fn sparse_file(path: &Path, bytes: u64) {
     File::create(path).and_then(|file| file.set_len(bytes)).expect("a file can be created");
 }
 

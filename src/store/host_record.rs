@@ -1,0 +1,295 @@
+//! The records of tenures that images cannot carry: those of block devices, and of files on file systems without
+//! extended attributes. Each is a file of this host, and is valid until the host's next boot.
+//!
+//! A user has up to two directories of records, below /run and /dev/shm, because either may be read-only or removed.
+//! Other users can read them. Records are trusted that root, this user or the owner of the image wrote.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use super::history::{self, LastTenure};
+use crate::image_id::ImageId;
+use crate::sys;
+use crate::sys::dir::{OpenMode, open_at, unlink_at};
+use crate::sys::process::effective_uid;
+use crate::tenure::TenureId;
+use crate::tenure::host::{Boot, BootRelation};
+use crate::tenure::record::{BYTES_MAX, Record, TenureState};
+
+/// Directory in which each user has a directory of records; hidden, because genblk's other names there are of caches.
+const SHARED_MEMORY: &str = "/dev/shm";
+/// Prefix of the names of these directories; the user's number follows.
+const DIRECTORY_OF_USER: &str = ".genblk-tenures-";
+/// Mode bits by which group and others may write.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+/// Mode bit by which everyone may write.
+const WRITABLE_BY_ALL: u32 = 0o002;
+/// Most records in a directory, as long as some are of tenures that have ended.
+const RECORDS_MAX: usize = 1000;
+
+/// The place of an image's record among those of this host.
+#[derive(Clone, Debug)]
+pub(super) struct HostRecord {
+    /// The name of the record.
+    name: String,
+    /// The identity of the image.
+    identity: ImageId,
+    /// Creation time of the file with the image's bytes in nanoseconds since 1970; 0 if it is unknown.
+    born_ns: u64,
+    owner: u32,
+    /// Every user may write to the image.
+    is_public: bool,
+}
+
+impl HostRecord {
+    /// The place of the record of an open image.
+    pub(super) fn of(file: &File, identity: ImageId) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let (owner, is_public) = (metadata.uid(), metadata.mode() & WRITABLE_BY_ALL != 0);
+        if metadata.is_file() {
+            let name = format!("{}@file", group_of_file(metadata.dev(), metadata.ino()));
+            return Ok(Self { name, identity, born_ns: identity.born_ns, owner, is_public });
+        }
+        let device = metadata.rdev();
+        let partition = history::partition(device).map_or_else(String::new, |number| format!("-part{number}"));
+        let place = |name, born_ns| Self { name, identity, born_ns, owner, is_public };
+        if let Some(on) = sys::block::loop_file(file) {
+            let born_ns = history::birth_of_file_behind(device, on).unwrap_or(0);
+            let group = group_of_file(on.device, on.inode);
+            return Ok(place(format!("{group}@loop-{:x}+{:x}{partition}", on.offset, on.size_limit), born_ns));
+        }
+        let group = match history::stable_name(device) {
+            Some(name) => name_of_file(&name),
+            // The sequence number of a partition is that of its disk.
+            None if identity.inode != 0 => format!("disk-{:x}", identity.inode),
+            None => return Ok(place(format!("device-{device:x}@disk"), 0)),
+        };
+        Ok(place(format!("{group}@disk{partition}"), 0))
+    }
+
+    /// The record of the image's last tenure on this host since its boot.
+    pub(super) fn last(&self) -> LastTenure {
+        let mut last: Option<Record> = None;
+        for directory in self.trusted_directories() {
+            match self.read(&directory, &self.name) {
+                Ok(Some(record)) if last.as_ref().is_none_or(|last| rank(last) < rank(&record)) => last = Some(record),
+                Ok(_) => {}
+                // The record of another user cannot be repaired by a take-over.
+                Err(e) if e.kind() == io::ErrorKind::InvalidData && directory.owner == effective_uid() => {
+                    return LastTenure::Unreadable(e.to_string());
+                }
+                Err(e) => log::debug!("record {}: {e}", self.name),
+            }
+        }
+        last.map_or(LastTenure::None, LastTenure::Recorded)
+    }
+
+    /// Writes the record of a tenure.
+    ///
+    /// # Errors
+    /// The last error, if it cannot be written to any directory of this user.
+    pub(super) fn write(&self, record: &Record) -> io::Result<()> {
+        write(&self.name, &Record { born_ns: self.born_ns, ..record.clone() })
+    }
+
+    /// A record of this boot, and of a file that was created at the same time.
+    fn read(&self, directory: &Directory, name: &str) -> io::Result<Option<Record>> {
+        let Some(record) = directory.read(name)? else { return Ok(None) };
+        let is_same_file = record.born_ns == self.born_ns || record.born_ns == 0 || self.born_ns == 0;
+        let ImageId { inode, born_ns, .. } = self.identity;
+        // The identity of a device changes when it is attached again.
+        Ok(is_same_file.then_some(Record { inode, born_ns, ..record }))
+    }
+
+    fn trusted_directories(&self) -> impl Iterator<Item = Directory> {
+        let users = [0, effective_uid(), self.owner];
+        let found = directories().into_iter().filter_map(|path| Directory::open(&path).ok());
+        found.filter(move |directory| self.is_public || users.contains(&directory.owner))
+    }
+}
+
+/// Ends the open tenure with this ID in this state, if a record of this host has it. For an image that cannot be opened.
+/// Returns whether there is one.
+///
+/// # Errors
+/// As [`HostRecord::write`].
+pub(super) fn end(tenure: TenureId, state: TenureState) -> io::Result<bool> {
+    for directory in directories().iter().filter_map(|path| Directory::open(path).ok()) {
+        for name in names_in(&directory.path) {
+            match directory.read(&name) {
+                Ok(Some(record)) if record.tenure == tenure && record.state == TenureState::Open => {
+                    return write(&name, &Record { state, ..record }).map(|()| true);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// Later tenures have higher ranks. Of the records of one tenure, the one about its end does.
+fn rank(record: &Record) -> (u64, u8) {
+    let state = match record.state {
+        TenureState::Open => 0,
+        TenureState::Clean => 1,
+        TenureState::Forfeited => 2,
+    };
+    (record.tenure.generation, state)
+}
+
+fn group_of_file(device: u64, inode: u64) -> String {
+    format!("file-{device:x}-{inode:x}")
+}
+
+/// A name for files, which is different for each text.
+fn name_of_file(text: &str) -> String {
+    const CHARS_MAX: usize = 100;
+    let shown: String = text.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).take(CHARS_MAX).collect();
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for byte in text.bytes() {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    format!("{shown}-{hash:016x}")
+}
+
+/// For tests: a directory in place of /run and /dev/shm (`GENBLK_TEST_TENURES`). Only a binary with debug assertions
+/// reads the variable.
+fn test_directory() -> Option<PathBuf> {
+    if cfg!(debug_assertions) { std::env::var_os("GENBLK_TEST_TENURES").map(PathBuf::from) } else { None }
+}
+
+/// The directories to which this user's records are written.
+fn own_directories() -> Vec<PathBuf> {
+    let user = effective_uid();
+    let shared = test_directory().unwrap_or_else(|| SHARED_MEMORY.into()).join(format!("{DIRECTORY_OF_USER}{user}"));
+    let runtime = match (test_directory(), user) {
+        (Some(_), _) => None,
+        (None, 0) => Some(PathBuf::from("/run/genblk/tenures")),
+        (None, user) => runtime_directory(user),
+    };
+    runtime.into_iter().chain([shared]).collect()
+}
+
+/// The directory of records in a user's runtime directory, if the user has one.
+fn runtime_directory(user: u32) -> Option<PathBuf> {
+    let directory = PathBuf::from(format!("/run/user/{user}"));
+    directory.is_dir().then(|| directory.join("genblk/tenures"))
+}
+
+/// The directories of all users' records, as far as this user may list them.
+fn directories() -> Vec<PathBuf> {
+    let shared = test_directory().unwrap_or_else(|| SHARED_MEMORY.into());
+    let mut found: Vec<PathBuf> = names_in(&shared)
+        .into_iter()
+        .filter_map(|name| name.strip_prefix(DIRECTORY_OF_USER).map(|_| shared.join(&name)))
+        .collect();
+    if test_directory().is_none() {
+        found.push("/run/genblk/tenures".into());
+        found.extend(names_in(Path::new("/run/user")).iter().filter_map(|user| runtime_directory(user.parse().ok()?)));
+    }
+    found
+}
+
+fn names_in(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// An open directory of records, in which only its owner can create files.
+struct Directory {
+    file: File,
+    path: PathBuf,
+    owner: u32,
+}
+
+impl Directory {
+    fn open(path: &Path) -> io::Result<Self> {
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        let metadata = file.metadata()?;
+        if metadata.mode() & WRITABLE_BY_OTHERS != 0 {
+            return Err(io::Error::other(format!("other users can write to {}", path.display())));
+        }
+        Ok(Self { file, path: path.to_path_buf(), owner: metadata.uid() })
+    }
+
+    /// This user's directory at `path`, which is created if needed.
+    fn create(path: &Path) -> io::Result<Self> {
+        match DirBuilder::new().recursive(true).mode(0o755).create(path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let directory = Self::open(path)?;
+        if directory.owner != effective_uid() {
+            return Err(io::Error::other(format!("{} belongs to user {}", path.display(), directory.owner)));
+        }
+        Ok(directory)
+    }
+
+    /// A record of this boot; `None` if there is none of this name.
+    fn read(&self, name: &str) -> io::Result<Option<Record>> {
+        let file = match open_at(&self.file, name.as_ref(), OpenMode::Read) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.uid() != self.owner || metadata.mode() & WRITABLE_BY_OTHERS != 0 {
+            return Err(io::Error::other("another user could have created or can change it"));
+        }
+        let mut bytes = Vec::new();
+        file.take(BYTES_MAX as u64 + 1).read_to_end(&mut bytes)?;
+        let record = Record::decode(&bytes).map_err(|why| {
+            let shown = self.path.join(name);
+            io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", shown.display()))
+        })?;
+        Ok((Boot::current().relation_to(record.boot) == BootRelation::SameBoot).then_some(record))
+    }
+
+    /// Replaces a record. A daemon that dies meanwhile leaves the old one.
+    fn write(&self, name: &str, record: &Record) -> io::Result<()> {
+        self.make_room()?;
+        let new = format!(".{name}");
+        let _ = unlink_at(&self.file, new.as_ref());
+        let mut file = open_at(&self.file, new.as_ref(), OpenMode::CreateNew)?;
+        let written = file
+            .write_all(&record.encode())
+            .and_then(|()| file.set_permissions(Permissions::from_mode(0o644)))
+            .and_then(|()| fs::rename(self.path.join(&new), self.path.join(name)));
+        written.inspect_err(|_| drop(unlink_at(&self.file, new.as_ref())))
+    }
+
+    /// Removes old records of tenures that have ended, if there are too many.
+    fn make_room(&self) -> io::Result<()> {
+        let names = names_in(&self.path);
+        if names.len() < RECORDS_MAX {
+            return Ok(());
+        }
+        let has_ended = |name: &String| match self.read(name) {
+            Ok(record) => record.is_none_or(|record| record.state == TenureState::Clean),
+            Err(_) => false,
+        };
+        let changed = |name: &String| fs::metadata(self.path.join(name)).and_then(|found| found.modified()).ok();
+        let mut ended: Vec<String> = names.into_iter().filter(has_ended).collect();
+        ended.sort_by_key(changed);
+        ended.iter().take(RECORDS_MAX / 10).try_for_each(|name| unlink_at(&self.file, name.as_ref()))
+    }
+}
+
+/// Writes a record to each directory of this user, so that the loss of one does no harm.
+fn write(name: &str, record: &Record) -> io::Result<()> {
+    let mut result = Err(io::ErrorKind::NotFound.into());
+    for path in own_directories() {
+        let failed = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+        match Directory::create(&path).and_then(|directory| directory.write(name, record)) {
+            Ok(()) => result = Ok(()),
+            Err(e) => {
+                // An older record of the tenure must not contradict the one in the other directory.
+                let _ = fs::remove_file(path.join(name));
+                result = result.or(Err(failed(e)));
+            }
+        }
+    }
+    result
+}

@@ -1,6 +1,7 @@
 //! The remains of earlier daemons for an image: its record, and the caches that may belong to it. Decides which of them
 //! may be used, and refuses to serve the image while an unusable cache may hold completed writes of it.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -35,8 +36,8 @@ pub(super) struct Leftovers {
     pub(super) record: Option<Record>,
     /// Whether a daemon may have died while it was changing the image, or an operator has set its cache aside since.
     pub(super) may_have_died: bool,
-    /// Whether the cache of the record's tenure was found, even if it is not used.
-    is_recorded_cache_there: bool,
+    /// The tenures of the caches that were found, even if they are not used.
+    found: HashSet<TenureId>,
 }
 
 impl Leftovers {
@@ -59,14 +60,16 @@ impl Leftovers {
             refuse_other_host(image, record)?;
         }
         let memory_dir = &config.cache.memory_dir;
-        let search = Search { image, facts, record: record.as_ref(), memory_dir, manager };
+        let overlapping = image.overlapping_tenures();
+        overlapping.iter().try_for_each(|record| refuse_other_host(image, record))?;
+        let search = Search { image, facts, record: record.as_ref(), overlapping: &overlapping, memory_dir, manager };
         let mut left = Self {
             usable: None,
             guest: GuestState::FRESH,
             generation: 0,
             record: record.clone(),
             may_have_died: false,
-            is_recorded_cache_there: false,
+            found: HashSet::new(),
         };
         left.generation = record.as_ref().map_or(0, |record| record.tenure.generation);
         for candidate in search.run()? {
@@ -75,21 +78,23 @@ impl Leftovers {
         if let Some(record) = &record {
             left.check_cache_exists(name, image, record)?;
         }
+        for record in &overlapping {
+            left.check_overlapping_cache_exists(image, record)?;
+        }
         Ok(left)
     }
 
     /// Examines another cache.
     fn add(&mut self, name: &str, read_only: bool, image: &dyn NamedImage, candidate: Candidate) -> Result<()> {
+        if !candidate.header.is_set_aside {
+            self.found.extend(candidate.header.tenure.map(|tenure| tenure.id));
+        }
         if candidate.match_strength == MatchStrength::OtherAccess {
             return take_other_access(name, read_only, image, &candidate);
         }
         self.may_have_died |= candidate.header.is_set_aside || !candidate.header.last_seen.is_at_rest;
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
         self.generation = self.generation.max(generation);
-        let recorded = self.record.as_ref().map(|record| record.tenure);
-        self.is_recorded_cache_there |= !candidate.header.is_set_aside
-            && recorded.is_some()
-            && recorded == candidate.header.tenure.map(|tenure| tenure.id);
         if let Some(unwritten) = candidate.foreign {
             return refuse_foreign(image, &candidate, unwritten);
         }
@@ -204,14 +209,11 @@ impl Leftovers {
     fn check_cache_exists(&mut self, name: &str, image: &dyn NamedImage, record: &Record) -> Result<()> {
         // The tenure may have been ended meanwhile, or its end may be recorded next to the cache's old path.
         let state = self.record.as_ref().map_or(record.state, |record| record.state);
-        let noted = match &record.cache {
-            CacheLocation::Path(path) => ArenaFile::recorded_tenure_end(path, allowed_owner(), record.tenure),
-            _ => None,
-        };
+        let noted = recorded_end(record);
         let state = noted.filter(|_| state == TenureState::Open).unwrap_or(state);
         let since = age_of(record.since * 1_000_000_000).as_secs();
         match (state, Boot::current().relation_to(record.boot), &record.cache) {
-            _ if self.is_recorded_cache_there => {}
+            _ if self.found.contains(&record.tenure) => {}
             (TenureState::Clean, ..) => {}
             (TenureState::Open, BootRelation::EarlierBoot, _) => {
                 error!(
@@ -231,10 +233,40 @@ impl Leftovers {
             (TenureState::Forfeited, ..) | (TenureState::Open, _, CacheLocation::Memory) => {
                 self.guest.data = GuestData::Lost;
             }
-            (TenureState::Open, _, place) => return Err(missing_cache(image, place, since)),
+            (TenureState::Open, _, place) => return Err(missing_cache(image, "", place, since)),
         }
         Ok(())
     }
+
+    /// Checks that the cache of the open tenure of an image that shares bytes with this one is among those that were
+    /// found.
+    fn check_overlapping_cache_exists(&mut self, image: &dyn NamedImage, record: &Record) -> Result<()> {
+        match &record.cache {
+            _ if is_over(record, &self.found) => {}
+            CacheLocation::Memory => self.guest.data = GuestData::Lost,
+            place => {
+                let since = age_of(record.since * 1_000_000_000).as_secs();
+                return Err(missing_cache(image, "another access to the bytes of ", place, since));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a tenure has ended, if that is recorded next to the place of its cache.
+pub(super) fn recorded_end(record: &Record) -> Option<TenureState> {
+    match &record.cache {
+        CacheLocation::Path(path) => ArenaFile::recorded_tenure_end(path, allowed_owner(), record.tenure),
+        _ => None,
+    }
+}
+
+/// Whether the cache of an open tenure holds nothing that is missing: it was found, or its end is recorded next to the
+/// place of the cache, or the host has rebooted since.
+pub(super) fn is_over(record: &Record, found: &HashSet<TenureId>) -> bool {
+    recorded_end(record).is_some()
+        || found.contains(&record.tenure)
+        || Boot::current().relation_to(record.boot) == BootRelation::EarlierBoot
 }
 
 /// The record of the image's last tenure, if there is one that was written for this image.
@@ -436,12 +468,12 @@ fn remedies(image: &str, file: &ArenaFile) -> String {
     )
 }
 
-/// The error for a cache that is not at its recorded place.
-fn missing_cache(image: &dyn NamedImage, place: &CacheLocation, since: u64) -> Error {
+/// The error for a cache that is not at its recorded place: of the image, or of `what` precedes its name.
+fn missing_cache(image: &dyn NamedImage, what: &str, place: &CacheLocation, since: u64) -> Error {
     let image = image.path().display();
     let context = format!(
-        "image {image} was marked in use {} ago and never released, but its cache {} does not exist: it was removed, \
-         or is in another container's memory",
+        "{what}image {image} was marked in use {} ago and never released, but its cache {} does not exist: it was \
+         removed, or is in another container's memory",
         duration(since),
         location_text(place)
     );

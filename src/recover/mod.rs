@@ -412,8 +412,8 @@ impl NewCache<'_> {
         arena.add_guest_formats(guest.formats);
         if !self.begin_tenure(&arena, self.new_tenure()?) {
             warn!(
-                "{}: no crash marker can be written in memory_dir, and no record of the image: if the daemon is killed, a loss of \
-                 completed writes would go undetected",
+                "{}: no crash marker can be written in memory_dir, and no record of the image: if the daemon is \
+                 killed, a loss of completed writes would go undetected",
                 self.config.name
             );
         }

@@ -30,7 +30,7 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
         record => record?,
     };
     let (memory_dir, manager) = (&MemoryDir::Systemd, &Arc::new(ServiceManager::default()));
-    let search = Search { image, facts: &facts, record: record.as_ref(), memory_dir, manager };
+    let search = Search { image, facts: &facts, record: record.as_ref(), overlapping: &[], memory_dir, manager };
     // A partition has the bytes of its disk at other offsets.
     let is_same_size = header.image.size_bytes == image.limits().size_bytes.get();
     let match_strength = search.match_strength(header);

@@ -78,6 +78,8 @@ pub(super) struct Search<'a> {
     pub(super) facts: &'a ImageFacts,
     /// The image's record, if it has one that was written for it.
     pub(super) record: Option<&'a Record>,
+    /// The records of images that share bytes with this one.
+    pub(super) overlapping: &'a [Record],
     pub(super) memory_dir: &'a MemoryDir,
     pub(super) manager: &'a Arc<ServiceManager>,
 }
@@ -122,7 +124,7 @@ impl Search<'_> {
     }
 
     fn candidate_at(&self, path: &PathBuf) -> Result<Option<Candidate>> {
-        let is_recorded = self.recorded_path() == Some(path);
+        let is_recorded = self.recorded_paths().any(|recorded| recorded == path);
         let peeked = match ArenaFile::peek(path, allowed_owner()) {
             Err(e) if is_recorded && e.kind() == ErrorKind::Memory => {
                 if path.try_exists().is_ok_and(|exists| !exists) {
@@ -179,12 +181,12 @@ impl Search<'_> {
         Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
     }
 
-    /// The path of the cache in the record, if it is a path.
-    fn recorded_path(&self) -> Option<&PathBuf> {
-        match &self.record?.cache {
+    /// The paths of caches in records.
+    fn recorded_paths(&self) -> impl Iterator<Item = &PathBuf> {
+        self.record.into_iter().chain(self.overlapping).filter_map(|record| match &record.cache {
             CacheLocation::Path(path) => Some(path),
             _ => None,
-        }
+        })
     }
 
     /// The files that are inspected, each once.
@@ -196,7 +198,7 @@ impl Search<'_> {
         if let MemoryDir::Path(configured) = self.memory_dir {
             memory_dirs.insert(0, configured.clone());
         }
-        let mut paths: Vec<PathBuf> = self.recorded_path().into_iter().cloned().collect();
+        let mut paths: Vec<PathBuf> = self.recorded_paths().cloned().collect();
         let directories =
             memory_dirs.iter().map(|memory_dir| ArenaFile::dirs(memory_dir)).collect::<Result<Vec<_>>>()?;
         for directory in directories.into_iter().flatten() {
@@ -257,6 +259,9 @@ impl Search<'_> {
             || left.identity == image.identity && image.identity.inode != 0
         {
             return Some(MatchStrength::Same);
+        }
+        if self.overlapping.iter().any(|record| header.tenure.is_some_and(|tenure| tenure.id == record.tenure)) {
+            return Some(MatchStrength::OtherAccess);
         }
         let (old, new) = (&left.identity, &image.identity);
         let is_device = self.image.kind() == ImageKind::Device;

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::LOCK_TIMEOUT;
-use super::left::MovedCache;
-use super::search::{Search, allowed_owner, facts_of, is_of};
+use super::left::{MovedCache, is_over, recorded_end};
+use super::search::{Search, facts_of, is_of};
 use super::write_back::Unwritten;
-use crate::arena::{ArenaFile, GuestData, Header, ImageFacts};
+use crate::arena::{GuestData, Header, ImageFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -41,20 +41,20 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
         _ => None,
     };
     let (memory_dir, manager) = (&MemoryDir::Path(memory_dir.to_path_buf()), &Arc::new(ServiceManager::default()));
-    let (found, problems) = (Search { image: &*image, facts: &facts, record, memory_dir, manager }).run_through()?;
+    let overlapping = image.overlapping_tenures();
+    let search = Search { image: &*image, facts: &facts, record, overlapping: &overlapping, memory_dir, manager };
+    let (found, problems) = search.run_through()?;
     if let Some(position) = problems.iter().position(|e| e.kind() == ErrorKind::Locked) {
         return Err(problems.into_iter().nth(position).expect("it is there"));
     }
     // The cache of an original that no longer exists stays as it is, for the image that was moved.
     let moved = MovedCache::of(&*image, &facts);
     let generation_of = |header: &Header| header.tenure.map_or(0, |tenure| tenure.id.generation);
+    let found_tenures = found.iter().filter_map(|candidate| Some(candidate.header.tenure?.id)).collect();
+    let is_other_missing = overlapping.iter().any(|record| !is_over(record, &found_tenures));
     let newest = found.iter().map(|candidate| generation_of(&candidate.header)).max().unwrap_or(0);
     let recorded = record.filter(|record| record.state == TenureState::Open);
     let is_recorded = |header: &Header| recorded.is_some_and(|r| header.tenure.is_some_and(|t| t.id == r.tenure));
-    let recorded_end = |record: &Record| match &record.cache {
-        CacheLocation::Path(path) => ArenaFile::recorded_tenure_end(path, allowed_owner(), record.tenure),
-        _ => None,
-    };
     let mut last_end = recorded.map(|record| recorded_end(record).unwrap_or(TenureState::Forfeited));
     let mut lossy = Vec::new();
     for candidate in found {
@@ -69,7 +69,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
             Err(e) => lossy.push((candidate.file, format!("cannot be read ({e})"))),
         }
     }
-    if matches!(last, LastTenure::Unreadable(_)) || !lossy.is_empty() || moved.is_some() {
+    if matches!(last, LastTenure::Unreadable(_)) || !lossy.is_empty() || moved.is_some() || is_other_missing {
         last_end = Some(TenureState::Forfeited);
     }
     let is_free = last_end.is_none_or(|state| state == TenureState::Clean) && problems.is_empty();
@@ -86,6 +86,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     if has_records {
         image.write_record(&new_record).map_err(failed)?;
     }
+    image.end_overlapping_tenures(TenureState::Forfeited).map_err(failed)?;
     let mut lines = String::new();
     for (file, holds) in lossy {
         file.set_aside()?;
@@ -94,7 +95,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     lines.extend(moved.map(|moved| format!("not used: {}\n", moved.describe())));
     // Check what the next daemon would find.
     let record = has_records.then_some(&new_record);
-    let search = Search { image: &*image, facts: &facts, record, memory_dir, manager };
+    let search = Search { image: &*image, facts: &facts, record, overlapping: &[], memory_dir, manager };
     let hint = format!(
         "image {shown} cannot be served while that file exists: delete it with \"genblk recover --discard --force\""
     );

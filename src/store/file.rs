@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Once};
 
@@ -46,8 +46,8 @@ pub fn recorded_tenure(path: &Path) -> Option<Record> {
     open_checks::recorded_tenure(path)
 }
 
-/// Ends the open tenure with this ID in this state, if a record of this host has it: for an image that cannot be opened.
-/// Returns whether there is one.
+/// Ends the open tenure with this ID in this state, if a record of this host has it: for an image that cannot be
+/// opened. Returns whether there is one.
 ///
 /// # Errors
 /// Errors of writing a file of this host.
@@ -275,6 +275,26 @@ impl FileImage {
         Ok(true)
     }
 
+    /// The open tenures of images that share bytes with this one: of a file and the loop devices on it, or of a disk
+    /// and its partitions.
+    pub fn overlapping_tenures(&self) -> Vec<Record> {
+        let of_file = self.image.file_behind.as_ref().and_then(open_tenure_of);
+        of_file.into_iter().chain(self.host_record.iter().flat_map(HostRecord::overlapping_tenures)).collect()
+    }
+
+    /// Ends those tenures in this state.
+    ///
+    /// # Errors
+    /// As [`FileImage::begin_tenure`].
+    pub fn end_overlapping_tenures(&self, state: TenureState) -> io::Result<()> {
+        if let Some(file) = &self.image.file_behind
+            && let Some(record) = open_tenure_of(file)
+        {
+            history::write_record(file, &Record { state, ..record })?;
+        }
+        self.host_record.iter().try_for_each(|place| place.end_overlapping_tenures(state))
+    }
+
     /// Writes a record of a tenure, and makes it durable if it is at the image.
     ///
     /// # Errors
@@ -361,6 +381,14 @@ impl NamedImage for FileImage {
         self.write_record(record)
     }
 
+    fn overlapping_tenures(&self) -> Vec<Record> {
+        self.overlapping_tenures()
+    }
+
+    fn end_overlapping_tenures(&self, state: TenureState) -> io::Result<()> {
+        self.end_overlapping_tenures(state)
+    }
+
     fn is_recorded_on_host(&self) -> bool {
         self.is_recorded_on_host
     }
@@ -409,6 +437,13 @@ impl NamedImage for FileImage {
     fn writer(&self) -> io::Result<Box<dyn BlockWriter + '_>> {
         Ok(Box::new(BufferedWriter { file: self.reopen_buffered()?, image: &self.image }))
     }
+}
+
+/// The open tenure that a file records, unless it was copied from another file.
+fn open_tenure_of(file: &File) -> Option<Record> {
+    let LastTenure::Recorded(record) = history::last_tenure(file).ok()? else { return None };
+    let is_own = file.metadata().is_ok_and(|found| found.ino() == record.inode);
+    (is_own && record.state == TenureState::Open).then_some(record)
 }
 
 /// Writes to the file that was opened and checked, not to the one at its path now.

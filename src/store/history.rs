@@ -110,8 +110,8 @@ pub(super) fn alias(device: u64) -> String {
     stable_name(device).map_or_else(String::new, |name| format!("{name}{partition}"))
 }
 
-/// The name that a block device which is not a loop device, or the disk of a partition, keeps when it is attached again:
-/// the UUID of a device-mapper device or an MD array, or the WWID of a disk.
+/// The name that a block device which is not a loop device, or the disk of a partition, keeps when it is attached
+/// again: the UUID of a device-mapper device or an MD array, or the WWID of a disk.
 pub(super) fn stable_name(device: u64) -> Option<String> {
     let first = |names: &[&str]| names.iter().find_map(|name| attribute(device, name)).filter(|name| !name.is_empty());
     let uuid = |kind: &str, uuid: String| format!("{kind}:{uuid}");
@@ -131,14 +131,24 @@ pub(super) fn is_partition(device: u64) -> bool {
     partition(device).is_some()
 }
 
-/// The creation time of the file behind a loop device, or a partition of one, in nanoseconds since 1970; 0 if its file
-/// system does not record it. `None` if no path leads to that file.
-pub(super) fn birth_of_file_behind(device: u64, on: LoopFile) -> Option<u64> {
-    // O_PATH does not really open it: it may be on a server that does not respond.
-    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(loop_file(device)?).ok()?;
+/// The file behind a loop device, or a partition of one, opened for reading, and its path; `None` if no path leads to
+/// that file.
+pub(super) fn file_behind(device: u64, on: LoopFile) -> Option<(File, PathBuf)> {
+    let path = loop_file(device)?;
+    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).ok()?;
     let metadata = file.metadata().ok()?;
-    let is_same = (metadata.dev(), metadata.ino()) == (on.device, on.inode);
-    is_same.then(|| sys::file::birth_ns(&file))
+    ((metadata.dev(), metadata.ino()) == (on.device, on.inode)).then_some((file, path))
+}
+
+/// A loop device on a file; `None` if there is none.
+pub(super) fn loop_device_on(file: &Path) -> Option<PathBuf> {
+    let file = file.canonicalize().ok()?;
+    let is_on_it = |device: &fs::DirEntry| {
+        let behind = fs::read_to_string(device.path().join("loop/backing_file"));
+        behind.is_ok_and(|behind| Path::new(behind.trim_end()) == file)
+    };
+    let device = fs::read_dir("/sys/block").ok()?.flatten().find(is_on_it)?;
+    Some(Path::new("/dev").join(device.file_name()))
 }
 
 /// The file behind a loop device or a partition of one.

@@ -56,7 +56,7 @@ impl HostRecord {
         let partition = history::partition(device).map_or_else(String::new, |number| format!("-part{number}"));
         let place = |name, born_ns| Self { name, identity, born_ns, owner, is_public };
         if let Some(on) = sys::block::loop_file(file) {
-            let born_ns = history::birth_of_file_behind(device, on).unwrap_or(0);
+            let born_ns = history::file_behind(device, on).map_or(0, |(behind, _)| sys::file::birth_ns(&behind));
             let group = group_of_file(on.device, on.inode);
             return Ok(place(format!("{group}@loop-{:x}+{:x}{partition}", on.offset, on.size_limit), born_ns));
         }
@@ -74,7 +74,11 @@ impl HostRecord {
         let mut last: Option<Record> = None;
         for directory in self.trusted_directories() {
             match self.read(&directory, &self.name) {
-                Ok(Some(record)) if last.as_ref().is_none_or(|last| rank(last) < rank(&record)) => last = Some(record),
+                Ok(Some(record)) if last.as_ref().is_none_or(|last| rank(last) < rank(&record)) => {
+                    // The identity of a device changes when it is attached again.
+                    let ImageId { inode, born_ns, .. } = self.identity;
+                    last = Some(Record { inode, born_ns, ..record });
+                }
                 Ok(_) => {}
                 // The record of another user cannot be repaired by a take-over.
                 Err(e) if e.kind() == io::ErrorKind::InvalidData && directory.owner == effective_uid() => {
@@ -84,6 +88,37 @@ impl HostRecord {
             }
         }
         last.map_or(LastTenure::None, LastTenure::Recorded)
+    }
+
+    /// The open tenures of other images that may share bytes with this one: a file and the loop devices on it, or a disk
+    /// and its partitions. With the names of their records.
+    fn overlapping(&self) -> Vec<(String, Record)> {
+        let mut found: Vec<(String, Record)> = Vec::new();
+        for directory in self.trusted_directories() {
+            for name in names_in(&directory.path).into_iter().filter(|name| may_overlap(name, &self.name)) {
+                let Ok(Some(record)) = self.read(&directory, &name) else { continue };
+                match found.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, known)) if rank(known) < rank(&record) => *known = record,
+                    Some(_) => {}
+                    None => found.push((name, record)),
+                }
+            }
+        }
+        found.retain(|(_, record)| record.state == TenureState::Open);
+        found
+    }
+
+    /// The records of the open tenures of other images that may share bytes with this one.
+    pub(super) fn overlapping_tenures(&self) -> Vec<Record> {
+        self.overlapping().into_iter().map(|(_, record)| record).collect()
+    }
+
+    /// Ends those tenures in this state.
+    ///
+    /// # Errors
+    /// As [`HostRecord::write`].
+    pub(super) fn end_overlapping_tenures(&self, state: TenureState) -> io::Result<()> {
+        self.overlapping().into_iter().try_for_each(|(name, record)| write(&name, &Record { state, ..record }))
     }
 
     /// Writes the record of a tenure.
@@ -98,9 +133,7 @@ impl HostRecord {
     fn read(&self, directory: &Directory, name: &str) -> io::Result<Option<Record>> {
         let Some(record) = directory.read(name)? else { return Ok(None) };
         let is_same_file = record.born_ns == self.born_ns || record.born_ns == 0 || self.born_ns == 0;
-        let ImageId { inode, born_ns, .. } = self.identity;
-        // The identity of a device changes when it is attached again.
-        Ok(is_same_file.then_some(Record { inode, born_ns, ..record }))
+        Ok(is_same_file.then_some(record))
     }
 
     fn trusted_directories(&self) -> impl Iterator<Item = Directory> {
@@ -137,6 +170,30 @@ fn rank(record: &Record) -> (u64, u8) {
         TenureState::Forfeited => 2,
     };
     (record.tenure.generation, state)
+}
+
+/// Whether records of these names are of two images that may share bytes.
+fn may_overlap(one: &str, other: &str) -> bool {
+    let (Some((first_group, first)), Some((second_group, second))) = (one.split_once('@'), other.split_once('@'))
+    else {
+        return false;
+    };
+    let are_partitions = [first, second].iter().all(|member| member.contains("-part"));
+    let are_apart = match (range_of(first), range_of(second)) {
+        (Some([start, len]), Some([other_start, other_len])) => {
+            let ends_before = |len: u64, start: u64, other: u64| len > 0 && start.saturating_add(len) <= other;
+            ends_before(len, start, other_start) || ends_before(other_len, other_start, start)
+        }
+        _ => false,
+    };
+    first_group == second_group && first != second && !are_partitions && !are_apart
+}
+
+/// First byte and length of a loop device in its file; length 0: up to the end of the file.
+fn range_of(member: &str) -> Option<[u64; 2]> {
+    let range = member.strip_prefix("loop-")?.split('-').next()?;
+    let (start, len) = range.split_once('+')?;
+    Some([u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(len, 16).ok()?])
 }
 
 fn group_of_file(device: u64, inode: u64) -> String {
@@ -292,4 +349,25 @@ fn write(name: &str, record: &Record) -> io::Result<()> {
         }
     }
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_overlap_if_they_share_bytes_of_a_file_or_of_a_disk() {
+        for (one, other, expected) in [
+            ("file-1-2@file", "file-1-2@loop-0+0", true),
+            ("file-1-2@file", "file-1-2@loop-1000+0-part1", true),
+            ("file-1-2@file", "file-1-3@loop-0+0", false),
+            ("file-1-2@loop-0+0", "file-1-2@loop-0+0", false),
+            ("file-1-2@loop-0+1000", "file-1-2@loop-1000+0", false),
+            ("file-1-2@loop-0+1001", "file-1-2@loop-1000+0", true),
+            ("disk-9@disk", "disk-9@disk-part1", true),
+            ("disk-9@disk-part1", "disk-9@disk-part2", false),
+        ] {
+            assert_eq!((may_overlap(one, other), may_overlap(other, one)), (expected, expected), "{one} {other}");
+        }
+    }
 }

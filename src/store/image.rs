@@ -18,7 +18,9 @@ use super::format::HEAD_BYTES;
 use super::handed::{FileParts, IoLock};
 use super::history;
 use super::lock::{self, LockMode};
-use super::open_checks::{check_size, check_type, has_writer, identity_of, open_file, refuse_copy_under_way};
+use super::open_checks::{
+    check_size, check_type, file_behind, has_writer, identity_of, open_file, refuse_copy_under_way,
+};
 use super::options::{IoEngine, OpenOptions};
 use super::probe::{Alignment, BlockGeometry, can_discard, try_direct};
 use super::raw_record::{FormatRecord, Known};
@@ -56,6 +58,8 @@ pub(super) struct OpenImage {
     format: FormatRecord,
     /// The number of a block device; `None` for a regular file.
     device_number: Option<u64>,
+    /// The file behind a loop device, with the lock of that image.
+    pub(super) file_behind: Option<File>,
     found_token: ChangeToken,
     /// See [`OpenImage::is_on_local_fs`].
     is_on_local_fs: bool,
@@ -96,7 +100,14 @@ impl OpenImage {
         let file = open_file(path, access)?;
         let metadata = file.metadata().map_err(unusable)?;
         check_type(path, &metadata)?;
-        lock::acquire(&file, path, &label, access, options.lock_timeout)?;
+        lock::acquire(&file, path, &label, access, options.lock_timeout).map_err(|error| {
+            let device = history::loop_device_on(path).filter(|_| error.kind() == ErrorKind::Locked);
+            match device {
+                Some(device) => error.with_hint(&format!("loop device {} has the same bytes", device.display())),
+                None => error,
+            }
+        })?;
+        let file_behind = lock_file_behind(&file, path, &label, access, options.lock_timeout)?;
         if may_have_writer {
             refuse_copy_under_way(&file, path, &label)?;
         }
@@ -148,6 +159,7 @@ impl OpenImage {
             device_block: geometry.device_block,
             format,
             device_number,
+            file_behind,
             found_token: found_token.unwrap_or_default(),
             is_on_local_fs,
             is_opened_here: true,
@@ -171,6 +183,7 @@ impl OpenImage {
             device_block: parts.device_block,
             format: FormatRecord::as_raw(parts.known),
             device_number: parts.device_number,
+            file_behind: None,
             found_token: ChangeToken::default(),
             is_on_local_fs: parts.is_on_local_fs,
             is_opened_here: false,
@@ -431,7 +444,25 @@ impl OpenImage {
 impl Drop for OpenImage {
     fn drop(&mut self) {
         lock::release(&self.file, &self.label);
+        self.file_behind.iter().for_each(|file| lock::release(file, &self.label));
     }
+}
+
+/// Locks the file behind a loop device, which is the same image, or contains it; `None` for any other image, and for a
+/// file that no path leads to.
+fn lock_file_behind(
+    device: &File,
+    path: &Path,
+    label: &str,
+    access: LockMode,
+    timeout: Duration,
+) -> Result<Option<File>> {
+    let Some((file, file_path, access)) = file_behind(device, access) else { return Ok(None) };
+    lock::acquire(&file, &file_path, label, access, timeout).map_err(|error| {
+        let context = format!("{} is a loop device on {}, with the same bytes", path.display(), file_path.display());
+        Error::new(error.kind(), format!("{context}: {error}"))
+    })?;
+    Ok(Some(file))
 }
 
 /// The first runs of data of a file; `None` if its file system cannot find holes. On a fragmented file the kernel walks

@@ -23,6 +23,37 @@ pub(super) enum LockMode {
     ReadOnly,
     /// Reads and writes it, as the only opener.
     ReadWrite,
+    /// Reads a part of it, of which others may write other parts: the part behind a loop device.
+    PartReadOnly,
+    /// Reads and writes a part of it, of which others may write other parts.
+    PartReadWrite,
+}
+
+impl LockMode {
+    /// The permissions that it takes.
+    fn taken(self) -> &'static [u64] {
+        match self {
+            Self::ReadOnly | Self::PartReadOnly => &[CONSISTENT_READ],
+            Self::ReadWrite | Self::PartReadWrite => &[CONSISTENT_READ, WRITE],
+        }
+    }
+
+    /// The permissions that it does not share. No other opener may change the bytes of the image, whether this one has
+    /// it open for writing or as one of many readers: a changed byte would make the cache wrong.
+    fn unshared(self) -> &'static [u64] {
+        match self {
+            Self::ReadOnly | Self::ReadWrite => &[WRITE, RESIZE],
+            Self::PartReadOnly | Self::PartReadWrite => &[RESIZE],
+        }
+    }
+
+    /// The same access to a part of a file.
+    pub(super) fn to_part(self) -> Self {
+        match self {
+            Self::ReadOnly | Self::PartReadOnly => Self::PartReadOnly,
+            Self::ReadWrite | Self::PartReadWrite => Self::PartReadWrite,
+        }
+    }
 }
 
 /// Byte of permission 0 taken (RAW_LOCK_PERM_BASE).
@@ -39,10 +70,6 @@ const DEATH_RETRY_PAUSE: Duration = Duration::from_millis(200);
 const CONSISTENT_READ: u64 = 0;
 const WRITE: u64 = 1;
 const RESIZE: u64 = 3;
-
-/// No other opener may change the image, whether this one has it open for writing or as one of many readers: a changed
-/// byte would make the cache wrong.
-const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 
 /// Locks an image until [`release`], or until the last copy of its descriptor is closed. Waits for at most `timeout`
 /// while another opener's locks conflict, and longer if no living process can be found that has the image open. Log
@@ -86,40 +113,32 @@ fn try_acquire(file: &File, path: &Path, label: &str, access: LockMode) -> Resul
         log::warn!("{label}: the file system has no locks ({error}); nothing keeps other writers out");
         return Ok(());
     }
-    let taken: &[u64] = match access {
-        LockMode::ReadOnly => &[CONSISTENT_READ],
-        LockMode::ReadWrite => &[CONSISTENT_READ, WRITE],
-    };
     // After a conflict, the locks taken so far must not block the next opener.
-    take_and_check(file, path, taken).inspect_err(|_| release(file, label))
+    take_and_check(file, path, access).inspect_err(|_| release(file, label))
 }
 
 /// Whether another opener's locks conflict with this access now. Takes no lock.
 pub(super) fn is_in_use(file: &File, access: LockMode) -> bool {
-    let taken: &[u64] = match access {
-        LockMode::ReadOnly => &[CONSISTENT_READ],
-        LockMode::ReadWrite => &[CONSISTENT_READ, WRITE],
-    };
-    let unshared = taken.iter().map(|permission| UNSHARED_BASE + permission);
-    let mut bytes = unshared.chain(UNSHARED.map(|permission| TAKEN_BASE + permission));
+    let unshared = access.taken().iter().map(|permission| UNSHARED_BASE + permission);
+    let mut bytes = unshared.chain(access.unshared().iter().map(|permission| TAKEN_BASE + permission));
     // A file system without locks has none.
     bytes.any(|byte| is_byte_locked(file, byte).unwrap_or(false))
 }
 
 /// Takes every lock first, and then checks for conflicts: of two openers at the same time, at least one finds the
 /// other.
-fn take_and_check(file: &File, path: &Path, taken: &[u64]) -> Result<()> {
-    for &permission in taken {
+fn take_and_check(file: &File, path: &Path, access: LockMode) -> Result<()> {
+    for permission in access.taken() {
         take(file, path, TAKEN_BASE + permission)?;
     }
-    for permission in UNSHARED {
+    for permission in access.unshared() {
         take(file, path, UNSHARED_BASE + permission)?;
     }
-    for &permission in taken {
+    for &permission in access.taken() {
         let conflict = if permission == WRITE { "does not allow a writer" } else { "does not allow a reader" };
         check(file, path, UNSHARED_BASE + permission, conflict)?;
     }
-    for permission in UNSHARED {
+    for &permission in access.unshared() {
         let conflict = if permission == WRITE { "writes to it" } else { "may resize it" };
         check(file, path, TAKEN_BASE + permission, conflict)?;
     }
@@ -142,12 +161,8 @@ pub(super) fn release(file: &File, label: &str) {
 ///
 /// => It needs no check: the locks of the first one exclude all others.
 pub(super) fn share(file: &File, access: LockMode) {
-    let taken: &[u64] = match access {
-        LockMode::ReadOnly => &[CONSISTENT_READ],
-        LockMode::ReadWrite => &[CONSISTENT_READ, WRITE],
-    };
-    let unshared = UNSHARED.map(|permission| UNSHARED_BASE + permission);
-    for byte in taken.iter().map(|permission| TAKEN_BASE + permission).chain(unshared) {
+    let unshared = access.unshared().iter().map(|permission| UNSHARED_BASE + permission);
+    for byte in access.taken().iter().map(|permission| TAKEN_BASE + permission).chain(unshared) {
         // Fails only on a file system without locks, which the log has reported.
         let _ = lock_byte(file, byte);
     }

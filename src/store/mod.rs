@@ -17,11 +17,11 @@
 //!
 //! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
 //! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use).
-//! `restricted_ring` makes the rings. `image`, `probe`, `history`, `host_record`, `lock` and `raw_record` open an image. [`nbd`] has
-//! the images on NBD servers. [`named`] is the interface of an image for recovery, and [`open()`] opens an image in any
-//! store. A file of this module imports only files further down: open; nbd; file; uring, threads; restricted_ring;
-//! pool; pool_queue; blocking; image; raw_record; named; handed; host_record; format, probe, history, lock. [`faulty`] wraps any
-//! image and makes its operations fail.
+//! `restricted_ring` makes the rings. `image`, `probe`, `history`, `host_record`, `lock` and `raw_record` open an
+//! image. [`nbd`] has the images on NBD servers. [`named`] is the interface of an image for recovery, and [`open()`]
+//! opens an image in any store. A file of this module imports only files further down: open; nbd; file; uring, threads;
+//! restricted_ring; pool; pool_queue; blocking; image; raw_record; named; handed; host_record; format, probe, history,
+//! lock. [`faulty`] wraps any image and makes its operations fail.
 
 mod blocking;
 pub mod faulty;

@@ -15,7 +15,7 @@ use super::handed::{ImageParts, IoLock};
 use super::history::LastTenure;
 use crate::error::Result;
 use crate::image_id::ImageId;
-use crate::tenure::record::Record;
+use crate::tenure::record::{Record, TenureState};
 use crate::tenure::token::ChangeToken;
 use crate::units::{PAGE_SIZE, PageNo};
 
@@ -97,6 +97,20 @@ pub trait NamedImage: Backing {
     /// # Errors
     /// Errors of the store.
     fn write_record(&self, _record: &Record) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The open tenures of other images that share bytes with this one: of a file and the loop devices on it, or of a
+    /// disk and its partitions.
+    fn overlapping_tenures(&self) -> Vec<Record> {
+        Vec::new()
+    }
+
+    /// Ends those tenures in this state.
+    ///
+    /// # Errors
+    /// Errors of the store.
+    fn end_overlapping_tenures(&self, _state: TenureState) -> io::Result<()> {
         Ok(())
     }
 

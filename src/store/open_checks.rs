@@ -3,7 +3,7 @@
 use std::fs::{File, Metadata};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -148,6 +148,15 @@ pub struct Inspection {
     pub format_refusal: Option<(Format, Error)>,
 }
 
+/// The file behind a loop device with its path, and the access to it by one that accesses the device.
+pub(super) fn file_behind(device: &File, access: LockMode) -> Option<(File, PathBuf, LockMode)> {
+    let number = device.metadata().ok().filter(|found| found.file_type().is_block_device())?.rdev();
+    let on = sys::block::loop_file(device)?;
+    let (file, path) = history::file_behind(number, on)?;
+    let is_whole = (on.offset, on.size_limit) == (0, 0) && !history::is_partition(number);
+    Some((file, path, if is_whole { access } else { access.to_part() }))
+}
+
 /// Opens the image at `path` like a daemon, and closes it again; see [`super::file::inspect`].
 pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     let unusable = |error| Error::io(ErrorKind::Image, format!("cannot open image {}", path.display()), error);
@@ -171,8 +180,9 @@ pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     check_size(path, geometry.size_bytes).map_err(|error| format.refusal(path).unwrap_or(error))?;
     let found = format.found().map(|found| found.format);
     let is_luks_device = geometry.device_block.is_some() && found == Some(Format::Luks);
+    let is_used_behind = || file_behind(&file, access).is_some_and(|(file, _, access)| lock::is_in_use(&file, access));
     Ok(Inspection {
-        is_in_use: is_busy || lock::is_in_use(&file, access),
+        is_in_use: is_busy || lock::is_in_use(&file, access) || is_used_behind(),
         identity: identity_of(&file, &metadata),
         format_refusal: if is_luks_device { None } else { found.zip(format.refusal(path)) },
     })

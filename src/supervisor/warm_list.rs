@@ -47,8 +47,8 @@ pub(super) struct TenureKey(String);
 
 impl TenureKey {
     /// The last tenure that the image records. An image without records of its own (a block device, a file system
-    /// without attributes, an NBD export) has only its identity, and a block device or an export only its path: a record
-    /// of this host would not outlive a reboot, as the list does.
+    /// without attributes, an NBD export) has only its identity, and a block device or an export only its path: a
+    /// record of this host would not outlive a reboot, as the list does.
     pub fn of(image: &dyn NamedImage) -> Self {
         Self(match image.last_tenure() {
             Ok(LastTenure::Recorded(record)) if !image.is_recorded_on_host() => format!("tenure {}", record.tenure),

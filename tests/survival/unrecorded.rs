@@ -187,6 +187,76 @@ fn a_clean_end_of_an_image_without_attributes_needs_no_cache() {
     }
 }
 
+/// A directory whose `disk` is a file with a loop device on it, and a daemon's configuration of each, with memory
+/// directories that do not know of each other.
+fn file_and_device() -> Option<(TempDir, Loop, [String; 2])> {
+    let directory = TempDir::new("two-accesses");
+    let disk = directory.path().join("disk");
+    sparse_file(&disk, IMAGE_BYTES);
+    let device = Loop::attach(&disk);
+    if device.is_none() {
+        eprintln!("skipped: no loop devices here");
+    }
+    let device = device?;
+    let memory = directory.memory();
+    let configuration =
+        |image: &str, name: &str| format!("image = {image:?}\n{}", in_memory_dir(&memory.with_extension(name)));
+    let disk = disk.to_str().expect("UTF-8");
+    let configurations = [configuration(disk, "of-file"), configuration(&device.device, "of-device")];
+    Some((directory, device, configurations))
+}
+
+#[test]
+fn a_file_and_its_loop_device_are_never_served_at_once() {
+    for first in [0, 1] {
+        let Some((directory, device, configurations)) = file_and_device() else { return };
+        let mut daemon = Daemon::start_configured(directory, &[&configurations[first]]);
+        let other = TempDir::new("second-access");
+        let path = other.path().join("genblk.toml");
+        let socket = other.path().join("socket");
+        let text = format!("[[device]]\nname = \"other\"\nsocket = {socket:?}\n{}\n", configurations[1 - first]);
+        fs::write(&path, text).expect("a file can be written");
+        let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(&path));
+        let is_explained = ended.stderr.contains(&device.device) && ended.stderr.contains("the same bytes");
+        assert!(!ended.status.success() && is_explained && ended.stderr.contains("is in use"), "{ended:?}");
+        daemon.stop();
+        drop((daemon, device));
+    }
+}
+
+#[test]
+fn a_cache_of_the_other_access_to_a_file_or_its_loop_device_is_found_in_any_memory_dir() {
+    for (first, is_missing) in [(0, false), (1, false), (0, true), (1, true)] {
+        let Some((directory, device, configurations)) = file_and_device() else { return };
+        let memory = directory.memory().with_extension(["of-file", "of-device"][first]);
+        let target = |n: usize| if n == 0 { directory.path().join("disk") } else { PathBuf::from(&device.device) };
+        let second = target(1 - first);
+        let mut daemon = Daemon::start_configured(directory, &[&configurations[first]]);
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        session.write(AT, &pattern(2, AT, BYTES));
+        drop(session);
+        daemon.kill();
+        let cache = caches(&memory).remove(0);
+        if is_missing {
+            fs::remove_dir_all(&memory).expect("it can be removed");
+        }
+        daemon.configure(&configurations[1 - first]);
+        let refused = daemon.try_restart().expect_err("a cache holds completed writes");
+        assert!(refused.contains(cache.to_str().expect("UTF-8")), "{refused}");
+        assert!(refused.contains(if is_missing { "does not exist" } else { "holds 4 dirty pages" }), "{refused}");
+        assert!(refused.contains("\"genblk take-over "), "{refused}");
+        let mut command = Command::new(server_binary());
+        let ended = run_to_end(command.arg("take-over").arg(&second));
+        assert!(ended.status.success() && ended.stdout.ends_with("can be served now\n"), "{ended:?}");
+        daemon.restart();
+        daemon.stop();
+        for name in ["of-file", "of-device"] {
+            let _ = fs::remove_dir_all(daemon.directory().memory().with_extension(name));
+        }
+        drop((daemon, device));
+    }
+}
+
 #[test]
 fn the_loss_of_an_unmarked_cache_of_a_device_is_reported() {
     let Some((directory, place)) = image(true) else { return };

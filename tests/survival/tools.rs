@@ -128,6 +128,12 @@ fn a_file_that_replaced_the_image_after_a_kill_is_served_unchanged() {
             daemon.restart();
             assert_serves_the_image(&daemon, what);
             daemon.await_log("in use by no daemon (1 dirty, ");
+            let image = daemon.image();
+            let is_told = |line: &str| {
+                line.contains(&format!("another file has replaced image {}", image.display()))
+                    && line.contains("holds 4 dirty pages, not yet written")
+            };
+            assert!(daemon.log().lines().any(is_told), "{what}: {}", daemon.log());
         }
     }
 }

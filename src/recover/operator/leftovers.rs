@@ -161,12 +161,35 @@ pub fn warn_unused_files(config: &Config) {
                     warn!("cannot remove {}, which holds no unwritten data: {e}", visible(&cache.path));
                     unused.add(&cache);
                 }
-                Some(Ok(Cleared::Kept)) | None => unused.add(&cache),
+                Some(Ok(Cleared::Kept)) | None => {
+                    warn_of_replaced_image(config, &cache);
+                    unused.add(&cache);
+                }
             }
         }
         if unused.count > 0 {
             warn!("{}", describe(&unused, &memory_dir));
         }
+    }
+}
+
+/// Warns of a cache with unwritten data of an image that another file has replaced at the path of a configured image.
+fn warn_of_replaced_image(config: &Config, cache: &CacheFile) {
+    let Ok(Some(survey)) = &cache.summary.survey else { return };
+    let path = &survey.header.image.path;
+    let is_image = |device: &&DeviceConfig| device.image == *path || resolve_in_time(&device.image) == *path;
+    if !survey.is_dirty() || cache.image() != ImageState::Replaced {
+        return;
+    }
+    if let Some(device) = config.devices.iter().find(is_image) {
+        let (image, file) = (visible(path), visible(&cache.path));
+        warn!(
+            "{}: another file has replaced image {image}; {file}, the cache of the replaced one, holds {}, not yet \
+             written: to write it to the replaced file, wherever that is now, run \"genblk recover --force --image \
+             PATH {file}\"; to delete it, \"genblk recover --discard {file}\"",
+            device.name,
+            Unwritten::surveyed(survey)
+        );
     }
 }
 

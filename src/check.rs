@@ -66,7 +66,13 @@ pub fn check(source: &str, config: &Config) -> Result<String> {
                 .push(format!("{name}: another process listens on {}; stop that process first", device.socket));
         }
         findings.record(name, SocketAccess::new(device.socket_mode, &device.socket_group));
-        findings.record(name, check_memory_dir(device));
+        match check_memory_dir(device) {
+            // As at a start.
+            Err(error) if device.cache.survive == Survive::Auto => {
+                findings.notes.push(format!("{error}; its cache would not survive a crash"));
+            }
+            checked => drop(findings.record(name, checked)),
+        }
         if let MemoryDir::Path(memory_dir) = &device.cache.memory_dir {
             findings.record(name, recover::check_cache_dir(memory_dir));
         }

@@ -163,6 +163,11 @@ fn a_memory_directory_on_a_disk_is_refused_with_its_file_system_type() {
     assert!(!on_disk.exists() && !directory.path().join("socket").exists(), "nothing is created");
 
     // A cache that may as well die with the daemon is served.
+    fs::write(directory.path().join("disk.toml"), text.replace("always", "auto")).expect("a file can be written");
+    let mut command = Command::new(server_binary());
+    let checked = run_to_end(command.current_dir(directory.path()).args(["--config", "disk.toml", "--check"]));
+    assert!(checked.status.success() && checked.stdout.contains("no problems, 1 device"), "{checked:?}");
+    assert!(checked.stdout.contains("which is not memory"), "{checked:?}");
     let device = format!("cache.memory_dir = {on_disk:?}\ncache.survive = \"auto\"");
     let daemon = Daemon::start_configured(directory, &[&device]);
     daemon.await_log("which is not memory; use a tmpfs such as /dev/shm, or a mounted hugetlbfs; using a cache that");

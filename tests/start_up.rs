@@ -240,7 +240,7 @@ fn check_reports_every_problem_of_every_device_at_once() {
         + &fixture.table("b", "qcow2", "")
         + &fixture.table("c", "image", "")
         + &fixture.table("d", "e", "read_only = true\nsocket_mode = \"0600\"").replace("d.sock", "none/d.sock")
-        + &fixture.table("e", "image2", "[device.cache]\nmemory_dir = \"/proc/genblk\"")
+        + &fixture.table("e", "image2", "[device.cache]\nmemory_dir = \"/proc/genblk\"\nsurvive = \"always\"")
         + &fixture.table("f", "image3", "[device.cache]\nsize = \"8T\"\nsurvive = \"always\"");
     for name in ["e", "image2", "image3"] {
         fs::write(fixture.path(name), [0; 512]).expect("a file can be written");

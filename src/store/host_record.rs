@@ -1,8 +1,8 @@
 //! The records of tenures that images cannot carry: those of block devices, and of files on file systems without
 //! extended attributes. Each is a file of this host, and is valid until the host's next boot.
 //!
-//! A user has up to two directories of records, below /run and /dev/shm, because either may be read-only or removed.
-//! Other users can read them. Records are trusted that root, this user or the owner of the image wrote.
+//! A user has several directories of records, below /run and /dev/shm, because each may be read-only or removed. Other
+//! users can read them. Records are trusted that root, this user or the owner of the image wrote.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Read, Write};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use super::history::{self, LastTenure};
 use crate::image_id::ImageId;
 use crate::sys;
-use crate::sys::dir::{OpenMode, open_at, unlink_at};
+use crate::sys::dir::{OpenMode, open_at, rename_at, unlink_at};
 use crate::sys::process::effective_uid;
 use crate::tenure::TenureId;
 use crate::tenure::host::{Boot, BootRelation};
@@ -22,6 +22,9 @@ use crate::tenure::record::{BYTES_MAX, Record, TenureState};
 const SHARED_MEMORY: &str = "/dev/shm";
 /// Prefix of the names of these directories; the user's number follows.
 const DIRECTORY_OF_USER: &str = ".genblk-tenures-";
+/// The same for root, and for a user to whom this directory belongs.
+const RUN: &str = "/run/genblk";
+const DIRECTORY_IN_RUN: &str = "tenures-";
 /// Mode bits by which group and others may write.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 /// Mode bit by which everyone may write.
@@ -90,11 +93,13 @@ impl HostRecord {
         last.map_or(LastTenure::None, LastTenure::Recorded)
     }
 
-    /// The open tenures of other images that may share bytes with this one: a file and the loop devices on it, or a disk
-    /// and its partitions. With the names of their records.
+    /// The open tenures of other images that may share bytes with this one: a file and the loop devices on it, or a
+    /// disk and its partitions. With the names of their records.
     fn overlapping(&self) -> Vec<(String, Record)> {
         let mut found: Vec<(String, Record)> = Vec::new();
-        for directory in self.trusted_directories() {
+        // The owner of a partition is not trusted with records of its disk.
+        let is_trusted = |directory: &Directory| [0, effective_uid()].contains(&directory.owner);
+        for directory in self.trusted_directories().filter(is_trusted) {
             for name in names_in(&directory.path).into_iter().filter(|name| may_overlap(name, &self.name)) {
                 let Ok(Some(record)) = self.read(&directory, &name) else { continue };
                 match found.iter_mut().find(|(known, _)| *known == name) {
@@ -143,13 +148,18 @@ impl HostRecord {
     }
 }
 
-/// Ends the open tenure with this ID in this state, if a record of this host has it. For an image that cannot be opened.
-/// Returns whether there is one.
+/// Ends the open tenure with this ID in this state, if a record of this user has it. For an image that cannot be
+/// opened. Returns whether there is one.
+///
+/// => Nothing is copied from the record of another user, who could have made it for any image.
 ///
 /// # Errors
 /// As [`HostRecord::write`].
 pub(super) fn end(tenure: TenureId, state: TenureState) -> io::Result<bool> {
-    for directory in directories().iter().filter_map(|path| Directory::open(path).ok()) {
+    for directory in own_directories().iter().filter_map(|path| Directory::open(path).ok()) {
+        if directory.owner != effective_uid() {
+            continue;
+        }
         for name in names_in(&directory.path) {
             match directory.read(&name) {
                 Ok(Some(record)) if record.tenure == tenure && record.state == TenureState::Open => {
@@ -220,13 +230,12 @@ fn test_directory() -> Option<PathBuf> {
 /// The directories to which this user's records are written.
 fn own_directories() -> Vec<PathBuf> {
     let user = effective_uid();
-    let shared = test_directory().unwrap_or_else(|| SHARED_MEMORY.into()).join(format!("{DIRECTORY_OF_USER}{user}"));
-    let runtime = match (test_directory(), user) {
-        (Some(_), _) => None,
-        (None, 0) => Some(PathBuf::from("/run/genblk/tenures")),
-        (None, user) => runtime_directory(user),
-    };
-    runtime.into_iter().chain([shared]).collect()
+    if let Some(directory) = test_directory() {
+        return vec![directory.join(format!("{DIRECTORY_OF_USER}{user}"))];
+    }
+    let shared = [(RUN, DIRECTORY_IN_RUN), (SHARED_MEMORY, DIRECTORY_OF_USER)];
+    let shared = shared.map(|(parent, prefix)| Path::new(parent).join(format!("{prefix}{user}")));
+    runtime_directory(user).into_iter().chain(shared).collect()
 }
 
 /// The directory of records in a user's runtime directory, if the user has one.
@@ -237,16 +246,16 @@ fn runtime_directory(user: u32) -> Option<PathBuf> {
 
 /// The directories of all users' records, as far as this user may list them.
 fn directories() -> Vec<PathBuf> {
-    let shared = test_directory().unwrap_or_else(|| SHARED_MEMORY.into());
-    let mut found: Vec<PathBuf> = names_in(&shared)
-        .into_iter()
-        .filter_map(|name| name.strip_prefix(DIRECTORY_OF_USER).map(|_| shared.join(&name)))
-        .collect();
-    if test_directory().is_none() {
-        found.push("/run/genblk/tenures".into());
-        found.extend(names_in(Path::new("/run/user")).iter().filter_map(|user| runtime_directory(user.parse().ok()?)));
+    let named = |parent: &Path, prefix: &str| -> Vec<PathBuf> {
+        names_in(parent).iter().filter(|name| name.starts_with(prefix)).map(|name| parent.join(name)).collect()
+    };
+    if let Some(directory) = test_directory() {
+        return named(&directory, DIRECTORY_OF_USER);
     }
-    found
+    let users = names_in(Path::new("/run/user"));
+    let runtime = users.iter().filter_map(|user| runtime_directory(user.parse().ok()?));
+    let shared = [(RUN, DIRECTORY_IN_RUN), (SHARED_MEMORY, DIRECTORY_OF_USER)];
+    runtime.chain(shared.iter().flat_map(|(parent, prefix)| named(Path::new(parent), prefix))).collect()
 }
 
 fn names_in(directory: &Path) -> Vec<String> {
@@ -313,7 +322,7 @@ impl Directory {
         let written = file
             .write_all(&record.encode())
             .and_then(|()| file.set_permissions(Permissions::from_mode(0o644)))
-            .and_then(|()| fs::rename(self.path.join(&new), self.path.join(name)));
+            .and_then(|()| rename_at(&self.file, new.as_ref(), name.as_ref()));
         written.inspect_err(|_| drop(unlink_at(&self.file, new.as_ref())))
     }
 
@@ -339,13 +348,13 @@ fn write(name: &str, record: &Record) -> io::Result<()> {
     let mut result = Err(io::ErrorKind::NotFound.into());
     for path in own_directories() {
         let failed = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
-        match Directory::create(&path).and_then(|directory| directory.write(name, record)) {
+        let written = Directory::create(&path).and_then(|directory| {
+            // An older record of the tenure must not contradict the one in another directory.
+            directory.write(name, record).inspect_err(|_| drop(unlink_at(&directory.file, name.as_ref())))
+        });
+        match written {
             Ok(()) => result = Ok(()),
-            Err(e) => {
-                // An older record of the tenure must not contradict the one in the other directory.
-                let _ = fs::remove_file(path.join(name));
-                result = result.or(Err(failed(e)));
-            }
+            Err(e) => result = result.or(Err(failed(e))),
         }
     }
     result

@@ -52,6 +52,13 @@ pub fn unlink_at(dir: &File, name: &OsStr) -> io::Result<()> {
     retry_eintr(|| unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0) }).map(drop)
 }
 
+/// Renames a file within a directory, over another one if the new name exists.
+pub fn rename_at(dir: &File, old: &OsStr, new: &OsStr) -> io::Result<()> {
+    let (dir, old, new) = (dir.as_raw_fd(), name_of(old)?, name_of(new)?);
+    // SAFETY: the names are NUL-terminated; the call reads no other memory.
+    retry_eintr(|| unsafe { libc::renameat(dir, old.as_ptr(), dir, new.as_ptr()) }).map(drop)
+}
+
 /// The file that a name in a directory leads to, as (device number, inode number, mode); a symbolic link is not
 /// followed.
 pub fn stat_at(dir: &File, name: &OsStr) -> io::Result<(u64, u64, u32)> {

@@ -115,7 +115,7 @@ impl FileImage {
         let image = OpenImage::open(label, path, options)?;
         let is_recorded_on_host =
             image.is_device() || matches!(history::last_tenure(&image.file), Ok(LastTenure::NoRecords));
-        let host_record = HostRecord::of(&image.file, image.identity());
+        let host_record = HostRecord::of(&image.file, image.identity(), &canonical(path));
         let host_record = host_record.inspect_err(|e| log::warn!("{}: {e}", image.label())).ok();
         Ok(Arc::new(Self {
             image: Arc::new(image),
@@ -332,7 +332,7 @@ impl FileImage {
 
     /// The path of the image without symbolic links.
     pub fn canonical_path(&self) -> PathBuf {
-        self.path().canonicalize().unwrap_or_else(|_| self.path().to_path_buf())
+        canonical(self.path())
     }
 }
 
@@ -437,6 +437,11 @@ impl NamedImage for FileImage {
     fn writer(&self) -> io::Result<Box<dyn BlockWriter + '_>> {
         Ok(Box::new(BufferedWriter { file: self.reopen_buffered()?, image: &self.image }))
     }
+}
+
+/// The path without symbolic links.
+fn canonical(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_path_buf())
 }
 
 /// The open tenure that a file records, unless it was copied from another file.

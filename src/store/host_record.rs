@@ -47,20 +47,23 @@ pub(super) struct HostRecord {
 }
 
 impl HostRecord {
-    /// The place of the record of an open image.
-    pub(super) fn of(file: &File, identity: ImageId) -> io::Result<Self> {
+    /// The place of the record of an open image; `path` has no symbolic links.
+    pub(super) fn of(file: &File, identity: ImageId, path: &Path) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let (owner, is_public) = (metadata.uid(), metadata.mode() & WRITABLE_BY_ALL != 0);
         if metadata.is_file() {
-            let name = format!("{}@file", group_of_file(metadata.dev(), metadata.ino()));
+            let name = format!("{}@file", group_of_file(&identity, path));
             return Ok(Self { name, identity, born_ns: identity.born_ns, owner, is_public });
         }
         let device = metadata.rdev();
         let partition = history::partition(device).map_or_else(String::new, |number| format!("-part{number}"));
         let place = |name, born_ns| Self { name, identity, born_ns, owner, is_public };
         if let Some(on) = sys::block::loop_file(file) {
-            let born_ns = history::file_behind(device, on).map_or(0, |(behind, _)| sys::file::birth_ns(&behind));
-            let group = group_of_file(on.device, on.inode);
+            let (born_ns, path) = match history::file_behind(device, on) {
+                Some((behind, path)) => (sys::file::birth_ns(&behind), path),
+                None => (0, PathBuf::new()),
+            };
+            let group = group_of_file(&ImageId { device: on.device, inode: on.inode, born_ns }, &path);
             return Ok(place(format!("{group}@loop-{:x}+{:x}{partition}", on.offset, on.size_limit), born_ns));
         }
         let group = match history::stable_name(device) {
@@ -206,8 +209,15 @@ fn range_of(member: &str) -> Option<[u64; 2]> {
     Some([u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(len, 16).ok()?])
 }
 
-fn group_of_file(device: u64, inode: u64) -> String {
-    format!("file-{device:x}-{inode:x}")
+/// The group of a file and the loop devices on it.
+///
+/// => Without creation times, a file of another file system soon has the same numbers: the next one that is mounted may
+///    get the same device number. There the path takes the place of that number.
+fn group_of_file(ImageId { device, inode, born_ns }: &ImageId, path: &Path) -> String {
+    match born_ns {
+        0 => format!("file-{}-{inode:x}", name_of_file(&path.to_string_lossy())),
+        _ => format!("file-{device:x}-{inode:x}"),
+    }
 }
 
 /// A name for files, which is different for each text.

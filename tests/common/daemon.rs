@@ -66,6 +66,12 @@ impl TempDir {
         Path::new("/dev/shm").join(self.0.file_name().expect("the directory has a name"))
     }
 
+    /// Another such directory, for daemons that do not know of the first one.
+    pub fn other_memory(&self, name: &str) -> PathBuf {
+        let own = self.0.file_name().expect("the directory has a name").to_str().expect("a name in UTF-8");
+        Path::new("/dev/shm").join(format!("{name}-{own}"))
+    }
+
     /// The cache files that daemons left in [`TempDir::memory`].
     pub fn left(&self) -> Vec<PathBuf> {
         let folder = fs::read_dir(self.memory().join("genblk")).into_iter().flatten();
@@ -77,6 +83,13 @@ impl Drop for TempDir {
     fn drop(&mut self) {
         // A test must not fail because its directory cannot be removed.
         let _ = fs::remove_dir_all(self.memory());
+        let others = self.other_memory("");
+        let suffix = others.file_name().expect("it has a name").as_encoded_bytes();
+        for entry in fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+            if entry.file_name().as_encoded_bytes().ends_with(suffix) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
         let _ = fs::remove_dir_all(&self.0);
     }
 }

@@ -97,7 +97,7 @@ fn the_cache_of_an_image_without_attributes_is_found_in_another_memory_dir() {
         let (mut daemon, session, bytes) = kill(directory);
         let left = daemon.directory().left();
         // Not below the default directory, nor below the first one.
-        let elsewhere = daemon.directory().memory().with_extension("elsewhere");
+        let elsewhere = daemon.directory().other_memory("elsewhere");
         daemon.reconfigure(&in_memory_dir(&elsewhere));
         let mut session = session.reconnect(&daemon.socket());
         session.start_ring(0);
@@ -119,7 +119,7 @@ fn a_removed_cache_of_an_image_without_attributes_refuses_the_start_until_take_o
         let Some((directory, place)) = image(is_device) else { return };
         let (mut daemon, session, _) = kill(directory);
         let (left, memory) = (daemon.directory().left(), daemon.directory().memory());
-        let away = memory.with_extension("away");
+        let away = daemon.directory().other_memory("away");
         fs::rename(&memory, &away).expect("the folder can be renamed");
         let refused = daemon.try_restart().expect_err("a cache is missing");
         assert!(refused.contains("does not exist") && refused.contains(left[0].to_str().expect("UTF-8")), "{refused}");
@@ -198,9 +198,8 @@ fn file_and_device() -> Option<(TempDir, Loop, [String; 2])> {
         eprintln!("skipped: no loop devices here");
     }
     let device = device?;
-    let memory = directory.memory();
     let configuration =
-        |image: &str, name: &str| format!("image = {image:?}\n{}", in_memory_dir(&memory.with_extension(name)));
+        |image: &str, name: &str| format!("image = {image:?}\n{}", in_memory_dir(&directory.other_memory(name)));
     let disk = disk.to_str().expect("UTF-8");
     let configurations = [configuration(disk, "of-file"), configuration(&device.device, "of-device")];
     Some((directory, device, configurations))
@@ -228,7 +227,7 @@ fn a_file_and_its_loop_device_are_never_served_at_once() {
 fn a_cache_of_the_other_access_to_a_file_or_its_loop_device_is_found_in_any_memory_dir() {
     for (first, is_missing) in [(0, false), (1, false), (0, true), (1, true)] {
         let Some((directory, device, configurations)) = file_and_device() else { return };
-        let memory = directory.memory().with_extension(["of-file", "of-device"][first]);
+        let memory = directory.other_memory(["of-file", "of-device"][first]);
         let target = |n: usize| if n == 0 { directory.path().join("disk") } else { PathBuf::from(&device.device) };
         let second = target(1 - first);
         let mut daemon = Daemon::start_configured(directory, &[&configurations[first]]);
@@ -250,9 +249,6 @@ fn a_cache_of_the_other_access_to_a_file_or_its_loop_device_is_found_in_any_memo
         assert!(ended.status.success() && ended.stdout.ends_with("can be served now\n"), "{ended:?}");
         daemon.restart();
         daemon.stop();
-        for name in ["of-file", "of-device"] {
-            let _ = fs::remove_dir_all(daemon.directory().memory().with_extension(name));
-        }
         drop((daemon, device));
     }
 }

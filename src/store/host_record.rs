@@ -4,10 +4,11 @@
 //! A user has several directories of records, below /run and /dev/shm, because each may be read-only or removed. Other
 //! users can read them. Records are trusted that root, this user or the owner of the image wrote.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::history::{self, LastTenure};
 use crate::image_id::ImageId;
@@ -27,6 +28,8 @@ const RUN: &str = "/run/genblk";
 const DIRECTORY_IN_RUN: &str = "tenures-";
 /// Mode bits by which group and others may write.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
+/// Mode of a directory of records.
+const LISTED_BY_ALL: u32 = 0o755;
 /// Mode bit by which everyone may write.
 const WRITABLE_BY_ALL: u32 = 0o002;
 /// Most records in a directory, as long as some are of tenures that have ended.
@@ -77,14 +80,10 @@ impl HostRecord {
 
     /// The record of the image's last tenure on this host since its boot.
     pub(super) fn last(&self) -> LastTenure {
-        let mut last: Option<Record> = None;
+        let mut last: Option<Written> = None;
         for directory in self.trusted_directories() {
             match self.read(&directory, &self.name) {
-                Ok(Some(record)) if last.as_ref().is_none_or(|last| rank(last) < rank(&record)) => {
-                    // The identity of a device changes when it is attached again.
-                    let ImageId { inode, born_ns, .. } = self.identity;
-                    last = Some(Record { inode, born_ns, ..record });
-                }
+                Ok(Some(found)) if last.as_ref().is_none_or(|last| last.rank() < found.rank()) => last = Some(found),
                 Ok(_) => {}
                 // The record of another user cannot be repaired by a take-over.
                 Err(e) if e.kind() == io::ErrorKind::InvalidData && directory.owner == effective_uid() => {
@@ -93,27 +92,29 @@ impl HostRecord {
                 Err(e) => log::debug!("record {}: {e}", self.name),
             }
         }
-        last.map_or(LastTenure::None, LastTenure::Recorded)
+        // The identity of a device changes when it is attached again.
+        let ImageId { inode, born_ns, .. } = self.identity;
+        last.map_or(LastTenure::None, |last| LastTenure::Recorded(Record { inode, born_ns, ..last.record }))
     }
 
     /// The open tenures of other images that may share bytes with this one: a file and the loop devices on it, or a
     /// disk and its partitions. With the names of their records.
     fn overlapping(&self) -> Vec<(String, Record)> {
-        let mut found: Vec<(String, Record)> = Vec::new();
+        let mut last: Vec<(String, Written)> = Vec::new();
         // The owner of a partition is not trusted with records of its disk.
         let is_trusted = |directory: &Directory| [0, effective_uid()].contains(&directory.owner);
         for directory in self.trusted_directories().filter(is_trusted) {
             for name in names_in(&directory.path).into_iter().filter(|name| may_overlap(name, &self.name)) {
-                let Ok(Some(record)) = self.read(&directory, &name) else { continue };
-                match found.iter_mut().find(|(known, _)| *known == name) {
-                    Some((_, known)) if rank(known) < rank(&record) => *known = record,
+                let Ok(Some(found)) = self.read(&directory, &name) else { continue };
+                match last.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, known)) if known.rank() < found.rank() => *known = found,
                     Some(_) => {}
-                    None => found.push((name, record)),
+                    None => last.push((name, found)),
                 }
             }
         }
-        found.retain(|(_, record)| record.state == TenureState::Open);
-        found
+        let records = last.into_iter().map(|(name, last)| (name, last.record));
+        records.filter(|(_, record)| record.state == TenureState::Open).collect()
     }
 
     /// The records of the open tenures of other images that may share bytes with this one.
@@ -138,10 +139,10 @@ impl HostRecord {
     }
 
     /// A record of this boot, and of a file that was created at the same time.
-    fn read(&self, directory: &Directory, name: &str) -> io::Result<Option<Record>> {
-        let Some(record) = directory.read(name)? else { return Ok(None) };
-        let is_same_file = record.born_ns == self.born_ns || record.born_ns == 0 || self.born_ns == 0;
-        Ok(is_same_file.then_some(record))
+    fn read(&self, directory: &Directory, name: &str) -> io::Result<Option<Written>> {
+        let Some(found) = directory.read(name)? else { return Ok(None) };
+        let born_ns = found.record.born_ns;
+        Ok((born_ns == self.born_ns || born_ns == 0 || self.born_ns == 0).then_some(found))
     }
 
     fn trusted_directories(&self) -> impl Iterator<Item = Directory> {
@@ -165,7 +166,7 @@ pub(super) fn end(tenure: TenureId, state: TenureState) -> io::Result<bool> {
         }
         for name in names_in(&directory.path) {
             match directory.read(&name) {
-                Ok(Some(record)) if record.tenure == tenure && record.state == TenureState::Open => {
+                Ok(Some(Written { record, .. })) if record.tenure == tenure && record.state == TenureState::Open => {
                     return write(&name, &Record { state, ..record }).map(|()| true);
                 }
                 _ => {}
@@ -175,14 +176,20 @@ pub(super) fn end(tenure: TenureId, state: TenureState) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Later tenures have higher ranks. Of the records of one tenure, the one about its end does.
-fn rank(record: &Record) -> (u64, u8) {
-    let state = match record.state {
-        TenureState::Open => 0,
-        TenureState::Clean => 1,
-        TenureState::Forfeited => 2,
-    };
-    (record.tenure.generation, state)
+/// A record, and when it was written.
+struct Written {
+    record: Record,
+    at: SystemTime,
+}
+
+impl Written {
+    /// Later records have higher ranks.
+    ///
+    /// => A tenure that has ended continues if a daemon restores its cache, and that daemon may not be able to write to
+    ///    each directory in which the end is recorded (`ProtectSystem=strict`, another mount namespace).
+    fn rank(&self) -> (u64, SystemTime, bool) {
+        (self.record.tenure.generation, self.at, self.record.state == TenureState::Open)
+    }
 }
 
 /// Whether records of these names are of two images that may share bytes.
@@ -291,21 +298,22 @@ impl Directory {
         Ok(Self { file, path: path.to_path_buf(), owner: metadata.uid() })
     }
 
-    /// This user's directory at `path`, which is created if needed.
+    /// This user's directory at `path`, which is created if needed. Others may list it, whatever the umask.
     fn create(path: &Path) -> io::Result<Self> {
-        match DirBuilder::new().recursive(true).mode(0o755).create(path) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-            _ => {}
+        for new in path.parent().into_iter().chain([path]).filter(|path| !path.exists()) {
+            fs::create_dir_all(new)?;
+            fs::set_permissions(new, Permissions::from_mode(LISTED_BY_ALL))?;
         }
         let directory = Self::open(path)?;
         if directory.owner != effective_uid() {
             return Err(io::Error::other(format!("{} belongs to user {}", path.display(), directory.owner)));
         }
+        directory.file.set_permissions(Permissions::from_mode(LISTED_BY_ALL))?;
         Ok(directory)
     }
 
     /// A record of this boot; `None` if there is none of this name.
-    fn read(&self, name: &str) -> io::Result<Option<Record>> {
+    fn read(&self, name: &str) -> io::Result<Option<Written>> {
         let file = match open_at(&self.file, name.as_ref(), OpenMode::Read) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file?,
@@ -314,13 +322,14 @@ impl Directory {
         if !metadata.is_file() || metadata.uid() != self.owner || metadata.mode() & WRITABLE_BY_OTHERS != 0 {
             return Err(io::Error::other("another user could have created or can change it"));
         }
-        let mut bytes = Vec::new();
+        let (mut bytes, at) = (Vec::new(), metadata.modified()?);
         file.take(BYTES_MAX as u64 + 1).read_to_end(&mut bytes)?;
         let record = Record::decode(&bytes).map_err(|why| {
             let shown = self.path.join(name);
             io::Error::new(io::ErrorKind::InvalidData, format!("{}: {why}", shown.display()))
         })?;
-        Ok((Boot::current().relation_to(record.boot) == BootRelation::SameBoot).then_some(record))
+        let is_of_this_boot = Boot::current().relation_to(record.boot) == BootRelation::SameBoot;
+        Ok(is_of_this_boot.then_some(Written { record, at }))
     }
 
     /// Replaces a record. A daemon that dies meanwhile leaves the old one.
@@ -343,7 +352,7 @@ impl Directory {
             return Ok(());
         }
         let has_ended = |name: &String| match self.read(name) {
-            Ok(record) => record.is_none_or(|record| record.state == TenureState::Clean),
+            Ok(found) => found.is_none_or(|found| found.record.state == TenureState::Clean),
             Err(_) => false,
         };
         let changed = |name: &String| fs::metadata(self.path.join(name)).and_then(|found| found.modified()).ok();
@@ -373,6 +382,40 @@ fn write(name: &str, record: &Record) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn record(state: TenureState) -> Record {
+        let tenure = TenureId { generation: 1, id: 2 };
+        let cache = crate::tenure::record::CacheLocation::Memory;
+        Record { tenure, state, since: 1, boot: Boot::current(), inode: 3, born_ns: 4, cache }
+    }
+
+    #[test]
+    fn a_tenure_that_continues_is_open_although_its_end_is_recorded_elsewhere() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        let written = |state, seconds| Written { record: record(state), at: at(seconds) };
+        let (clean, open) = (written(TenureState::Clean, 10), written(TenureState::Open, 20));
+        assert!(open.rank() > clean.rank());
+        assert!(written(TenureState::Clean, 30).rank() > open.rank());
+        let mut later = written(TenureState::Clean, 5);
+        later.record.tenure.generation = 2;
+        assert!(later.rank() > open.rank());
+    }
+
+    #[test]
+    fn every_user_may_list_a_directory_of_records() {
+        let parent = std::env::temp_dir().join(format!("genblk-records-{}", std::process::id()));
+        let path = parent.join("of-user");
+        for _ in 0..2 {
+            let directory = Directory::create(&path).unwrap();
+            directory.write("image", &record(TenureState::Open)).unwrap();
+            assert_eq!(directory.read("image").unwrap().unwrap().record, record(TenureState::Open));
+            for path in [&parent, &path] {
+                assert_eq!(fs::metadata(path).unwrap().mode() & 0o777, LISTED_BY_ALL);
+            }
+            fs::set_permissions(&path, Permissions::from_mode(0o700)).unwrap();
+        }
+        fs::remove_dir_all(parent).unwrap();
+    }
 
     #[test]
     fn images_overlap_if_they_share_bytes_of_a_file_or_of_a_disk() {

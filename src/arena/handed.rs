@@ -280,21 +280,19 @@ impl KeptArena {
 
     /// The arena with its pages; `None` if its pages are not in its file.
     fn attach(&mut self) -> Result<Option<Arena>> {
-        let Some(file) = self.file.take_if(|_| self.kind == ArenaKind::Persistent) else { return Ok(None) };
-        match file.header()? {
-            Some(header) => Arena::attach(file, &header).map(Some),
-            None => {
-                self.file = Some(file);
-                Ok(None)
-            }
+        let Some(file) = self.file.as_ref().filter(|_| self.kind == ArenaKind::Persistent) else { return Ok(None) };
+        match file.header()?.filter(|header| header.frames > 0) {
+            Some(header) => Arena::attach(self.file.take().expect("it is there"), &header).map(Some),
+            None => Ok(None),
         }
     }
 
-    /// Whether the arena has a file that the next daemon will find, in which nothing is missing on the image.
+    /// Whether the arena has a file that the next daemon will find, and that shows that the image lacks nothing.
     ///
     /// => No process uses the arena.
     pub fn is_written(&self) -> bool {
-        self.file().is_some() && self.holds_unwritten().is_ok_and(|holds| !holds)
+        let has_file = self.file.is_some() && !self.is_lost;
+        has_file && self.holds_unwritten().is_ok_and(|holds| !holds)
     }
 
     /// Whether the arena holds data that is nowhere else, according to its file.

@@ -187,6 +187,29 @@ fn a_clean_end_of_an_image_without_attributes_needs_no_cache() {
     }
 }
 
+/// The file that keeps the guest's choice for the next daemon holds no pages.
+#[test]
+fn a_clean_stop_of_a_guest_that_chose_write_through_needs_no_cache() {
+    for survive in ["auto", "never"] {
+        let Some((directory, place)) = image(true) else { return };
+        let mut daemon = Daemon::start_configured(directory, &[&format!("{DEVICE}\ncache.survive = {survive:?}")]);
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        session.set_writeback(false);
+        let bytes = pattern(2, AT, BYTES);
+        session.write(AT, &bytes);
+        drop(session);
+        daemon.stop();
+        assert!(!daemon.log().contains("WARN"), "{survive}: {}", daemon.log());
+        let _ = fs::remove_dir_all(daemon.directory().memory());
+        daemon.restart();
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        assert!(session.read(AT, BYTES) == bytes, "{survive}: {}", daemon.log());
+        drop(session);
+        daemon.stop();
+        drop((daemon, place));
+    }
+}
+
 /// A directory whose `disk` is a file with a loop device on it, and a daemon's configuration of each, with memory
 /// directories that do not know of each other.
 fn file_and_device() -> Option<(TempDir, Loop, [String; 2])> {

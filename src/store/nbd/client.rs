@@ -37,7 +37,9 @@ const SLOT_BITS: u32 = 16;
 /// How often a change checks whether the quarantine that it waits for has begun.
 const HELD_CHECK: Duration = Duration::from_millis(100);
 /// How long a Sync lets other queues replace their obsolete connections before it fails.
-const SETTLE_TIME: Duration = Duration::from_millis(100);
+///
+/// => Each such failure makes the cache write everything again that is not durable.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
 
 /// Whether the client has a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

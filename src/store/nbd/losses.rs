@@ -7,7 +7,7 @@
 //! => A Sync succeeds only if no connection broke after its submission, every connection was requested after the last
 //!    break, and the cache has been told of it. So everything that it covers was completed on living connections.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use super::notifier::Notifier;
@@ -18,6 +18,8 @@ use crate::fault_injection::{PlantedBug, planted};
 pub(super) struct Losses {
     /// Number of breaks, except those of connections that an earlier break made obsolete.
     breaks: AtomicU64,
+    /// At the last of them, the server or the network did not respond.
+    was_timeout: AtomicBool,
     /// Number of possible losses of data.
     count: AtomicU64,
     /// How many of them the cache has been told.
@@ -49,6 +51,16 @@ impl Losses {
     /// Number of breaks so far.
     pub fn breaks(&self) -> u64 {
         self.breaks.load(Ordering::Acquire)
+    }
+
+    /// Whether the break of a connection counts as a timeout: also that of one that a timeout of another queue made
+    /// obsolete, because the network may hold requests of both. To be called before [`Losses::broken`].
+    pub fn is_timeout(&self, is_obsolete: bool, timed_out: bool) -> bool {
+        if is_obsolete {
+            return timed_out || self.was_timeout.load(Ordering::Acquire);
+        }
+        self.was_timeout.store(timed_out, Ordering::Release);
+        timed_out
     }
 
     /// Number of possible losses so far.
@@ -118,6 +130,14 @@ impl Losses {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_timeout_of_one_connection_is_one_of_all_that_it_makes_obsolete() {
+        let losses = Losses::default();
+        assert!(losses.is_timeout(false, true) && losses.is_timeout(true, false));
+        assert!(!losses.is_timeout(false, false) && !losses.is_timeout(true, false));
+        assert!(losses.is_timeout(true, true));
+    }
+
     use super::*;
 
     #[test]

@@ -188,6 +188,7 @@ fn lock(uri: &NbdUri, options: &OpenOptions) -> Result<Option<HostLock>> {
 /// [`io::ErrorKind::TimedOut`] if the server does not answer: an operation without a worker delays the start of a
 /// daemon, or a command. The server may still execute it.
 fn run_on(queue: &mut NbdQueue, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> io::Result<()> {
+    let what = op.describe(SectorSpan::new(offset / SECTOR_BYTES, len / SECTOR_BYTES));
     let request = IoRequest { tag: 0, op, offset, len, urgency: Urgency::Demand, segments };
     queue.submit(request).map_err(|refused| io::Error::new(io::ErrorKind::InvalidInput, refused.to_string()))?;
     let mut events = Vec::new();
@@ -207,11 +208,11 @@ fn run_on(queue: &mut NbdQueue, op: OpKind, offset: u64, len: u64, segments: Vec
         let waited = started.elapsed();
         if waited >= limit {
             queue.abandon();
-            let why = format!("the server has not answered a {op:?} for {} s", limit.as_secs());
+            let why = format!("the server has not answered {what} for {} s", limit.as_secs());
             return Err(io::Error::new(io::ErrorKind::TimedOut, why));
         }
         if waited >= quarantine + REPORT_AFTER && !mem::replace(&mut is_reported, true) {
-            warn!("{}: waiting for the server to answer a {op:?}", queue.remote().label);
+            warn!("{}: waiting for the server to answer {what}", queue.remote().label);
         }
     }
 }

@@ -245,7 +245,7 @@ impl NbdQueue {
             _ => error.to_string(),
         };
         warn!("{label}: connection lost ({why}); reconnecting");
-        let timed_out = is_timeout(error);
+        let timed_out = self.remote.shared.losses.is_timeout(self.client.is_obsolete(), is_timeout(error));
         let (cause, quarantine) = self.remote.record_break(timed_out);
         self.last_break = Some((Instant::now(), cause));
         // Closed before another one is requested: some servers accept one connection at a time.

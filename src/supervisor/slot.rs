@@ -167,9 +167,9 @@ impl ImageSlot {
     /// [`ErrorKind::System`] if a process or a descriptor cannot be created; [`ErrorKind::Image`] if that I/O does not
     /// end in time.
     pub fn process(&self, settings: &DeviceSettings, on_wait: impl FnOnce()) -> Result<Arc<Process>> {
-        let mut state = self.lock_without_old_io(on_wait)?;
+        let (mut state, exit) = self.lock_without_old_io(on_wait)?;
         if let Some(process) = &state.process {
-            let Some(exit) = process.exit_of(self.image_of) else { return Ok(Arc::clone(process)) };
+            let Some(exit) = exit else { return Ok(Arc::clone(process)) };
             if !exit.is_clean() {
                 state.image.quarantine_earlier_writes();
                 if let Some(cache) = &mut state.cache {
@@ -194,14 +194,15 @@ impl ImageSlot {
     }
 
     /// Locks the slot when the kernel has completed all I/O of a process that died: an old write must not overtake a
-    /// new one. Other threads can lock it meanwhile.
-    fn lock_without_old_io(&self, on_wait: impl FnOnce()) -> Result<MutexGuard<'_, SlotState>> {
+    /// new one. Other threads can lock it meanwhile. Also returns how the process had ended then; `None`: it had not.
+    fn lock_without_old_io(&self, on_wait: impl FnOnce()) -> Result<(MutexGuard<'_, SlotState>, Option<Exit>)> {
         let (since, mut on_wait) = (Instant::now(), Some(on_wait));
         loop {
             let state = self.lock();
-            let died = state.process.as_ref().filter(|process| process.exit_of(self.image_of).is_some());
+            let exit = state.process.as_ref().and_then(|process| process.exit_of(self.image_of));
+            let died = state.process.as_ref().filter(|_| exit.is_some());
             if !died.is_some_and(|process| state.image.is_io_locked(process.io_lock())) {
-                return Ok(state);
+                return Ok((state, exit));
             }
             drop(state);
             if let Some(on_wait) = on_wait.take() {

@@ -67,6 +67,9 @@ pub fn cached_image(of_device: &DeviceSettings, image: Arc<dyn Backing>, arena: 
     let mut cache = settings(of_device, image.limits())?;
     // A process that died may have left less memory, and the size may have been changed since.
     if let Err(error) = arena.reserve(cache.frames as usize) {
+        if arena.reserved_frames() == 0 {
+            return Err(error);
+        }
         let mut smaller = of_device.clone();
         smaller.cache.size_bytes = arena.reserved_frames() as u64 * PAGE_BYTES;
         warn!("{}: {error}; the cache has {} MiB for now", of_device.name, smaller.cache.size_bytes >> 20);

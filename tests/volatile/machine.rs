@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 
 use genblk::config::Engine;
 
 use crate::common::SECTOR_BYTES;
-use crate::common::daemon::{Daemon, TempDir};
+use crate::common::daemon::{Daemon, TempDir, server_binary};
 use crate::common::request::pattern;
 use crate::common::session::{Session, SessionOptions};
 use crate::common::wait::{TIMEOUT, poll_until};
@@ -24,6 +26,11 @@ pub struct Machine {
     pub daemon: Daemon,
     _mount: Mount,
     pub disk: Arc<Disk>,
+}
+
+/// The directory of the machine's records of tenures, which are lost with its power.
+fn records_of(directory: &TempDir) -> PathBuf {
+    directory.path().join("records")
 }
 
 impl Machine {
@@ -47,7 +54,9 @@ impl Machine {
         symlink(mount.image(), directory.path().join("image")).expect("a link can be made");
         let io_urings = usize::from(engine == Engine::IoUring);
         let device = format!("engine = \"{engine}\"\nnum_queues = 1\ncache.size = \"4M\"");
-        let daemon = Daemon::start_configured(directory, &[&device]);
+        let mut command = Command::new(server_binary());
+        command.env("GENBLK_TEST_TENURES", records_of(&directory));
+        let daemon = Daemon::start_by(directory, &[&device], command);
         // The worker starts its engine after the socket listens.
         poll_until("the configured engine", TIMEOUT, || (daemon.io_urings() == io_urings).then_some(()));
         Some(Self { daemon, _mount: mount, disk })
@@ -67,8 +76,10 @@ impl Machine {
     pub fn cut_power(&mut self, loss: Loss) -> Vec<u8> {
         self.disk.cut_power(loss);
         self.daemon.kill();
-        // The daemon's cache. Power cuts in a row find none.
-        let _ = fs::remove_dir_all(self.daemon.directory().memory());
+        // The daemon's cache, and the host's records of tenures. Power cuts in a row find none.
+        let directory = self.daemon.directory();
+        let _ = fs::remove_dir_all(directory.memory());
+        let _ = fs::remove_dir_all(records_of(directory));
         self.platter()
     }
 

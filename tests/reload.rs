@@ -232,9 +232,12 @@ fn an_undetachable_disk_kept_by_a_reload_survives_a_restart() {
     session.write(0, &[3; 4096]);
     configure(&daemon, &control, &old);
     let kept = |control: &Path| stdout_of(&genblk(control, &["reload"])).contains("d1: kept");
-    poll_until("the front-end is seen", TIMEOUT, || {
-        stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {}", std::process::id())).then_some(())
-    });
+    let await_front_end = || {
+        poll_until("the front-end is seen", TIMEOUT, || {
+            stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {}", std::process::id())).then_some(())
+        });
+    };
+    await_front_end();
     assert!(kept(&control));
     daemon.kill();
     daemon.restart_for(&[daemon.socket_of(0), d1.clone()]);
@@ -242,6 +245,8 @@ fn an_undetachable_disk_kept_by_a_reload_survives_a_restart() {
     let mut session = session.reconnect(&d1);
     session.start_ring(0);
     assert_eq!(session.read(0, 4096), vec![3; 4096]);
+    // Until a front-end was seen, a restarted disk waits for the one that it had.
+    await_front_end();
     drop(session);
     poll_until("the end of the disk", TIMEOUT, || {
         genblk(&control, &["reload"]);
